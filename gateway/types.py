@@ -1,0 +1,184 @@
+"""What moves inside the gateway: a validated request goes in, events come out. Values only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who asks: what an API key stands for."""
+
+    tenant: str
+    role: Literal["user", "operator"] = "user"
+    priority: Literal["interactive", "standard", "batch"] = "standard"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """Generation parameters within their bounds (`protos/llmos/v1/inference.proto` names them); defaults filled in."""
+
+    max_tokens: int | None = None
+    """None: what the context leaves."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    """None: drawn by the session."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    """None: not reported; k: the chosen token's and the k likeliest ones'."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a client already holds of one choice."""
+
+    choice: int
+    token_ids: tuple[int, ...]
+    text_chars: int
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A valid request from HTTP or gRPC. Exactly one of `turns`, `text`, `token_ids` is set."""
+
+    kind: Literal["chat", "completion"]
+    model: str
+    params: Params
+    turns: tuple[Turn, ...] = ()
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    resume: tuple[Progress, ...] = ()
+    resume_request_id: str = ""
+    deadline_s: float | None = None
+    """Seconds that the client is willing to wait for the whole answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceHeaders:
+    """W3C trace context as it came with the request; empty if none did."""
+
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's likelihood; `top` holds the likeliest ones in its place, their own `top` empty."""
+
+    token_id: int
+    text: str
+    raw: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event: the request is accepted."""
+
+    request_id: str
+    model: str
+    model_version: str
+    seed: int
+    created_unix_s: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output of one choice. `index` is the position of the first of `token_ids` within the choice.
+
+    `text` may be empty while a character or a possible stop string is incomplete. Concatenated over a choice's deltas,
+    `text` is its whole text: the same bytes whatever failed on the way.
+    """
+
+    choice: int
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Last event: every choice has ended."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+Event = Started | Delta | Done
+
+
+class Generation(Protocol):
+    """A running request. Owned by the caller, who must iterate to the end or call `aclose`, which cancels it."""
+
+    request_id: str
+
+    def events(self) -> AsyncIterator[Event]:
+        """Started, deltas, Done. Raises `LlmosError`; a stream never ends silently."""
+        ...
+
+    async def aclose(self, reason: str = "client_gone") -> None:
+        """Cancel if still running; idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served model."""
+
+    name: str
+    version: str
+    context_length: int
+    capabilities: frozenset[str]
+    created_unix_s: int
+
+
+class Engine(Protocol):
+    """What the edges (HTTP and gRPC) ask of the session layer."""
+
+    async def generate(
+        self, request: GenerationRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
+    ) -> Generation:
+        """Render, tokenize, submit. `request_id` is empty or the client's own. Raises `LlmosError` at once."""
+        ...
+
+    async def cancel(self, request_id: str, identity: Identity) -> bool:
+        """Cancel a request of the same tenant; whether it was running."""
+        ...
+
+    def models(self) -> Sequence[ModelInfo]:
+        """Served models in order of name."""
+        ...
+
+    def ready(self) -> bool:
+        """A leader is connected and at least one model is served."""
+        ...
