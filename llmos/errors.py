@@ -29,6 +29,7 @@
     |   |-- ConfigError                 unknown key or bad value in a file, flag or variable
     |   |-- MissingExtra                an optional part is not installed; says what to install
     |   |-- SourceError                 a model source cannot be read or is not a model
+    |   |-- StoreBusy                   another process holds a lock of the model store
     |   `-- StoreCorrupt                a blob does not match its hash
     `-- InternalError                   a bug; the client sees the request id only       500
 
@@ -263,6 +264,12 @@ class SourceError(SetupError):
     """A model source cannot be read, or is not a model."""
 
     code = "source_error"
+
+
+class StoreBusy(SetupError):
+    """Another process holds a lock of the model store."""
+
+    code = "store_busy"
 
 
 class StoreCorrupt(SetupError):
