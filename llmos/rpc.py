@@ -1,0 +1,245 @@
+"""gRPC servers and channels as every llmos process opens them.
+
+Health and reflection services, mutual TLS, keep-alive, typed errors. Keep-alive: both ends ping every 5 s and give up
+after 2 s without an answer, because TCP takes minutes to notice a silent partition. Errors: a handler raises
+`LlmosError`; the interceptor turns it into a status with trailing metadata.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from llmos.config import TlsConfig
+from llmos.errors import ConfigError, DeadlineExceeded, LlmosError, NotLeader, Unauthenticated, Unavailable, from_code
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 32 * 1024 * 1024
+CODE_KEY = "llmos-error-code"
+PARAM_KEY = "llmos-error-param"
+RETRY_KEY = "retry-after"
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+_SERVER_OPTIONS = [
+    *_KEEPALIVE,
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+]
+_CHANNEL_OPTIONS = [
+    *_KEEPALIVE,
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+def _read(file: Path | None) -> bytes | None:
+    if file is None:
+        return None
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the TLS file {file.name}: {error.strerror}") from error
+
+
+def open_channel(address: str, tls: TlsConfig | None = None) -> grpc.aio.Channel:
+    """Open a channel to host:port. The caller closes it. With TLS, the server must be signed by `tls.ca_file`."""
+    if tls is None or not tls.enabled:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(_read(tls.ca_file), _read(tls.key_file), _read(tls.cert_file))
+    return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError) -> LlmosError:
+    """The typed error behind a failed call; a transport failure becomes Unavailable or DeadlineExceeded."""
+    trailing = {key: value for key, value in (error.trailing_metadata() or ()) if isinstance(value, str)}
+    message = error.details() or error.code().name
+    if CODE_KEY in trailing:
+        retry = trailing.get(RETRY_KEY)
+        wait = float(retry) if retry else None
+        return from_code(trailing[CODE_KEY], message, param=trailing.get(PARAM_KEY), retry_after_s=wait)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded("The service did not answer in time.")
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(message)
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable("The service cannot be reached.")
+    return LlmosError(f"{error.code().name}: {message}")
+
+
+def trailing_metadata(error: LlmosError) -> tuple[tuple[str, str], ...]:
+    """How an error travels beside its status."""
+    pairs = [(CODE_KEY, error.code)]
+    if error.param and error.param.isascii() and error.param.isprintable():
+        pairs.append((PARAM_KEY, error.param))
+    if error.retry_after_s is not None:
+        pairs.append((RETRY_KEY, f"{error.retry_after_s:.3f}"))
+    return tuple(pairs)
+
+
+async def _abort(context: Any, error: BaseException) -> None:
+    if isinstance(error, LlmosError):
+        address = error.leader_address if isinstance(error, NotLeader) else ""
+        extra = (("llmos-leader", address),) if address else ()
+        await context.abort(error.grpc_status, error.message, (*trailing_metadata(error), *extra))
+    log.error("unexpected error in a handler", exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error", ((CODE_KEY, "internal_error"),))
+
+
+class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+    """Maps exceptions of handlers to a status. A handler that aborts by itself is left alone."""
+
+    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            wrapped = _streaming(behaviour)
+        else:
+            behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            make = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            wrapped = _unary(behaviour)
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+def _unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await behaviour(request, context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+def _streaming(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(request: Any, context: Any) -> Any:
+        answers = behaviour(request, context)
+        try:
+            if not hasattr(answers, "__aiter__"):
+                await answers
+                return
+            async for answer in answers:
+                yield answer
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            await _abort(context, error)
+        finally:
+            if hasattr(answers, "aclose"):
+                await answers.aclose()
+
+    return call
+
+
+class RpcServer:
+    """One gRPC server: `add` services, `start`, `stop`. It answers health checks and reflection by itself."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: TlsConfig | None = None,
+        require_client_cert: bool = True,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        self._address = f"{host}:{port}"
+        self._tls = tls or TlsConfig()
+        self._require_client_cert = require_client_cert
+        self._server = grpc.aio.server(interceptors=[_ErrorInterceptor(), *interceptors], options=_SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        self._names: list[str] = []
+        self.port = 0
+        """The port that is listened on, once started."""
+
+    def add(self, add_to_server: Callable[[Any, grpc.aio.Server], None], servicer: object, name: str) -> None:
+        """Offer a service; `name` is its full name, as `llmos.v1.Inference`."""
+        add_to_server(servicer, self._server)
+        self._names.append(name)
+
+    async def start(self) -> int:
+        """Bind and serve. Returns the port. Raises ConfigError if the address is taken."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        try:
+            self.port = self._bind()
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {self._address}: the port is taken or not allowed") from error
+        await self._server.start()
+        await self.set_serving(True)
+        return self.port
+
+    def _bind(self) -> int:
+        if not self._tls.enabled:
+            return int(self._server.add_insecure_port(self._address))
+        key, cert, ca = _read(self._tls.key_file), _read(self._tls.cert_file), _read(self._tls.ca_file)
+        if key is None or cert is None:
+            raise ConfigError("a TLS server needs cert_file and key_file (`llmos certs DIR` makes them)")
+        credentials = grpc.ssl_server_credentials([(key, cert)], ca, self._require_client_cert)
+        return int(self._server.add_secure_port(self._address, credentials))
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers, for the server and each of its services."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ["", *self._names]:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give running ones `grace_s` seconds, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+def run_until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    """Run `serve(stop)`; SIGTERM and SIGINT set `stop`. Returns the exit status, 2 after a typed error."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Not on Windows, where Ctrl-C arrives as KeyboardInterrupt instead.
+            with contextlib.suppress(NotImplementedError):
+                loop.add_signal_handler(number, stop.set)
+        await serve(stop)
+
+    try:
+        asyncio.run(main())
+    except LlmosError as error:
+        log.error("%s", error.message)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
