@@ -1,0 +1,17 @@
+# A worker: the only image with torch. Build from the repository's root:
+#   docker build -f deploy/docker/worker.Dockerfile -t llmos-worker .
+FROM python:3.11.14-slim-bookworm AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /src
+COPY . .
+RUN python -m venv /opt/llmos && /opt/llmos/bin/pip install -c constraints.txt '.[worker,store,certs]'
+
+FROM python:3.11.14-slim-bookworm
+RUN useradd --uid 10001 --create-home --home-dir /var/lib/llmos --shell /usr/sbin/nologin llmos \
+    && install -d -o 10001 -g 10001 /var/lib/llmos/store /var/lib/llmos/certs
+COPY --from=build /opt/llmos /opt/llmos
+USER 10001:10001
+WORKDIR /var/lib/llmos
+ENV PATH=/opt/llmos/bin:$PATH PYTHONUNBUFFERED=1
+EXPOSE 9100
+ENTRYPOINT ["python", "-m", "worker"]
