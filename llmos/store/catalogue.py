@@ -1,0 +1,130 @@
+"""Names, versions and import keys of one store, as the files say at the moment of asking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from llmos.errors import ModelNotFound, StoreCorrupt
+from llmos.store import files, manifest
+from llmos.store.layout import NAME, Layout
+from llmos.store.manifest import Manifest
+
+SHORTEST_VERSION = 8
+
+
+class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Content of a name or of an import key."""
+
+    version: str
+
+
+class Catalogue:
+    """Reads at any time; the methods that write are called under the store's lock."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self._layout.names.glob("[!.]*.json"))
+
+    def versions(self) -> list[str]:
+        return sorted(path.stem for path in self._layout.manifests.glob("[!.]*.json"))
+
+    def target(self, name: str) -> str | None:
+        """The version that a name points to, or None."""
+        return self._read(self._layout.name(name))
+
+    def imported(self, key: str) -> str | None:
+        """The version that an import key points to, or None."""
+        return self._read(self._layout.imported(key))
+
+    def manifest(self, version: str) -> Manifest | None:
+        """The manifest of a version in full, or None. Raises `StoreCorrupt` if it does not match its hash."""
+        try:
+            data = self._layout.manifest(version).read_bytes()
+        except FileNotFoundError:
+            return None
+        return manifest.decode(data, version)
+
+    def named(self, name: str) -> Manifest | None:
+        """The manifest behind a name, or None."""
+        target = self.target(name) if NAME.fullmatch(name) else None
+        found = self.manifest(target) if target else None
+        return msgspec.structs.replace(found, name=name) if found is not None else None
+
+    def everything(self) -> list[Manifest]:
+        """One manifest per name, sorted by name; then the versions without a name."""
+        named = [found for name in self.names() if (found := self.named(name)) is not None]
+        seen = {entry.version for entry in named}
+        rest = [self.manifest(version) for version in self.versions() if version not in seen]
+        return named + [entry for entry in rest if entry is not None]
+
+    def locate(self, name_or_version: str) -> tuple[str, str]:
+        """Name ("" if none) and version of what is meant, without reading its manifest. Raises `ModelNotFound`.
+
+        Accepts a name, a version, or the first 8 or more digits of a version.
+        """
+        if NAME.fullmatch(name_or_version) and (target := self.target(name_or_version)) is not None:
+            return name_or_version, target
+        fits = [version for version in self.versions() if version.startswith(name_or_version)]
+        if len(name_or_version) < SHORTEST_VERSION or not fits:
+            raise self._unknown(name_or_version)
+        if len(fits) > 1:
+            raise ModelNotFound(f"'{name_or_version}' fits {len(fits)} versions; give more digits.")
+        return next((name for name in self.names() if self.target(name) == fits[0]), ""), fits[0]
+
+    def resolve(self, name_or_version: str) -> Manifest:
+        """The manifest of what `locate` finds. Raises `ModelNotFound`."""
+        name, version = self.locate(name_or_version)
+        entry = self.manifest(version)
+        if entry is None:
+            raise self._unknown(name_or_version)
+        return msgspec.structs.replace(entry, name=name)
+
+    def add(self, entry: Manifest) -> None:
+        """Write the manifest; the provenance of the first import stays."""
+        if not self._layout.manifest(entry.version).exists():
+            files.write_atomic(self._layout.manifest(entry.version), manifest.encode(entry))
+
+    def drop(self, name: str, version: str) -> None:
+        """Forget the name, and the version if no other name points to it."""
+        if name:
+            self._layout.name(name).unlink(missing_ok=True)
+        if not any(self.target(other) == version for other in self.names()):
+            self._layout.manifest(version).unlink(missing_ok=True)
+
+    def point_name(self, name: str, version: str) -> None:
+        self._write(self._layout.name(name), version)
+
+    def point_import(self, key: str, version: str) -> None:
+        self._write(self._layout.imported(key), version)
+
+    def collect(self) -> set[str]:
+        """Delete import keys whose version is gone. Returns the hashes of all blobs that versions refer to."""
+        versions = set(self.versions())
+        for path in list(self._layout.imports.glob("[!.]*.json")):
+            if self._read(path) not in versions:
+                path.unlink()
+        entries = [self.manifest(version) for version in versions]
+        return {file.sha256 for entry in entries if entry is not None for file in entry.files}
+
+    def _unknown(self, asked: str) -> ModelNotFound:
+        known = ", ".join(self.names()) or "nothing yet"
+        return ModelNotFound(
+            f"The model store has no '{asked[:96]}'. It has: {known}. `llmos models import` adds a model."
+        )
+
+    def _write(self, path: Path, version: str) -> None:
+        files.write_atomic(path, msgspec.json.encode(Pointer(version)))
+
+    def _read(self, path: Path) -> str | None:
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Pointer).version
+        except FileNotFoundError:
+            return None
+        except msgspec.MsgspecError as error:
+            raise StoreCorrupt(
+                f"The pointer {path.stem} of the model store cannot be read; import it again."
+            ) from error

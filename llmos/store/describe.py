@@ -1,0 +1,134 @@
+"""Manifests from folders: reads config, tokenizer files and safetensors headers, never a weight."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llmos.errors import SourceError
+from llmos.store.manifest import Manifest, ManifestFile, seal
+from llmos.store.tensors import Tensor, main_dtype, read_header
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+DEFAULT_CONTEXT = 2048
+"""For the few models whose config does not bound their positions."""
+
+Json = Mapping[str, Any]
+
+
+def describe(
+    folder: Path, files: Sequence[ManifestFile], *, source: str, license_id: str, created_unix_s: int
+) -> Manifest:
+    """The sealed manifest of the model that lies in `folder` as `files`. Raises `SourceError` if it is not one."""
+    config = _object(folder, "config.json")
+    if config is None:
+        raise SourceError("The source has no config.json.")
+    tokenizer_hash = next((file.sha256 for file in files if file.path == "tokenizer.json"), None)
+    if tokenizer_hash is None:
+        raise SourceError("The source has no tokenizer.json; slow tokenizers are not supported.")
+    weights = [file.path for file in files if file.path.endswith(".safetensors")]
+    tensors = [tensor for path in weights for tensor in read_header(folder / path)]
+    if not tensors:
+        raise SourceError("The source has no weights in safetensors files.")
+    template = chat_template(folder)
+    return seal(
+        Manifest(
+            **_demand(config, tensors),
+            tokenizer_hash=tokenizer_hash,
+            chat_template=template,
+            chat_template_hash=hashlib.sha256(template.encode()).hexdigest() if template else "",
+            bos_token=_special_token(folder, "bos_token"),
+            eos_token=_special_token(folder, "eos_token"),
+            eos_token_ids=_eos_token_ids(folder, config),
+            files=tuple(files),
+            license=license_id,
+            source=source,
+            created_unix_s=created_unix_s,
+        )
+    )
+
+
+def chat_template(folder: Path) -> str:
+    """The model's chat template: chat_template.jinja, chat_template.json or tokenizer_config.json, in this order."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = (_object(folder, name) or {}).get("chat_template")
+        if isinstance(found, list):  # several named ones: [{"name": ..., "template": ...}]
+            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+        if isinstance(found, str):
+            return found
+    return ""
+
+
+def _demand(config: Json, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """What must be known to place the model; sizes are upper bounds for models that use less in some layers."""
+    text = {**config, **(config.get("text_config") or {})}
+    hidden, heads = _number(text, "hidden_size", "n_embd", "d_model"), _number(text, "num_attention_heads", "n_head")
+    layers = _number(text, "num_hidden_layers", "n_layer")
+    kv_heads = _number(text, "num_key_value_heads", default=heads)
+    head_dim = _number(text, "head_dim", default=hidden // heads)
+    dtype = main_dtype(tensors)
+    return {
+        "architecture": (config.get("architectures") or [""])[0],
+        "model_type": str(config.get("model_type", "")),
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_size": hidden,
+        "vocab_size": _number(text, "vocab_size"),
+        "context_length": _number(text, "max_position_embeddings", "n_positions", default=DEFAULT_CONTEXT),
+        "dtype": dtype,
+        "parameter_count": sum(tensor.elements for tensor in tensors),
+        "weight_bytes": sum(tensor.bytes for tensor in tensors),
+        "kv_bytes_per_token": 2 * layers * kv_heads * head_dim * DTYPE_BYTES.get(dtype, 2),
+    }
+
+
+def _number(config: Json, *keys: str, default: int | None = None) -> int:
+    """The first of the keys that holds a positive integer; the largest of a list of them (one per layer)."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return value
+    if default is None:
+        raise SourceError(f"config.json has no positive '{keys[0]}': not a decoder that llmos knows.")
+    return default
+
+
+def _special_token(folder: Path, key: str) -> str:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        value = (_object(folder, name) or {}).get(key)
+        if isinstance(value, dict):  # an AddedToken
+            value = value.get("content")
+        if isinstance(value, str):
+            return value
+    return ""
+
+
+def _eos_token_ids(folder: Path, config: Json) -> tuple[int, ...]:
+    """As transformers' `generate` takes them: generation_config.json wins over config.json."""
+    for holder in (_object(folder, "generation_config.json") or {}, config, config.get("text_config") or {}):
+        value = holder.get("eos_token_id")
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, list) and value:
+            return tuple(int(item) for item in value)
+    return ()
+
+
+def _object(folder: Path, name: str) -> dict[str, Any] | None:
+    """A JSON object in a file, or None if there is no such file. Raises `SourceError` if it holds something else."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise SourceError(f"{name} of the source is not a JSON object: {error}.") from error

