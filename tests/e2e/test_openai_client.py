@@ -1,0 +1,160 @@
+"""The `openai` client, with strict response validation, against an echo fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.fakes.fleet import Fleet, echo_fleet
+
+MESSAGES: list = [{"role": "user", "content": "Hello"}]  # type: ignore[type-arg]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with echo_fleet(tmp_path_factory.mktemp("fleet")) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{fleet.http}/v1",
+        api_key="any",
+        max_retries=0,
+        timeout=30,
+        _strict_response_validation=True,
+    ) as client:
+        yield client
+
+
+def test_chat_whole_and_streamed_agree(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="echo", messages=MESSAGES, max_tokens=20, seed=5)
+    stream = client.chat.completions.create(
+        model="echo", messages=MESSAGES, max_tokens=20, seed=5, stream=True, stream_options={"include_usage": True}
+    )
+    events = list(stream)
+    text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
+    assert text == whole.choices[0].message.content
+    assert len(text) == 20
+    assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "length"
+    assert events[-1].usage == whole.usage
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 20
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + 20
+
+
+def test_completion_whole_and_streamed_agree(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="echo", prompt="Once", max_tokens=12, seed=1)
+    stream = client.completions.create(model="echo", prompt="Once", max_tokens=12, seed=1, stream=True)
+    assert "".join(event.choices[0].text for event in stream if event.choices) == whole.choices[0].text
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == 4
+
+
+def test_three_choices_differ_and_are_repeatable(client: openai.OpenAI) -> None:
+    first, again = (
+        client.chat.completions.create(model="echo", messages=MESSAGES, n=3, max_tokens=16, seed=9) for _ in range(2)
+    )
+    texts = [choice.message.content for choice in first.choices]
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in again.choices]
+    assert first.usage is not None
+    assert first.usage.completion_tokens == 48
+
+
+def test_streamed_choices_are_whole(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="echo", messages=MESSAGES, n=3, max_tokens=16, seed=9)
+    texts = ["", "", ""]
+    for event in client.chat.completions.create(
+        model="echo", messages=MESSAGES, n=3, max_tokens=16, seed=9, stream=True
+    ):
+        for choice in event.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="echo", messages=MESSAGES, max_tokens=5, logprobs=True, top_logprobs=2, seed=1
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 5
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in logprobs.content)
+    assert "".join(entry.token for entry in logprobs.content) == answer.choices[0].message.content
+    completion = client.completions.create(model="echo", prompt="x", max_tokens=3, logprobs=1, seed=1)
+    assert completion.choices[0].logprobs is not None
+    assert len(completion.choices[0].logprobs.tokens or []) == 3
+
+
+def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
+    free = client.chat.completions.create(model="echo", messages=MESSAGES, max_tokens=64, seed=3)
+    text = free.choices[0].message.content or ""
+    stop = text[20:23]
+    stopped = client.chat.completions.create(model="echo", messages=MESSAGES, max_tokens=64, seed=3, stop=[stop])
+    assert stopped.choices[0].message.content == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.usage is not None
+    assert stopped.usage.completion_tokens == text.index(stop) + 3
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["echo"]
+    assert client.models.retrieve("echo").id == "echo"
+
+
+def test_request_ids_are_echoed(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.with_raw_response.create(
+        model="echo", messages=MESSAGES, max_tokens=1, extra_headers={"x-request-id": "mine-42"}
+    )
+    assert answer.headers["x-request-id"] == "mine-42"
+
+
+def test_an_unknown_model(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="nope", messages=MESSAGES)
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_bad_field(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="echo", messages=MESSAGES, temperature=9)
+    assert caught.value.param == "temperature"
+
+
+def test_too_long_a_prompt(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="echo", prompt="x" * 9000, max_tokens=1)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_formats_of_later_releases_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="echo", messages=MESSAGES, response_format={"type": "json_object"})
+    assert caught.value.param == "response_format"
+
+
+def test_overload_is_a_rate_limit_error_with_a_hint(tmp_path: Path) -> None:
+    flags = ("--echo-tokens-per-second", "20", "--memory-limit", str(64 << 20))
+    with echo_fleet(tmp_path, scheduler=("--queue-limit", "1"), worker=flags) as fleet:
+
+        def ask(_: int) -> httpx.Response:
+            body = {"model": "echo", "messages": MESSAGES, "max_tokens": 8000, "n": 16}
+            with httpx.stream("POST", f"{fleet.http}/v1/chat/completions", json={**body, "stream": True}) as answer:
+                next(answer.iter_raw(), None)
+                return answer
+
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(pool.map(ask, range(24)))
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused, [answer.status_code for answer in answers]
+        assert all(float(answer.headers["retry-after"]) > 0 for answer in refused)
+        assert {answer.status_code for answer in answers} <= {200, 429}
