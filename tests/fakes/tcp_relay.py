@@ -18,8 +18,6 @@ class TcpRelay:
             self._open.set()
         self._server: asyncio.Server | None = None
         self._sessions: set[asyncio.Task[None]] = set()
-        self.accepted = 0
-        """Connections accepted so far."""
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -28,8 +26,7 @@ class TcpRelay:
     async def __aexit__(self, *exc_info: object) -> None:
         assert self._server is not None
         self._server.close()
-        for session in self._sessions:
-            session.cancel()
+        self.cut()
         await asyncio.gather(*self._sessions, return_exceptions=True)
 
     @property
@@ -43,12 +40,16 @@ class TcpRelay:
         """Stop passing bytes, in both directions, on old and new connections."""
         self._open.clear()
 
+    def cut(self) -> None:
+        """Close the connections that there are; what they had not passed yet is lost."""
+        for session in self._sessions:
+            session.cancel()
+
     def speak(self) -> None:
         """Pass bytes again, those held back included."""
         self._open.set()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
         session = asyncio.get_running_loop().create_task(self._session(reader, writer))
         self._sessions.add(session)
         session.add_done_callback(self._sessions.discard)
