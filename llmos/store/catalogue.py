@@ -88,11 +88,17 @@ class Catalogue:
         if not self._layout.manifest(entry.version).exists():
             files.write_atomic(self._layout.manifest(entry.version), manifest.encode(entry))
 
-    def drop(self, name: str, version: str) -> None:
-        """Forget the name, and the version if no other name points to it."""
-        if name:
-            self._layout.name(name).unlink(missing_ok=True)
-        if not any(self.target(other) == version for other in self.names()):
+    def drop(self, name_or_version: str) -> None:
+        """Forget a name, and its version if no other name points to it; or a version with all its names.
+
+        Raises `ModelNotFound`.
+        """
+        name, version = self.locate(name_or_version)
+        names = [other for other in self.names() if self.target(other) == version]
+        doomed = [name] if name == name_or_version else names
+        for other in doomed:
+            self._layout.name(other).unlink(missing_ok=True)
+        if set(names) <= set(doomed):
             self._layout.manifest(version).unlink(missing_ok=True)
 
     def point_name(self, name: str, version: str) -> None:

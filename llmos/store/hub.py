@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ TIMEOUT_S = 30.0
 """For the hub to answer; a download may take as long as it moves."""
 
 
-def fetch(place: str, work: Path, progress: Progress, environ: Mapping[str, str] = os.environ) -> Bundle:
+def fetch(place: str, work: Path, progress: Progress, environ: Mapping[str, str]) -> Bundle:
     """The model in `place` (REPOSITORY or REPOSITORY@REVISION), downloaded into `work`.
 
     What an interrupted import left there is completed. Raises `SourceError`; `MissingExtra` without the library.

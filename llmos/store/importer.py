@@ -10,10 +10,10 @@ What an interruption leaves in staging is used by the next import of the same so
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from llmos.config import environment
 from llmos.errors import SourceError
 from llmos.store import files, hub, pypi
 from llmos.store.conversion import conversion_key, convert, require_converter
@@ -34,7 +34,7 @@ def import_model(
     *,
     name: str | None = None,
     progress: Progress | None = None,
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Bring `source` into the store as `name` (by default made from the source's name) and return its manifest.
 
@@ -45,7 +45,7 @@ def import_model(
         check_name(name)
     watched = progress or Silent()
     with store.staging("source-" + files.sha256_of([source.encode()])[0]) as work:
-        gathered = _gather(source, work, watched, environ)
+        gathered = _gather(source, work, watched, environment() if environ is None else environ)
         ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched)
         return ingest.converted(gathered.gguf) if gathered.gguf is not None else ingest.copied(work / "model")
 

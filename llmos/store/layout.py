@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from llmos.config import environment
 from llmos.errors import SourceError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def default_store_path(environ: Mapping[str, str] = os.environ) -> Path:
+def default_store_path(environ: Mapping[str, str] | None = None) -> Path:
     """`LLMOS_STORE`, or `llmos/store` in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache)."""
-    if chosen := environ.get("LLMOS_STORE"):
+    variables = environment() if environ is None else environ
+    if chosen := variables.get("LLMOS_STORE"):
         return Path(chosen).expanduser().absolute()
-    cache = Path(environ.get("XDG_CACHE_HOME", ""))
+    cache = Path(variables.get("XDG_CACHE_HOME", ""))
     # The XDG base directory specification has relative paths ignored.
     return (cache if cache.is_absolute() else Path("~/.cache").expanduser()) / "llmos" / "store"
 

@@ -134,11 +134,11 @@ class Store:
     def remove(self, name: str) -> int:
         """Remove a name, its version if no other name points to it, and all that nothing refers to any more.
 
-        A version may be given instead. What interrupted imports left is removed too. Returns the bytes freed. Raises
-        `ModelNotFound`.
+        A version goes with all its names. What interrupted imports left goes too. Returns the bytes of blobs freed.
+        Raises `ModelNotFound`.
         """
         with self._lock():
-            self._catalogue.drop(*self._catalogue.locate(name))
+            self._catalogue.drop(name)
             return self._collect()
 
     def receive(self, entry: Manifest, read_blob: ReadBlob, *, name: str | None = None) -> Manifest:
