@@ -1,0 +1,133 @@
+"""`llmos chat`: a conversation at the terminal, or one turn per line of a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmos.cli import output
+from llmos.cli.flags import DataDir, MaxTokens, Seed, ServedModel, Temperature, Timeout
+
+if TYPE_CHECKING:
+    from llmos.cli.connection import Target
+    from llmos.cli.prompting import Settings
+    from llmos.v1.inference_pb2 import Message
+
+HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+
+System = Annotated[str, typer.Option("--system", help="Instructions that frame the conversation.")]
+
+
+def chat(
+    model: ServedModel = "",
+    system: System = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    timeout: Timeout = 600.0,
+    data_dir: DataDir = None,
+) -> None:
+    """Talk to a served model. /clear forgets the conversation, /exit leaves."""
+    from llmos.cli.connection import find_target
+    from llmos.cli.prompting import Settings
+
+    settings = Settings(max_tokens, temperature, seed, timeout)
+    conversation = Conversation(find_target(data_dir), model, settings, system)
+    with asyncio.Runner() as runner:
+        name = runner.run(conversation.choose())
+        interactive = sys.stdin.isatty()
+        if interactive:
+            output.note(f"{name}. {HELP}")
+        _converse(conversation, runner, interactive)
+
+
+def _converse(conversation: Conversation, runner: asyncio.Runner, interactive: bool) -> None:
+    from llmos.errors import LlmosError
+
+    while (line := _read_line(interactive)) is not None:
+        text = line.strip()
+        if text in ("/exit", "/quit"):
+            return
+        if text == "/clear":
+            conversation.clear()
+        elif text.startswith("/") and interactive:
+            output.note(HELP)
+        elif text:
+            try:
+                runner.run(conversation.turn(text))
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
+                output.write("\n")
+            except LlmosError as problem:
+                if not interactive:
+                    raise
+                output.error(problem.message)
+
+
+def _read_line(interactive: bool) -> str | None:
+    """The next line; None at the end of the input."""
+    if not interactive:
+        return sys.stdin.readline() or None
+    # Line editing and recall come with the import; builds of Python without it still read lines.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    try:
+        return input("> ")
+    except EOFError:
+        output.write("\n")
+    except KeyboardInterrupt:
+        output.write("\n")
+        return ""
+    return None
+
+
+class Conversation:
+    """The turns so far. A turn that fails or is interrupted leaves no trace in them."""
+
+    def __init__(self, target: Target, model: str, settings: Settings, system: str) -> None:
+        self._target = target
+        self._model = model
+        self._settings = settings
+        self._system = system
+        self._messages: list[Message] = []
+
+    async def choose(self) -> str:
+        """Settle on a model. Raises UnsupportedFeature if it cannot chat."""
+        from llmos.cli import prompting
+        from llmos.cli.connection import connect
+        from llmos.errors import UnsupportedFeature
+
+        async with connect(self._target) as fleet:
+            served = await prompting.choose_model(fleet, self._model)
+        if "chat" not in served.capabilities:
+            raise UnsupportedFeature(f"{served.name} cannot chat: `llmos generate` continues a text with it")
+        self._model = served.name
+        return self._model
+
+    def clear(self) -> None:
+        """Forget all turns."""
+        self._messages.clear()
+
+    async def turn(self, text: str) -> None:
+        """Say `text` and write the answer as it comes."""
+        from llmos.cli import prompting
+        from llmos.cli.connection import connect
+        from llmos.cli.generate import Answer
+
+        answer = Answer()
+        asked = [*self._messages, prompting.user_says(text)]
+        messages = [prompting.system_says(self._system), *asked] if self._system else asked
+        async with (
+            connect(self._target) as fleet,
+            aclosing(prompting.stream_chat(fleet, self._model, messages, self._settings)) as events,
+        ):
+            async for event in events:
+                output.write(answer.add(event))
+        output.write("\n")
+        self._messages = [*asked, prompting.assistant_said(answer.text)]

@@ -1,0 +1,53 @@
+"""What tab completion offers. Silent and quick: a fleet that does not answer in a second offers nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+_TIMEOUT_S = 1.0
+
+
+def request_ids(incomplete: str) -> list[str]:
+    """Ids of requests that wait or run in the fleet started last."""
+    return _quietly(_request_ids, incomplete)
+
+
+def served_models(incomplete: str) -> list[str]:
+    """Names of models that the fleet started last serves."""
+    return _quietly(_served_models, incomplete)
+
+
+def stored_models(incomplete: str) -> list[str]:
+    """Names in the user's model store."""
+    return _quietly(_stored_models, incomplete)
+
+
+async def _request_ids() -> list[str]:
+    from llmos.cli.connection import find_target
+    from llmos.cli.ps import list_requests
+
+    return [request.request_id for request in await list_requests(find_target(None), 100, _TIMEOUT_S)]
+
+
+async def _served_models() -> list[str]:
+    from llmos.cli.connection import connect, find_target
+    from llmos.cli.prompting import list_models
+
+    async with connect(find_target(None)) as fleet:
+        return [model.name for model in await list_models(fleet, _TIMEOUT_S)]
+
+
+async def _stored_models() -> list[str]:
+    from llmos.store import Store
+
+    return [manifest.name for manifest in Store().list() if manifest.name]
+
+
+def _quietly(names: Callable[[], Coroutine[Any, Any, list[str]]], incomplete: str) -> list[str]:
+    try:
+        return [name for name in asyncio.run(names()) if name.startswith(incomplete)]
+    except Exception:
+        # Whatever went wrong, an error message in the middle of a half-typed command line helps nobody.
+        return []

@@ -1,0 +1,116 @@
+"""`llmos generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmos.cli import output
+from llmos.cli.flags import AsJson, DataDir, MaxTokens, Seed, ServedModel, Temperature, Timeout
+
+if TYPE_CHECKING:
+    from llmos.cli.connection import Connection, Target
+    from llmos.cli.prompting import Event, Settings
+    from llmos.v1 import inference_pb2 as pb
+
+Prompt = Annotated[str, typer.Argument(help="What to ask; `-` reads it from standard input.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it is instead of answering it in a chat.")]
+Stream = Annotated[bool, typer.Option("--stream/--no-stream", help="Show the answer while it is generated.")]
+
+
+def generate(
+    prompt: Prompt,
+    model: ServedModel = "",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    raw: Raw = False,
+    stream: Stream = True,
+    timeout: Timeout = 600.0,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Ask a served model."""
+    from llmos.cli.connection import find_target
+    from llmos.cli.prompting import Settings
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = Settings(max_tokens, temperature, seed, timeout)
+    answer = asyncio.run(_ask(find_target(data_dir), model, text, settings, raw, show=stream and not as_json))
+    if as_json:
+        output.print_json(answer.as_json())
+    elif stream:
+        output.write("\n")
+    else:
+        output.write(f"{answer.text}\n")
+
+
+class Answer:
+    """Gathers the events of one streamed choice."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._start: pb.StreamStart | None = None
+        self._finish = ""
+        self._usage: pb.Usage | None = None
+
+    def add(self, event: Event) -> str:
+        """Take an event in; returns the text that it adds."""
+        from llmos.v1 import inference_pb2 as pb
+
+        kind = event.WhichOneof("event")
+        if kind == "start":
+            self._start = event.start
+        elif kind == "usage":
+            self._usage = event.usage
+        elif kind == "delta":
+            if event.delta.finish_reason:
+                self._finish = output.enum_name(pb.FinishReason, event.delta.finish_reason)
+            self.text += event.delta.text
+            return event.delta.text
+        return ""
+
+    def as_json(self) -> dict[str, object]:
+        """The whole answer for programs."""
+        start, usage = self._start, self._usage
+        return {
+            "id": start.request_id if start else "",
+            "model": start.model if start else "",
+            "model_version": start.model_version if start else "",
+            "seed": start.seed if start else None,
+            "text": self.text,
+            "finish_reason": self._finish,
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens if usage else 0,
+                "completion_tokens": usage.completion_tokens if usage else 0,
+                "cached_tokens": usage.cached_tokens if usage else 0,
+            },
+        }
+
+
+async def _ask(target: Target, model: str, text: str, settings: Settings, raw: bool, *, show: bool) -> Answer:
+    from llmos.cli.connection import connect
+
+    answer = Answer()
+    async with connect(target) as fleet, aclosing(await _events(fleet, model, text, settings, raw)) as events:
+        async for event in events:
+            piece = answer.add(event)
+            if show and piece:
+                output.write(piece)
+    return answer
+
+
+async def _events(
+    fleet: Connection, model: str, text: str, settings: Settings, raw: bool
+) -> AsyncGenerator[Event, None]:
+    from llmos.cli import prompting
+
+    served = await prompting.choose_model(fleet, model)
+    if raw or "chat" not in served.capabilities:
+        return prompting.stream_completion(fleet, served.name, text, settings)
+    return prompting.stream_chat(fleet, served.name, [prompting.user_says(text)], settings)

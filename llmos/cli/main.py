@@ -1,0 +1,61 @@
+"""The `llmos` command. Each subcommand lives in a module of its own and imports what is slow when it runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+import typer
+
+from llmos.cli import certs, chat, down, generate, kill, models, nodes, output, ps, trace, up
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="llmos",
+    help="A fleet of workers that serves language models as one machine. Start with `llmos up`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("up")(up.up)
+app.command("down")(down.down)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("nodes")(nodes.nodes)
+app.command("ps")(ps.ps)
+app.command("kill")(kill.kill)
+app.command("trace")(trace.trace)
+app.command("certs")(certs.certs)
+app.add_typer(models.app, name="models", help="The model store: list, show, import, remove.")
+
+
+@app.command("version")
+def version() -> None:
+    """Show the version of this command."""
+    output.write(f"llmos {metadata.version('llmos')}\n")
+
+
+def main() -> None:
+    """Entry point. Typed errors become one line on stderr and exit status 1; wrong usage exits with 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has left; there is nobody to tell.
+        sys.stderr.close()
+        sys.exit(EXIT_FAILED)
+    except Exception as problem:
+        from llmos.errors import LlmosError
+
+        if not isinstance(problem, LlmosError):
+            raise
+        output.error(problem.message)
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

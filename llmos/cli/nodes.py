@@ -1,0 +1,114 @@
+"""`llmos nodes`: every process of the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from llmos.cli import output
+from llmos.cli.flags import AsJson, DataDir
+
+if TYPE_CHECKING:
+    from llmos.cli.connection import Target
+    from llmos.v1.fleet_pb2 import Capacity, Node, NodeModel
+
+
+def nodes(data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Show every scheduler, gateway and worker."""
+    from llmos.cli.connection import find_target
+
+    found = asyncio.run(_list(find_target(data_dir)))
+    if as_json:
+        output.print_json([node_json(node) for node in found])
+        return
+    columns = ["ID", "ROLE", "STATE", "PID", "ADDRESS", "BACKEND", "MODELS", "CAPACITY", "RUNNING"]
+    output.print_table(columns, [_row(node) for node in found], empty="no nodes")
+
+
+async def _list(target: Target) -> list[Node]:
+    from llmos.cli.connection import CALL_TIMEOUT_S, connect
+    from llmos.v1 import fleet_pb2
+
+    async with connect(target) as fleet:
+        call = fleet.fleet.ListNodes(fleet_pb2.ListNodesRequest(), metadata=fleet.metadata, timeout=CALL_TIMEOUT_S)
+        return list((await call).nodes)
+
+
+def node_json(node: Node) -> dict[str, object]:
+    """A node for programs: exactly these keys, whatever its role."""
+    from llmos.v1 import fleet_pb2
+
+    return {
+        "id": node.id,
+        "role": output.enum_name(fleet_pb2.NodeRole, node.role),
+        "pid": node.pid,
+        "host": node.host,
+        "address": node.address,
+        "backend": node.backend,
+        "models": [_model_json(model) for model in node.models],
+        "state": output.enum_name(fleet_pb2.NodeState, node.state),
+        "capacity": _capacity_json(node.capacity) if node.HasField("capacity") else None,
+    }
+
+
+def _model_json(model: NodeModel) -> dict[str, object]:
+    from llmos.v1 import fleet_pb2
+
+    return {
+        "name": model.name,
+        "version": model.version,
+        "state": output.enum_name(fleet_pb2.ModelState, model.state),
+        "total_blocks": model.total_blocks,
+        "free_blocks": model.free_blocks,
+        "detail": model.detail,
+    }
+
+
+def _capacity_json(capacity: Capacity) -> dict[str, object]:
+    from llmos.v1 import fleet_pb2
+
+    return {
+        "devices": [
+            {
+                "id": device.id,
+                "kind": output.enum_name(fleet_pb2.DeviceKind, device.kind),
+                "name": device.name,
+                "memory_bytes": device.memory_bytes,
+            }
+            for device in capacity.devices
+        ],
+        "cpu_cores": capacity.cpu_cores,
+        "memory_bytes": capacity.memory_bytes,
+        "disk_bytes": capacity.disk_bytes,
+    }
+
+
+def _row(node: Node) -> list[str]:
+    from llmos.v1 import fleet_pb2
+
+    return [
+        node.id,
+        output.enum_name(fleet_pb2.NodeRole, node.role),
+        output.enum_name(fleet_pb2.NodeState, node.state),
+        str(node.pid),
+        node.address,
+        node.backend,
+        ", ".join(_model_text(model) for model in node.models),
+        _capacity_text(node.capacity) if node.HasField("capacity") else "",
+        str(node.running),
+    ]
+
+
+def _model_text(model: NodeModel) -> str:
+    from llmos.v1 import fleet_pb2
+
+    state = output.enum_name(fleet_pb2.ModelState, model.state)
+    return f"{model.name} ({state}{': ' + model.detail if model.detail else ''})"
+
+
+def _capacity_text(capacity: Capacity) -> str:
+    from llmos.v1 import fleet_pb2
+
+    gpus = [device for device in capacity.devices if device.kind == fleet_pb2.DEVICE_KIND_GPU]
+    parts = [f"{device.name} {output.bytes_text(device.memory_bytes)}" for device in gpus]
+    return ", ".join([*parts, f"{capacity.cpu_cores:g} cores", output.bytes_text(capacity.memory_bytes)])

@@ -1,0 +1,93 @@
+"""Asking a served model: which one, in what form, and the pieces of its answer. Slow to import."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from llmos.cli.connection import CALL_TIMEOUT_S, Connection
+from llmos.errors import InvalidRequest, ModelNotFound, Unavailable
+from llmos.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to generate; None leaves it to the gateway's default."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    timeout_s: float = 600.0
+
+    def params(self) -> pb.GenerationParams:
+        """As the API takes them."""
+        return pb.GenerationParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
+
+
+Event = pb.StreamChatResponse | pb.StreamCompleteResponse
+
+
+async def list_models(fleet: Connection, timeout_s: float = CALL_TIMEOUT_S) -> Sequence[pb.ServedModel]:
+    """The models that can be asked for now, in order of name."""
+    call = fleet.inference.ListModels(pb.ListModelsRequest(), metadata=fleet.metadata, timeout=timeout_s)
+    return (await call).models
+
+
+async def choose_model(fleet: Connection, name: str) -> pb.ServedModel:
+    """The served model `name`; the only one if that is empty.
+
+    Raises ModelNotFound, InvalidRequest (several are served) or Unavailable (none is).
+    """
+    served = await list_models(fleet)
+    if not served:
+        raise Unavailable("the fleet serves no model now: `llmos nodes` shows why")
+    names = ", ".join(model.name for model in served)
+    if name:
+        found = next((model for model in served if model.name == name), None)
+        if found is None:
+            raise ModelNotFound(f"the fleet does not serve '{name}': choose one of {names}")
+        return found
+    if len(served) > 1:
+        raise InvalidRequest(f"the fleet serves several models: choose one with --model ({names})", param="model")
+    return served[0]
+
+
+async def stream_chat(
+    fleet: Connection, model: str, messages: Sequence[pb.Message], settings: Settings
+) -> AsyncGenerator[Event, None]:
+    """Events of the answer to a conversation; leaving early cancels it."""
+    request = pb.StreamChatRequest(model=model, messages=messages, params=settings.params())
+    call = fleet.inference.StreamChat(request, metadata=fleet.metadata, timeout=settings.timeout_s)
+    try:
+        async for event in call:
+            yield event
+    finally:
+        call.cancel()
+
+
+async def stream_completion(
+    fleet: Connection, model: str, text: str, settings: Settings
+) -> AsyncGenerator[Event, None]:
+    """Events of the continuation of a text; leaving early cancels it."""
+    request = pb.StreamCompleteRequest(model=model, text=text, params=settings.params())
+    call = fleet.inference.StreamComplete(request, metadata=fleet.metadata, timeout=settings.timeout_s)
+    try:
+        async for event in call:
+            yield event
+    finally:
+        call.cancel()
+
+
+def system_says(text: str) -> pb.Message:
+    """Instructions that frame the conversation."""
+    return pb.Message(role=pb.ROLE_SYSTEM, content=text)
+
+
+def user_says(text: str) -> pb.Message:
+    """A turn of the person."""
+    return pb.Message(role=pb.ROLE_USER, content=text)
+
+
+def assistant_said(text: str) -> pb.Message:
+    """A turn of the model."""
+    return pb.Message(role=pb.ROLE_ASSISTANT, content=text)

@@ -1,0 +1,144 @@
+"""What `llmos up` does: look before it leaps, start the fleet here or in the background, say where and how."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llmos.cli import output, progress
+from llmos.cli.answer import stream_answer
+from llmos.config import environment
+from llmos.errors import ConfigError, Conflict, MissingExtra
+from llmos.fleet.detach import start_detached
+from llmos.fleet.etcd_server import find_etcd
+from llmos.fleet.lock import already_runs
+from llmos.fleet.options import FleetOptions, free_memory, share_of, usable_cores
+from llmos.fleet.plan import ServicePlan
+from llmos.fleet.shutdown import is_running
+from llmos.fleet.state import FleetState, read_state, remember_last_up, state_home
+from llmos.fleet.supervisor import Supervisor
+from llmos.store import Store
+from llmos.store.default import DEFAULT_NAME, ensure_default
+
+ECHO_MODEL = "echo"
+_EXTRAS = (("gateway", "starlette", "The gateway"), ("worker", "torch", "The torch backend"))
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt to answer as soon as the fleet is ready."""
+
+    prompt: str
+    max_tokens: int
+
+
+def data_folder(given: Path | None) -> Path:
+    """The folder as an absolute path: children and later commands run elsewhere."""
+    return (given or state_home(environment())).absolute()
+
+
+def prepare(options: FleetOptions, steps: output.Steps) -> FleetOptions:
+    """Options with the model settled and everything found that the fleet needs. Imports the default model if missing.
+
+    Raises Conflict if a fleet runs in the data folder, MissingExtra, ConfigError, ModelNotFound or SourceError.
+    """
+    state = read_state(options.data_dir)
+    if state is not None and is_running(state):
+        raise Conflict(already_runs(options.data_dir))
+    if options.keys_file is not None and not options.keys_file.is_file():
+        raise ConfigError(f"there is no keys file {options.keys_file}: `llmos keys` makes one", param="keys_file")
+    for extra, module, purpose in _EXTRAS:
+        if (extra != "worker" or options.backend == "torch") and importlib.util.find_spec(module) is None:
+            raise MissingExtra(extra, purpose)
+    if not options.etcd:
+        find_etcd(environment().get("PATH"))
+    if options.backend == "echo":
+        return replace(options, model=options.model or ECHO_MODEL)
+    return replace(options, model=_stored(options.model or DEFAULT_NAME, steps))
+
+
+def _stored(names: str, steps: output.Steps) -> str:
+    """`names` as they are, once each is known to be in the store."""
+    store = Store()
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name == DEFAULT_NAME:
+            steps.done()
+            with progress.shown() as import_progress:
+                ensure_default(store, import_progress)
+        else:
+            store.resolve(name)
+    return ",".join(wanted)
+
+
+def serve_detached(options: FleetOptions, ask: Ask | None, steps: output.Steps) -> None:
+    """Start the fleet in the background; return once it is ready and has answered."""
+    options.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = start_detached(options, steps)
+    steps.done()
+    _announce(state, options, stop=f"llmos down --data-dir {options.data_dir}")
+    if ask is not None:
+        _answer(state, ask)
+
+
+def serve_here(options: FleetOptions, ask: Ask | None, *, once: bool, steps: output.Steps) -> None:
+    """Serve until Ctrl-C, or with `once` until the prompt is answered."""
+    share = share_of(options.workers, usable_cores(), free_memory())
+    supervisor = Supervisor(options, ServicePlan(options, share), steps)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, stop.set)
+
+        async def on_ready(state: FleetState) -> None:
+            steps.done()
+            if once:
+                remember_last_up(state_home(environment()), options.data_dir)
+            else:
+                _announce(state, options, stop="Ctrl-C")
+            if ask is not None:
+                await asyncio.to_thread(_answer, state, ask)
+            if once:
+                stop.set()
+
+        await supervisor.run(stop, on_ready)
+
+    asyncio.run(serve())
+
+
+def _answer(state: FleetState, ask: Ask) -> None:
+    key = environment().get("LLMOS_API_KEY", "")
+    for piece in stream_answer(state.http_url, key, state.models[0], ask.prompt, ask.max_tokens):
+        output.write(piece)
+    output.write("\n")
+
+
+def _announce(state: FleetState, options: FleetOptions, *, stop: str) -> None:
+    remember_last_up(state_home(environment()), options.data_dir)
+    output.note(usage_text(state, has_keys=options.keys_file is not None, logs=options.log_dir, stop=stop))
+
+
+def usage_text(state: FleetState, *, has_keys: bool, logs: Path, stop: str) -> str:
+    """Where the fleet serves and how to ask it: a curl line, and three lines of Python."""
+    model, base = state.models[0], f"{state.http_url}/v1"
+    key = "YOUR-KEY" if has_keys else "any"
+    header = f" -H 'authorization: Bearer {key}'" if has_keys else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return f"""
+llmos serves {", ".join(state.models)}
+  HTTP  {base}
+  gRPC  {state.grpc_address}
+  logs  {logs}
+  stop  {stop}
+
+  curl {base}/chat/completions{header} -H 'content-type: application/json' -d '{body}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{base}", api_key="{key}")
+  print(client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello"}}]))
+"""
