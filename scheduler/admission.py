@@ -1,0 +1,194 @@
+"""What gateways say: submit, take up again, cancel, finish a choice; and gateways that come and go."""
+
+from __future__ import annotations
+
+from llmos.errors import Cancelled, InvalidRequest, LlmosError, ModelNotFound, Overloaded, PromptTooLong
+from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
+from scheduler import events, takeover
+from scheduler.commands import CloseStream, Order, SendCatalogue, SendFailure
+from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted
+from scheduler.requests import STOP, LiveRequest, ModelKey, blocks_needed
+from scheduler.state import GatewayView, Outbox, State
+from scheduler.workers import HOPELESS, LOADED
+
+
+def connected(state: State, event: events.GatewayConnected, now: float, out: Outbox) -> None:
+    """A gateway opened a stream; an older one of the same gateway is over."""
+    gateway = state.gateways.get(event.node.id)
+    if gateway is not None:
+        out.append(CloseStream(gateway.stream_id))
+        _stream_over(state, gateway.stream_id, now)
+    state.gateways[event.node.id] = GatewayView(event.node, event.stream_id)
+    state.by_stream[event.stream_id] = set()
+    if state.settled:
+        out.append(SendCatalogue(event.stream_id, state.catalogue.message()))
+
+
+def lost(state: State, event: events.GatewayLost, now: float, out: Outbox) -> None:
+    """A gateway's stream ended; its requests outlive it for a moment."""
+    for gateway in state.gateways.values():
+        if gateway.stream_id == event.stream_id:
+            del state.gateways[gateway.node.id]
+            _stream_over(state, event.stream_id, now)
+            return
+
+
+def _stream_over(state: State, stream_id: int, now: float) -> None:
+    state.timers.at(now + state.policy.gateway_grace_s, events.GatewayGraceOver(stream_id))
+
+
+def grace_over(state: State, event: events.GatewayGraceOver, now: float, out: Outbox) -> None:
+    """Cancel what no stream has taken up again."""
+    for request_id in sorted(state.by_stream.pop(event.stream_id, ())):
+        discard(state, state.requests[request_id], "gateway_lost", out)
+
+
+def submitted(state: State, event: events.Submitted, now: float, out: Outbox) -> None:
+    """Accept a request, take it up again, or refuse it at once."""
+    gateway_id = next((g.node.id for g in state.gateways.values() if g.stream_id == event.stream_id), None)
+    if gateway_id is None:
+        return
+    request = event.request
+    live = state.requests.get(request.request_id)
+    try:
+        _check_shape(request)
+        if live is not None:
+            takeover.take_up(state, live, event, gateway_id, out)
+            return
+        if state.tombstones.covers(request.request_id, now):
+            raise Cancelled("The request was cancelled.")
+        _accept(state, event, gateway_id, now, out)
+    except LlmosError as error:
+        out.append(SendFailure(event.stream_id, failure(request.request_id, error)))
+
+
+def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, out: Outbox) -> None:
+    request = event.request
+    key = _resolve(state, request)
+    if key is not None:
+        _check_size(state, request, key)
+    if not request.resume and len(state.waiting) + len(state.parked) >= state.policy.queue_limit:
+        waiting = len(state.waiting) + len(state.parked)
+        pause = state.drain.retry_after_ms(waiting, now) / 1000
+        state.counters["overloaded"] += 1
+        raise Overloaded("Too many requests are waiting; try again later.", retry_after_s=pause)
+    parked_key = (request.model, request.model_version)
+    live = LiveRequest.accept(request, gateway_id, event.stream_id, key or parked_key, now)
+    home = state.workers.get(state.claims.get(live.id, ""))
+    if request.resume and home is not None:
+        live.fingerprint = home.fingerprint
+    state.requests[live.id] = live
+    state.by_stream[event.stream_id].add(live.id)
+    if request.deadline_ms:
+        state.timers.at(live.deadline_at, events.DeadlinePassed(live.id))
+    if key is None:
+        state.parked[live.id] = live
+    elif not finish_exhausted(state, live, out):
+        enqueue(state, live, out)
+
+
+def _resolve(state: State, request: request_pb2.Request) -> ModelKey | None:
+    """The exact version to run; None: not known yet, and it may still turn up."""
+    model = state.catalogue.get(request.model)
+    key = (request.model, request.model_version or (model.version if model is not None else ""))
+    if model is None or (key[1] != model.version and not _offered(state, key)):
+        if state.settled and not request.resume:
+            raise ModelNotFound(f"The fleet does not serve a model '{request.model}'.", param="model")
+        return None
+    if key[1] == model.version and request.tokenizer_hash != model.tokenizer_hash:
+        raise InvalidRequest("The prompt was made with another tokenizer than the model's.", param="tokenizer_hash")
+    return key
+
+
+def _offered(state: State, key: ModelKey) -> bool:
+    slots = (worker.slot_for(key) for worker in state.workers.values() if worker.connected)
+    return any(slot is not None and slot.state not in HOPELESS for slot in slots)
+
+
+def _check_shape(request: request_pb2.Request) -> None:
+    """The contract's bounds; gateways keep them, so that a breach is the sender's mistake."""
+    if not request.request_id or not request.model or not request.token_ids:
+        raise InvalidRequest("A request needs an id, a model and a prompt.", param="request")
+    if request.choices < 1 or request.max_tokens < 1:
+        raise InvalidRequest("A request needs at least one choice of at least one token.", param="max_tokens")
+    seen = [resume.choice for resume in request.resume]
+    if len(set(seen)) != len(seen) or any(choice >= request.choices for choice in seen):
+        raise InvalidRequest("Each choice is resumed at most once and must exist.", param="resume")
+    if any(len(resume.token_ids) > request.max_tokens for resume in request.resume):
+        raise InvalidRequest("A choice cannot hold more tokens than it may get.", param="resume")
+
+
+def _check_size(state: State, request: request_pb2.Request, key: ModelKey) -> None:
+    """Refuse at once what no worker could ever hold."""
+    if request.choices > state.policy.max_choices:
+        raise InvalidRequest(f"At most {state.policy.max_choices} choices.", param="n")
+    model = state.catalogue.get(key[0])
+    tokens = len(request.token_ids) + request.max_tokens
+    if model is not None and model.version == key[1] and tokens > model.context_length:
+        raise PromptTooLong(
+            f"Prompt and max_tokens make {tokens} tokens; the model's context is {model.context_length}.",
+            param="max_tokens",
+        )
+    totals = [
+        slot.total_blocks
+        for worker in state.workers.values()
+        if (slot := worker.slot_for(key)) is not None and slot.state == LOADED
+    ]
+    if totals and blocks_needed(request, request.choices) > max(totals):
+        raise PromptTooLong("No worker has memory for that many tokens; ask for fewer.", param="max_tokens")
+
+
+def unpark(state: State, now: float, out: Outbox) -> None:
+    """Look again at requests whose model was not known."""
+    for live in list(state.parked.values()):
+        try:
+            key = _resolve(state, live.request)
+            if key is not None:
+                _check_size(state, live.request, key)
+        except LlmosError as error:
+            fail(state, live, error, out)
+            continue
+        if key is not None:
+            del state.parked[live.id]
+            live.key = key
+            if not finish_exhausted(state, live, out):
+                enqueue(state, live, out)
+
+
+def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) -> None:
+    """Stop a request; a cancel that overtook its submission leaves a tombstone that stops it then."""
+    live = state.requests.get(event.request_id)
+    if live is not None and live.stream_id != event.stream_id and state.stream_of(live) is not None:
+        state.counters["foreign_cancel"] += 1
+        return
+    state.tombstones.add(event.request_id, now)
+    if live is not None:
+        discard(state, live, event.reason or "cancelled", out)
+
+
+def killed(state: State, event: events.Killed, now: float, out: Outbox) -> None:
+    """A person ends a request; the client gets a typed error."""
+    live = state.requests.get(event.request_id)
+    state.tombstones.add(event.request_id, now)
+    if live is not None:
+        fail(state, live, Cancelled("The request was cancelled by an operator."), out)
+
+
+def choice_finished(state: State, event: events.ChoiceFinished, now: float, out: Outbox) -> None:
+    """The gateway found a stop string: tokens from `keep_until` on are neither delivered nor charged."""
+    live = state.requests.get(event.request_id)
+    if live is None or live.stream_id != event.stream_id or event.choice >= len(live.choices):
+        return
+    choice = live.choices[event.choice]
+    if choice.finished:
+        return
+    choice.keep_until = event.keep_until
+    if len(choice.tokens) >= event.keep_until:
+        choice.truncate(event.keep_until)
+        choice.finished = True
+        choice.finish_reason = STOP
+    if live.attempt is not None:
+        order = requests_pb2.Finish(request_id=live.id, choice=event.choice, keep_until=event.keep_until)
+        out.append(Order(live.attempt.worker_id, work_pb2.Command(finish=order)))
+    if live.finished:
+        complete(state, live, out)

@@ -1,0 +1,77 @@
+"""From waiting to running: offer waiting requests to workers with room, and clear away those nobody can serve."""
+
+from __future__ import annotations
+
+from llmos.errors import Unavailable
+from scheduler.commands import StartAttempt
+from scheduler.events import Sweep
+from scheduler.lifecycle import fail, forget_claim
+from scheduler.members import refresh_catalogue
+from scheduler.requests import Attempt, LiveRequest, ModelKey
+from scheduler.state import Outbox, State
+from scheduler.workers import HOPELESS, WorkerView
+
+SWEEP_S = 1.0
+
+
+def place_waiting(state: State, now: float, out: Outbox) -> None:
+    """Start whatever fits, for the models where something has changed."""
+    if not state.freed and not state.looking:
+        return
+
+    def start(live: LiveRequest) -> bool:
+        worker = state.placement.place(live)
+        if worker is None:
+            return False
+        _start(state, live, worker, now, out)
+        return True
+
+    for key in sorted(state.freed.keys() | state.looking):
+        state.drain.count(now, state.waiting.admit(key, start))
+    state.freed.clear()
+    state.looking.clear()
+
+
+def _start(state: State, live: LiveRequest, worker: WorkerView, now: float, out: Outbox) -> None:
+    live.attempts += 1
+    attempt = Attempt(state.term, live.attempts, worker.id, live.blocks, live.key[0])
+    if state.claims.get(live.id) != worker.id:
+        forget_claim(state, live.id, out, tell=True)
+    state.claims.pop(live.id, None)
+    worker.set_aside(live.id, attempt)
+    state.room_taken(worker, worker.slots[attempt.model])
+    live.attempt = attempt
+    out.append(StartAttempt(worker.id, live.dispatch(now)))
+
+
+def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
+    """Once a second: end requests that no worker is left for, forget models that are gone, look once more."""
+    state.timers.at(now + SWEEP_S, Sweep())
+    refresh_catalogue(state, now, out)
+    waited_for = state.waiting.keys()
+    for key in list(state.nobody_since):
+        if key not in waited_for:
+            del state.nobody_since[key]
+    for key in waited_for:
+        state.looking.add(key)
+        if _served(state, key):
+            state.nobody_since.pop(key, None)
+        elif now - state.nobody_since.setdefault(key, now) >= state.policy.no_worker_grace_s:
+            for live in list(state.waiting.waiting_for(key)):
+                fail(state, live, _nobody(), out)
+    for live in list(state.parked.values()):
+        if now - live.accepted_at >= state.policy.no_worker_grace_s:
+            fail(state, live, _nobody(), out)
+
+
+def _served(state: State, key: ModelKey) -> bool:
+    """A connected worker has the model, or may come to have it."""
+    for worker in state.workers.values():
+        slot = worker.slot_for(key)
+        if slot is not None and worker.usable and slot.state not in HOPELESS:
+            return True
+    return False
+
+
+def _nobody() -> Unavailable:
+    return Unavailable("No worker serves the model at present; try again later.", retry_after_s=5.0)

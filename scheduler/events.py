@@ -1,0 +1,175 @@
+"""What happens to the core. Values only; protobuf messages inside are handed over and never changed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmos.internal.v1 import registry_pb2, request_pb2, work_pb2
+from llmos.v1 import fleet_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed. Comes often enough for deadlines to be met to within its period."""
+
+
+@dataclass(frozen=True, slots=True)
+class TermRaised:
+    """The same leader was elected again, with a higher term; what runs goes on under the epochs it has."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRegistered:
+    """A worker's record appeared or changed."""
+
+    record: registry_pb2.WorkerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDeregistered:
+    """A worker's record is gone. Its stream may well live."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class MembersListed:
+    """The first list of workers is complete: everybody who was registered has been announced."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAttached:
+    """A stream to a worker began; `report` is what the worker said first."""
+
+    worker_id: str
+    report: work_pb2.WorkerReport
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFrame:
+    """A frame of a worker's stream, in order."""
+
+    worker_id: str
+    frame: work_pb2.WorkFrame
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDetached:
+    """A worker's stream ended, or went silent for too long."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConnected:
+    """A gateway's stream began. `stream_id` is unique; the node's id is the gateway's own, over reconnects."""
+
+    stream_id: int
+    node: fleet_pb2.Node
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLost:
+    """A gateway's stream ended."""
+
+    stream_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A gateway hands over a request, new or to be taken up again."""
+
+    stream_id: int
+    request: request_pb2.Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """A gateway stops a request."""
+
+    stream_id: int
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Killed:
+    """A person stops a request through the Fleet API; its gateway is told."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    """A gateway has seen enough of a choice: tokens from index `keep_until` on are not wanted."""
+
+    stream_id: int
+    request_id: str
+    choice: int
+    keep_until: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """Timer: the client of a request gives up now."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetryDue:
+    """Timer: a request whose attempt failed may wait for a worker again."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayGraceOver:
+    """Timer: a gateway that lost its stream had time to come back."""
+
+    stream_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettled:
+    """Timer: gateways had time to claim what a worker reported as running. `attachment` counts its streams."""
+
+    worker_id: str
+    attachment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Timer: after the election, gateways and workers had time to come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Timer, periodic: look for requests and models that no worker is left for."""
+
+
+Event = (
+    Tick
+    | TermRaised
+    | WorkerRegistered
+    | WorkerDeregistered
+    | MembersListed
+    | WorkerAttached
+    | WorkerFrame
+    | WorkerDetached
+    | GatewayConnected
+    | GatewayLost
+    | Submitted
+    | Cancelled
+    | Killed
+    | ChoiceFinished
+    | DeadlinePassed
+    | RetryDue
+    | GatewayGraceOver
+    | WorkerSettled
+    | Settled
+    | Sweep
+)

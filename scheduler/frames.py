@@ -1,0 +1,130 @@
+"""What workers send each step: the hot path. Checks epoch and index, remembers tokens, passes output on."""
+
+from __future__ import annotations
+
+from llmos.errors import AttemptLost, from_code
+from llmos.internal.v1 import request_pb2
+from scheduler import members
+from scheduler.commands import FirstToken
+from scheduler.events import WorkerFrame
+from scheduler.lifecycle import complete, migrate, retry, send
+from scheduler.requests import Attempt, Choice, LiveRequest
+from scheduler.state import Outbox, State
+from scheduler.workers import WorkerView
+
+
+def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
+    """Take in one frame of a worker."""
+    worker = state.workers.get(event.worker_id)
+    if worker is None or not worker.connected:
+        return
+    frame = event.frame
+    if frame.step != worker.step or not frame.busy:
+        worker.step_at = now
+    worker.step, worker.busy = frame.step, frame.busy
+    if frame.draining != worker.draining:
+        members.set_draining(state, worker, frame.draining)
+    if frame.models:
+        members.models_changed(state, worker, frame.models, now, out)
+    for output in frame.outputs:
+        _output(state, worker, output, now, out)
+    for failure in frame.failures:
+        _failed(state, worker, failure, now, out)
+
+
+def _current(state: State, worker: WorkerView, request_id: str, epoch: request_pb2.Epoch) -> LiveRequest | None:
+    """The request whose running attempt this is; None for anything older, which is counted."""
+    live = state.requests.get(request_id)
+    if live is not None:
+        attempt = live.attempt
+        if (
+            attempt is not None
+            and attempt.number == epoch.attempt
+            and attempt.term == epoch.term
+            and attempt.worker_id == worker.id
+        ):
+            return live
+    state.counters["stale_outputs"] += 1
+    return None
+
+
+def _output(state: State, worker: WorkerView, output: request_pb2.Output, now: float, out: Outbox) -> None:
+    live = _current(state, worker, output.request_id, output.epoch)
+    if live is None:
+        return
+    attempt = live.attempt
+    assert attempt is not None
+    worker.reflected(attempt)
+    fault = _fault(live, output)
+    if fault:
+        state.counters["broken_attempts"] += 1
+        retry(state, live, AttemptLost(fault), now, out, tell=True)
+        return
+    choice = live.choices[output.choice]
+    if choice.finished or output.index < len(choice.tokens):
+        state.counters["repeated_outputs"] += 1
+        return
+    if _take(state, worker, live, attempt, output, out) and live.finished:
+        complete(state, live, out)
+
+
+def _fault(live: LiveRequest, output: request_pb2.Output) -> str:
+    """Why this output breaks the contract; empty if it does not."""
+    if output.choice >= len(live.choices):
+        return "output for a choice that does not exist"
+    have = len(live.choices[output.choice].tokens)
+    if output.index > have:
+        return "gap in the output"
+    if output.index == have and have + len(output.token_ids) > live.request.max_tokens:
+        return "more tokens than asked for"
+    if output.logprobs and len(output.logprobs) != len(output.token_ids):
+        return "log-probabilities do not match the tokens"
+    return ""
+
+
+def _take(
+    state: State, worker: WorkerView, live: LiveRequest, attempt: Attempt, output: request_pb2.Output, out: Outbox
+) -> bool:
+    """Remember the next tokens of a choice and pass them on; whether that was its end."""
+    choice = live.choices[output.choice]
+    tokens = output.token_ids
+    if tokens:
+        if attempt.produced == 0:
+            out.append(FirstToken(live.id))
+            live.fingerprint = live.fingerprint or worker.fingerprint
+        attempt.produced += len(tokens)
+    if choice.keep_until is not None:
+        output = _cut(choice, output)
+    choice.append(output.token_ids, output.logprobs)
+    if output.finish_reason:
+        choice.finish_reason = output.finish_reason
+        choice.finished = True
+    send(state, live, output, out)
+    return choice.finished
+
+
+def _cut(choice: Choice, output: request_pb2.Output) -> request_pb2.Output:
+    """Leave out tokens that the gateway does not want; the choice ends when it has what is wanted."""
+    assert choice.keep_until is not None
+    room = max(0, choice.keep_until - len(choice.tokens))
+    if len(output.token_ids) >= room:
+        choice.finished = True
+    if len(output.token_ids) <= room:
+        return output
+    kept = request_pb2.Output()
+    kept.CopyFrom(output)
+    del kept.token_ids[room:]
+    del kept.logprobs[room:]
+    return kept
+
+
+def _failed(state: State, worker: WorkerView, failure: request_pb2.Failure, now: float, out: Outbox) -> None:
+    """An attempt failed by the worker's own word. A lost engine is the worker's doing: the request moves on."""
+    live = _current(state, worker, failure.request_id, failure.epoch)
+    if live is None:
+        return
+    error = from_code(failure.code, failure.message, param=failure.param or None)
+    if isinstance(error, AttemptLost):
+        migrate(state, live, error.code, out, tell=False)
+    else:
+        retry(state, live, error, now, out, tell=False)

@@ -1,0 +1,172 @@
+"""How requests change hands and end: queue, give up an attempt, retry, migrate, fail, finish.
+
+Every accepted request ends exactly once, in `_remove`; everything that ends one goes through it.
+"""
+
+from __future__ import annotations
+
+from llmos.errors import DeadlineExceeded, FleetError, LlmosError, Unavailable
+from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.v1 import inference_pb2
+from scheduler.commands import AttemptOver, Order, Queued, RequestOver, SendFailure, SendOutput
+from scheduler.events import RetryDue
+from scheduler.requests import LENGTH, LiveRequest
+from scheduler.state import Outbox, State
+
+
+def enqueue(state: State, live: LiveRequest, out: Outbox) -> None:
+    """Begin to wait for a worker; the next look at its model may place it at once."""
+    state.waiting.push(live)
+    if state.waiting.short(live.key):
+        state.looking.add(live.key)
+    out.append(Queued(live.request))
+
+
+def send(state: State, live: LiveRequest, output: request_pb2.Output, out: Outbox) -> None:
+    """Pass output on. While the gateway is away nothing is sent: it will say what it has when it returns."""
+    stream_id = state.stream_of(live)
+    if stream_id is not None:
+        out.append(SendOutput(stream_id, output))
+
+
+def send_finish(
+    state: State, live: LiveRequest, choice: int, reason: inference_pb2.FinishReason.ValueType, out: Outbox
+) -> None:
+    """Tell the gateway that a choice has ended without a further token."""
+    output = request_pb2.Output(
+        request_id=live.id,
+        epoch=last_epoch(state, live),
+        choice=choice,
+        index=len(live.choices[choice].tokens),
+        finish_reason=reason,
+    )
+    send(state, live, output, out)
+
+
+def last_epoch(state: State, live: LiveRequest) -> request_pb2.Epoch:
+    """The epoch of the running attempt, or of the last one. Attempts are numbered on across terms of one leader."""
+    if live.attempt is not None:
+        return live.attempt.epoch
+    return request_pb2.Epoch(term=state.term, attempt=live.attempts)
+
+
+def drop_attempt(state: State, live: LiveRequest, error: str, out: Outbox, *, tell: bool) -> None:
+    """The running attempt, if any, is over; `tell`: its worker does not know yet."""
+    attempt = live.attempt
+    if attempt is None:
+        return
+    live.attempt = None
+    worker = state.workers.get(attempt.worker_id)
+    if worker is not None and live.id in worker.running:
+        worker.release(live.id)
+        state.room_changed(worker, worker.slots[attempt.model])
+        if tell and worker.connected:
+            cancel = work_pb2.CancelAttempt(request_id=live.id, epoch=attempt.epoch)
+            out.append(Order(worker.id, work_pb2.Command(cancel=cancel)))
+    out.append(AttemptOver(live.id, error, attempt.produced))
+
+
+def forget_claim(state: State, request_id: str, out: Outbox, *, tell: bool) -> None:
+    """Nobody goes on with what a worker reported to run; `tell`: cancel it there."""
+    worker = state.workers.get(state.claims.pop(request_id, ""))
+    epoch = worker.unclaimed.pop(request_id, None) if worker is not None else None
+    if tell and worker is not None and epoch is not None and worker.connected:
+        cancel = work_pb2.CancelAttempt(request_id=request_id, epoch=epoch)
+        out.append(Order(worker.id, work_pb2.Command(cancel=cancel)))
+
+
+def migrate(state: State, live: LiveRequest, reason: str, out: Outbox, *, tell: bool) -> None:
+    """The attempt is lost through no fault of the request: go on elsewhere, at once, without limit but a sane one."""
+    if live.attempt is not None:
+        live.tried.add(live.attempt.worker_id)
+    drop_attempt(state, live, reason, out, tell=tell)
+    if finish_exhausted(state, live, out):
+        return
+    if live.attempts >= state.policy.max_attempts:
+        fail(state, live, Unavailable("The request was moved between workers too often; try again."), out)
+        return
+    enqueue(state, live, out)
+
+
+def retry(state: State, live: LiveRequest, error: LlmosError, now: float, out: Outbox, *, tell: bool) -> None:
+    """The attempt failed: try again after a pause, a few times, if that can help."""
+    if live.retries >= state.policy.max_retries or not error.retryable:
+        drop_attempt(state, live, error.code, out, tell=tell)
+        fail(state, live, public(error), out)
+        return
+    if live.attempt is not None:
+        live.tried.add(live.attempt.worker_id)
+    drop_attempt(state, live, error.code, out, tell=tell)
+    if finish_exhausted(state, live, out):
+        return
+    pause = state.policy.retry_base_s * 2**live.retries
+    live.retries += 1
+    state.counters["retries"] += 1
+    state.timers.at(now + pause, RetryDue(live.id))
+
+
+def public(error: LlmosError) -> LlmosError:
+    """What a client may see of an error between services."""
+    if isinstance(error, FleetError):
+        return Unavailable("No worker could finish the request; try again.")
+    return error
+
+
+def finish_exhausted(state: State, live: LiveRequest, out: Outbox) -> bool:
+    """End choices that lack nothing but their finish reason; whether that ended the request."""
+    for choice in live.end_exhausted():
+        send_finish(state, live, choice, LENGTH, out)
+    if live.finished:
+        complete(state, live, out)
+        return True
+    return False
+
+
+def complete(state: State, live: LiveRequest, out: Outbox) -> None:
+    """Every choice has ended and its output is on its way."""
+    drop_attempt(state, live, "", out, tell=False)
+    _remove(state, live, "", out)
+
+
+def fail(state: State, live: LiveRequest, error: LlmosError, out: Outbox) -> None:
+    """End a request with a typed error; a running attempt is cancelled."""
+    epoch = last_epoch(state, live) if live.attempts else None
+    drop_attempt(state, live, error.code, out, tell=True)
+    stream_id = state.stream_of(live)
+    if stream_id is not None:
+        out.append(SendFailure(stream_id, failure(live.id, error, epoch)))
+    _remove(state, live, error.code, out)
+
+
+def discard(state: State, live: LiveRequest, reason: str, out: Outbox) -> None:
+    """End a request that nobody listens to any more."""
+    drop_attempt(state, live, reason, out, tell=True)
+    _remove(state, live, reason, out)
+
+
+def expire(state: State, live: LiveRequest, out: Outbox) -> None:
+    """The client's deadline has passed."""
+    fail(state, live, DeadlineExceeded("The request's deadline passed before it was finished."), out)
+
+
+def failure(request_id: str, error: LlmosError, epoch: request_pb2.Epoch | None = None) -> request_pb2.Failure:
+    """An error as the gateway gets it."""
+    return request_pb2.Failure(
+        request_id=request_id,
+        epoch=epoch,
+        code=error.code,
+        message=error.message,
+        param=error.param or "",
+        retry_after_ms=int((error.retry_after_s or 0) * 1000),
+    )
+
+
+def _remove(state: State, live: LiveRequest, error: str, out: Outbox) -> None:
+    state.waiting.discard(live)
+    state.parked.pop(live.id, None)
+    forget_claim(state, live.id, out, tell=True)
+    del state.requests[live.id]
+    siblings = state.by_stream.get(live.stream_id)
+    if siblings is not None:
+        siblings.discard(live.id)
+    out.append(RequestOver(live.id, error))

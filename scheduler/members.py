@@ -1,0 +1,203 @@
+"""Workers that come and go: records, streams, models to load, attempts that a new leader finds running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.v1 import fleet_pb2
+from scheduler import admission, events
+from scheduler.commands import Dial, HangUp, Order, SendCatalogue
+from scheduler.ledger import Allocation, plan
+from scheduler.lifecycle import forget_claim, migrate
+from scheduler.state import Outbox, State
+from scheduler.workers import AVAILABLE, ModelSlot, WorkerView
+
+
+def registered(state: State, event: events.WorkerRegistered, now: float, out: Outbox) -> None:
+    """A record appeared or changed: make sure that its worker is dialled."""
+    record = event.record
+    worker = state.workers.get(record.worker_id)
+    if worker is None:
+        worker = state.workers[record.worker_id] = WorkerView(record)
+        out.append(Dial(record.worker_id, record.address))
+    elif worker.record.address != record.address:
+        out += (HangUp(worker.id), Dial(worker.id, record.address))
+    worker.record = record
+    worker.registered = True
+    for model in record.models:
+        worker.slots.setdefault(model.model.name, ModelSlot(model))
+
+
+def deregistered(state: State, event: events.WorkerDeregistered, now: float, out: Outbox) -> None:
+    """A record is gone. Membership is not life: while its stream lives the worker goes on serving."""
+    worker = state.workers.get(event.worker_id)
+    if worker is not None:
+        worker.registered = False
+        if not worker.connected:
+            _forget(state, worker, out)
+
+
+def listed(state: State, event: events.MembersListed, now: float, out: Outbox) -> None:
+    """Everybody who was registered at the election is known now."""
+    state.members_listed = True
+    _settle_early(state, now, out)
+
+
+def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox) -> None:
+    """A worker answered: learn what it has, order what it may load, sort out what it runs."""
+    worker = state.workers.get(event.worker_id)
+    if worker is None:
+        return
+    if worker.connected:
+        _disconnect(state, worker, "stream replaced", out)
+    worker.connected = True
+    worker.draining = False
+    worker.attachments += 1
+    worker.step_at = now
+    worker.fingerprint = event.report.numerics_fingerprint
+    for slot in worker.slots.values():
+        slot.ordered = False
+    models_changed(state, worker, event.report.models, now, out)
+    refresh_catalogue(state, now, out)
+    for running in event.report.running:
+        _reconcile(state, worker, running, now, out)
+    settled_at = now + state.policy.settle_s
+    state.timers.at(settled_at, events.WorkerSettled(worker.id, worker.attachments))
+    _settle_early(state, now, out)
+
+
+def detached(state: State, event: events.WorkerDetached, now: float, out: Outbox) -> None:
+    """A stream ended: what ran there goes on elsewhere."""
+    worker = state.workers.get(event.worker_id)
+    if worker is not None and worker.connected:
+        _disconnect(state, worker, event.reason, out)
+        if not worker.registered:
+            _forget(state, worker, out)
+
+
+def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> None:
+    worker.connected = False
+    for request_id in worker.unclaimed:
+        state.claims.pop(request_id, None)
+    worker.unclaimed.clear()
+    for slot in worker.slots.values():
+        state.lost_room(worker.id, slot.key)
+    for request_id in list(worker.running):
+        state.counters["migrations"] += 1
+        migrate(state, state.requests[request_id], f"worker lost: {reason}", out, tell=False)
+
+
+def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
+    del state.workers[worker.id]
+    out.append(HangUp(worker.id))
+
+
+def set_draining(state: State, worker: WorkerView, draining: bool) -> None:
+    """A worker empties itself, or has changed its mind."""
+    worker.draining = draining
+    for slot in worker.slots.values():
+        state.room_changed(worker, slot)
+
+
+def models_changed(
+    state: State, worker: WorkerView, said: Iterable[fleet_pb2.NodeModel], now: float, out: Outbox
+) -> None:
+    """Take over what a worker says of its models; order loads and tell gateways where that changes something."""
+    states_before = [slot.state for slot in worker.slots.values()]
+    for model in said:
+        slot = worker.slots.get(model.name)
+        if slot is not None and slot.record.model.version == model.version:
+            slot.report(model)
+            state.room_changed(worker, slot)
+    if any(slot.state == AVAILABLE for slot in worker.slots.values()):
+        _order_loads(state, worker, out)
+    if states_before != [slot.state for slot in worker.slots.values()]:
+        refresh_catalogue(state, now, out)
+
+
+def _order_loads(state: State, worker: WorkerView, out: Outbox) -> None:
+    """Load what is available and fits. The plan depends on the record alone, so every leader makes the same one."""
+    for decision in plan(worker.record, state.policy.min_kv_tokens):
+        slot = worker.slots[decision.model]
+        if slot.state != AVAILABLE or slot.ordered:
+            continue
+        if isinstance(decision, Allocation):
+            slot.ordered = True
+            load = work_pb2.LoadModel(
+                model=decision.model,
+                version=decision.version,
+                device_id=decision.device_id,
+                memory_budget_bytes=decision.budget_bytes,
+            )
+            out.append(Order(worker.id, work_pb2.Command(load=load)))
+        else:
+            slot.state = fleet_pb2.MODEL_STATE_UNFIT
+            slot.detail = decision.reason
+
+
+def refresh_catalogue(state: State, now: float, out: Outbox) -> None:
+    """Tell gateways if the models that can be asked for have changed, and look at requests that wait for one."""
+    changed = state.catalogue.refresh(state.workers.values(), now, state.policy.no_worker_grace_s)
+    if changed and state.settled:
+        _publish(state, out)
+    if changed and state.parked:
+        admission.unpark(state, now, out)
+
+
+def _publish(state: State, out: Outbox) -> None:
+    message = state.catalogue.message()
+    out += [SendCatalogue(gateway.stream_id, message) for gateway in state.gateways.values()]
+
+
+def _settle_early(state: State, now: float, out: Outbox) -> None:
+    """Settle as soon as every registered worker has reported."""
+    if state.members_listed and state.workers and all(worker.connected for worker in state.workers.values()):
+        settle(state, events.Settled(), now, out)
+
+
+def settle(state: State, event: events.Settled, now: float, out: Outbox) -> None:
+    """From now on a model that nobody has reported does not exist. Gateways get their first catalogue."""
+    if state.settled:
+        return
+    state.settled = True
+    _publish(state, out)
+    admission.unpark(state, now, out)
+
+
+def _reconcile(state: State, worker: WorkerView, running: work_pb2.RunningAttempt, now: float, out: Outbox) -> None:
+    """Keep what a gateway may yet ask for; cancel what is certainly unwanted."""
+    request_id = running.request_id
+    live = state.requests.get(request_id)
+    wanted = live.attempt is None if live is not None else not state.settled
+    if wanted and not state.tombstones.covers(request_id, now) and _newest(state, running):
+        forget_claim(state, request_id, out, tell=True)
+        worker.unclaimed[request_id] = running.epoch
+        state.claims[request_id] = worker.id
+        if live is not None and request_id in state.waiting:
+            state.looking.add(live.key)
+    else:
+        _cancel(worker, request_id, running.epoch, out)
+
+
+def _newest(state: State, running: work_pb2.RunningAttempt) -> bool:
+    """No other worker has reported a later attempt at the same request."""
+    other = state.workers.get(state.claims.get(running.request_id, ""))
+    if other is None:
+        return True
+    epoch = other.unclaimed[running.request_id]
+    return (running.epoch.term, running.epoch.attempt) > (epoch.term, epoch.attempt)
+
+
+def worker_settled(state: State, event: events.WorkerSettled, now: float, out: Outbox) -> None:
+    """Nobody has asked for the rest of what this worker runs."""
+    worker = state.workers.get(event.worker_id)
+    if worker is None or worker.attachments != event.attachment:
+        return
+    for request_id in list(worker.unclaimed):
+        forget_claim(state, request_id, out, tell=True)
+
+
+def _cancel(worker: WorkerView, request_id: str, epoch: request_pb2.Epoch, out: Outbox) -> None:
+    cancel = work_pb2.CancelAttempt(request_id=request_id, epoch=epoch)
+    out.append(Order(worker.id, work_pb2.Command(cancel=cancel)))

@@ -1,0 +1,171 @@
+"""A request that waits or runs: the immutable message, what has been produced, and the attempt that produces more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.v1 import inference_pb2
+
+BLOCK_TOKENS = 64
+"""Tokens of one sequence in a KV block, fleet-wide."""
+
+NOT_FINISHED = inference_pb2.FINISH_REASON_UNSPECIFIED
+LENGTH = inference_pb2.FINISH_REASON_LENGTH
+STOP = inference_pb2.FINISH_REASON_STOP
+
+ModelKey = tuple[str, str]
+"""Name and version of a model."""
+
+
+def blocks_needed(request: request_pb2.Request, choices: int) -> int:
+    """KV blocks that `choices` sequences take when each is as long as it may become."""
+    return choices * math.ceil((len(request.token_ids) + request.max_tokens) / BLOCK_TOKENS)
+
+
+@dataclass(slots=True)
+class Choice:
+    """What has been generated for one choice. The next index is the number of tokens."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[request_pb2.LogprobEntry] = field(default_factory=list)
+    """One per token produced in this term, if asked for; `logprobs_from` is the index of the first."""
+    logprobs_from: int = 0
+    finish_reason: inference_pb2.FinishReason.ValueType = NOT_FINISHED
+    finished: bool = False
+    keep_until: int | None = None
+    """Set: the gateway wants no token from this index on."""
+
+    @classmethod
+    def resumed(cls, resume: request_pb2.ChoiceResume) -> Choice:
+        """A choice as the gateway knows it."""
+        tokens = list(resume.token_ids)
+        return cls(tokens=tokens, logprobs_from=len(tokens), finished=resume.finished)
+
+    def append(self, tokens: Sequence[int], logprobs: Sequence[request_pb2.LogprobEntry]) -> None:
+        """Remember output; what a later attempt or a returning gateway needs."""
+        self.tokens.extend(tokens)
+        if logprobs:
+            self.logprobs.extend(logprobs)
+        else:
+            self.logprobs_from = len(self.tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forget tokens from index `length` on."""
+        del self.tokens[length:]
+        del self.logprobs[max(0, length - self.logprobs_from) :]
+        self.logprobs_from = min(self.logprobs_from, length)
+
+    def since(self, index: int) -> tuple[list[int], list[request_pb2.LogprobEntry]]:
+        """Tokens from `index` on with their log-probabilities, the latter empty where they are not known."""
+        if index < self.logprobs_from:
+            return self.tokens[index:], []
+        return self.tokens[index:], self.logprobs[index - self.logprobs_from :]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A dispatch that has neither ended nor been given up."""
+
+    term: int
+    number: int
+    worker_id: str
+    blocks: int
+    """KV blocks set aside for it on its worker."""
+    model: str
+    promised: int = 0
+    """Blocks of them that no frame of the worker reflects yet."""
+    produced: int = 0
+    """Tokens of this attempt."""
+
+    @property
+    def epoch(self) -> request_pb2.Epoch:
+        """Its identity on the wire."""
+        return request_pb2.Epoch(term=self.term, attempt=self.number)
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """An accepted request until its one end. Owned and changed by the core alone."""
+
+    request: request_pb2.Request
+    gateway_id: str
+    stream_id: int
+    """The stream that it came on last; output goes nowhere else."""
+    key: ModelKey
+    accepted_at: float
+    deadline_at: float
+    """Infinite if the client set none."""
+    choices: list[Choice]
+    attempt: Attempt | None = None
+    attempts: int = 0
+    """Attempts begun in this term's core."""
+    retries: int = 0
+    tried: set[str] = field(default_factory=set)
+    """Workers that an attempt was lost or failed on."""
+    fingerprint: str = ""
+    """Numerics of the worker that produced the first tokens; empty before."""
+
+    @classmethod
+    def accept(
+        cls, request: request_pb2.Request, gateway_id: str, stream_id: int, key: ModelKey, now: float
+    ) -> LiveRequest:
+        """A request as submitted, its `resume` taken over."""
+        choices = [Choice() for _ in range(request.choices)]
+        for resume in request.resume:
+            choices[resume.choice] = Choice.resumed(resume)
+        deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
+        return cls(request, gateway_id, stream_id, key, now, deadline, choices)
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has ended."""
+        return all(choice.finished for choice in self.choices)
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens produced so far, all choices together."""
+        return sum(len(choice.tokens) for choice in self.choices)
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks that the choices still to be computed take at most."""
+        return blocks_needed(self.request, sum(not choice.finished for choice in self.choices))
+
+    def resume(self) -> Iterator[request_pb2.ChoiceResume]:
+        """What the next worker must know; choices without output are left out."""
+        for index, choice in enumerate(self.choices):
+            if choice.tokens or choice.finished:
+                yield request_pb2.ChoiceResume(choice=index, token_ids=choice.tokens, finished=choice.finished)
+
+    def dispatch(self, now: float) -> work_pb2.Dispatch:
+        """The order for the present attempt: the request with current progress, version and remaining time."""
+        assert self.attempt is not None
+        order = work_pb2.Dispatch(epoch=self.attempt.epoch)
+        order.request.CopyFrom(self.request)
+        order.request.model_version = self.key[1]
+        del order.request.resume[:]
+        order.request.resume.extend(self.resume())
+        if self.deadline_at < math.inf:
+            order.request.deadline_ms = max(1, int((self.deadline_at - now) * 1000))
+        return order
+
+    def end_exhausted(self) -> list[int]:
+        """Finish choices that have all their tokens but whose last word was lost; returns their numbers."""
+        ended = []
+        for index, choice in enumerate(self.choices):
+            limit = self.request.max_tokens
+            if choice.keep_until is not None:
+                limit = min(limit, choice.keep_until)
+            if not choice.finished and len(choice.tokens) >= limit:
+                choice.finished = True
+                choice.finish_reason = LENGTH
+                ended.append(index)
+        return ended

@@ -1,0 +1,99 @@
+"""Everything the core knows. The core's modules are functions over this state; nobody else writes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from llmos.v1 import fleet_pb2
+from scheduler.catalogue import Catalogue
+from scheduler.commands import Command
+from scheduler.placement import Placement, RoomIndex, default_placement
+from scheduler.policy import Policy
+from scheduler.requests import LiveRequest, ModelKey
+from scheduler.timers import Timers
+from scheduler.tombstones import Tombstones
+from scheduler.waiting import DrainRate, WaitingRoom
+from scheduler.workers import LOADED, ModelSlot, WorkerPool, WorkerView
+
+Outbox = list[Command]
+"""Commands in the order in which they are to be carried out."""
+
+
+@dataclass(slots=True)
+class GatewayView:
+    """A gateway with a live stream."""
+
+    node: fleet_pb2.Node
+    stream_id: int
+
+
+@dataclass(slots=True)
+class State:
+    """Requests, workers, gateways, and the indices over them."""
+
+    scheduler_id: str
+    term: int
+    policy: Policy
+    members_listed: bool = False
+    """All workers that were registered at the election have been announced."""
+    settled: bool = False
+    """Gateways and workers had time to come after the election."""
+    requests: dict[str, LiveRequest] = field(default_factory=dict)
+    by_stream: dict[int, set[str]] = field(default_factory=dict)
+    """Ids of the requests that came on each gateway stream."""
+    parked: dict[str, LiveRequest] = field(default_factory=dict)
+    """Accepted requests for a model that nobody has reported yet; part of `requests`."""
+    gateways: dict[str, GatewayView] = field(default_factory=dict)
+    workers: dict[str, WorkerView] = field(default_factory=dict)
+    pools: dict[ModelKey, WorkerPool] = field(default_factory=dict)
+    """Usable workers with a free block, by model version."""
+    freed: dict[ModelKey, set[str]] = field(default_factory=dict)
+    """Workers whose room grew since waiting requests were last offered to them."""
+    looking: set[ModelKey] = field(default_factory=set)
+    """Models whose waiting requests are to be offered to all workers next, not only to `freed` ones."""
+    claims: dict[str, str] = field(default_factory=dict)
+    """Request id to the worker that reported to run it and has not been told otherwise."""
+    nobody_since: dict[ModelKey, float] = field(default_factory=dict)
+    """Since when no connected worker could ever serve a model that somebody waits for."""
+    catalogue: Catalogue = field(default_factory=Catalogue)
+    timers: Timers = field(default_factory=Timers)
+    drain: DrainRate = field(default_factory=DrainRate)
+    counters: Counter[str] = field(default_factory=Counter)
+    """What was refused or repeated, by name; for people and tests."""
+    waiting: WaitingRoom = field(init=False)
+    tombstones: Tombstones = field(init=False)
+    placement: Placement = field(init=False)
+
+    def __post_init__(self) -> None:
+        policy = self.policy
+        self.waiting = WaitingRoom(policy.lookahead, policy.bypass_limit)
+        self.tombstones = Tombstones(policy.tombstone_ttl_s, policy.tombstone_limit)
+        indices = RoomIndex(self.workers, self.pools, self.freed, self.looking, self.claims)
+        self.placement = default_placement(indices, policy.candidates)
+
+    def stream_of(self, live: LiveRequest) -> int | None:
+        """Where its output goes now; None while its gateway is away or has not taken it up again."""
+        gateway = self.gateways.get(live.gateway_id)
+        return live.stream_id if gateway is not None and gateway.stream_id == live.stream_id else None
+
+    def room_changed(self, worker: WorkerView, slot: ModelSlot) -> None:
+        """Keep `pools` and `freed` true after a slot, or its worker's standing, has changed."""
+        key = slot.key
+        if worker.usable and slot.state == LOADED and slot.available > 0:
+            self.pools.setdefault(key, WorkerPool()).add(worker.id)
+            self.freed.setdefault(key, set()).add(worker.id)
+        else:
+            self.lost_room(worker.id, key)
+
+    def lost_room(self, worker_id: str, key: ModelKey) -> None:
+        """A worker takes nothing more of that model."""
+        if key in self.pools:
+            self.pools[key].discard(worker_id)
+        if key in self.freed:
+            self.freed[key].discard(worker_id)
+
+    def room_taken(self, worker: WorkerView, slot: ModelSlot) -> None:
+        """An attempt was just placed there."""
+        if slot.available <= 0:
+            self.lost_room(worker.id, slot.key)

@@ -1,0 +1,80 @@
+"""A gateway comes back with a request that still lives here: find out what it lacks and go on from there."""
+
+from __future__ import annotations
+
+from llmos.errors import Conflict
+from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
+from scheduler.commands import Order
+from scheduler.events import Submitted
+from scheduler.lifecycle import complete, drop_attempt, enqueue, finish_exhausted, last_epoch, send
+from scheduler.requests import STOP, Choice, LiveRequest
+from scheduler.state import Outbox, State
+
+
+def take_up(state: State, live: LiveRequest, event: Submitted, gateway_id: str, out: Outbox) -> None:
+    """Bind a live request to the stream that it came on again and send what was lost between.
+
+    Raises Conflict if its present stream lives: then the id is used twice.
+    """
+    if state.stream_of(live) is not None:
+        raise Conflict("A request with this id is running.", param="request_id")
+    _rebind(state, live, event.stream_id, gateway_id)
+    resume = {entry.choice: entry for entry in event.request.resume}
+    held = [resume.get(index, request_pb2.ChoiceResume(choice=index)) for index in range(len(live.choices))]
+    if not all(_agrees(choice, said) for choice, said in zip(live.choices, held, strict=True)):
+        _start_over(state, live, held, out)
+        return
+    for choice, said in zip(live.choices, held, strict=True):
+        _catch_up(state, live, choice, said, out)
+    if live.finished:
+        complete(state, live, out)
+
+
+def _rebind(state: State, live: LiveRequest, stream_id: int, gateway_id: str) -> None:
+    old = state.by_stream.get(live.stream_id)
+    if old is not None:
+        old.discard(live.id)
+    live.stream_id = stream_id
+    live.gateway_id = gateway_id
+    state.by_stream[stream_id].add(live.id)
+
+
+def _agrees(choice: Choice, said: request_pb2.ChoiceResume) -> bool:
+    """The gateway holds a beginning of what this scheduler remembers."""
+    return choice.tokens[: len(said.token_ids)] == list(said.token_ids)
+
+
+def _start_over(state: State, live: LiveRequest, held: list[request_pb2.ChoiceResume], out: Outbox) -> None:
+    """The gateway is nearer to the client: what it holds is the truth, and a new attempt continues it."""
+    state.counters["diverged"] += 1
+    live.choices = [Choice.resumed(said) for said in held]
+    if live.attempt is None:
+        return
+    drop_attempt(state, live, "diverged", out, tell=True)
+    if not finish_exhausted(state, live, out):
+        enqueue(state, live, out)
+
+
+def _catch_up(state: State, live: LiveRequest, choice: Choice, said: request_pb2.ChoiceResume, out: Outbox) -> None:
+    """Send what the gateway lacks of one choice; or learn that it had finished with it."""
+    if said.finished:
+        if not choice.finished and live.attempt is not None:
+            order = requests_pb2.Finish(request_id=live.id, choice=said.choice, keep_until=len(said.token_ids))
+            out.append(Order(live.attempt.worker_id, work_pb2.Command(finish=order)))
+        choice.truncate(len(said.token_ids))
+        choice.finished = True
+        choice.finish_reason = STOP
+        return
+    tokens, logprobs = choice.since(len(said.token_ids))
+    if not tokens and not choice.finished:
+        return
+    missed = request_pb2.Output(
+        request_id=live.id,
+        epoch=last_epoch(state, live),
+        choice=said.choice,
+        index=len(said.token_ids),
+        token_ids=tokens,
+        logprobs=logprobs,
+        finish_reason=choice.finish_reason,
+    )
+    send(state, live, missed, out)

@@ -1,0 +1,140 @@
+"""Requests that wait for a worker: per model version in order of urgency, bounded overtaking, a measured drain rate."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from llmos.internal.v1 import request_pb2
+from scheduler.requests import LiveRequest, ModelKey
+
+PATIENCE_S = {
+    request_pb2.PRIORITY_CLASS_INTERACTIVE: 10.0,
+    request_pb2.PRIORITY_CLASS_STANDARD: 30.0,
+    request_pb2.PRIORITY_CLASS_BATCH: 300.0,
+}
+"""Seconds after its arrival at which a request of a class counts as due. First come first served inside a class."""
+
+
+def due_at(live: LiveRequest) -> float:
+    """When a request should have begun: its class's patience, or the client's deadline if that is earlier."""
+    patience = PATIENCE_S.get(live.request.priority, PATIENCE_S[request_pb2.PRIORITY_CLASS_STANDARD])
+    return min(live.accepted_at + patience, live.deadline_at)
+
+
+@dataclass(slots=True)
+class _Entry:
+    live: LiveRequest
+    overtaken: int = 0
+    gone: bool = False
+
+
+class WaitingRoom:
+    """Order: earliest due first (EDF over class patience), then arrival. A request is in it at most once."""
+
+    def __init__(self, lookahead: int, bypass_limit: int) -> None:
+        self._lookahead = lookahead
+        self._bypass_limit = bypass_limit
+        self._heaps: dict[ModelKey, list[tuple[float, int, _Entry]]] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._gone: dict[ModelKey, int] = {}
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def short(self, key: ModelKey) -> bool:
+        """Everybody who waits for this model is looked at each time: a new one may fit where others do not."""
+        return len(self._heaps.get(key, ())) <= self._lookahead
+
+    def keys(self) -> list[ModelKey]:
+        """Model versions that somebody waits for."""
+        return list(self._heaps)
+
+    def waiting_for(self, key: ModelKey) -> Iterator[LiveRequest]:
+        """Everybody who waits for a model version, in no order."""
+        return (entry.live for _, _, entry in self._heaps.get(key, []) if not entry.gone)
+
+    def push(self, live: LiveRequest) -> None:
+        """Begin to wait."""
+        entry = _Entry(live)
+        self._entries[live.id] = entry
+        self._serial += 1
+        heapq.heappush(self._heaps.setdefault(live.key, []), (due_at(live), self._serial, entry))
+
+    def discard(self, live: LiveRequest) -> bool:
+        """Stop waiting; whether it did."""
+        entry = self._entries.pop(live.id, None)
+        if entry is None:
+            return False
+        entry.gone = True
+        self._gone[live.key] = self._gone.get(live.key, 0) + 1
+        if self._gone[live.key] * 2 > len(self._heaps[live.key]):
+            self._compact(live.key)
+        return True
+
+    def admit(self, key: ModelKey, start: Callable[[LiveRequest], bool]) -> int:
+        """Offer the most urgent requests to `start`, which says whether it took one. Returns how many it took.
+
+        Looks a few places past one that does not fit, so that a large request does not idle the fleet; one that was
+        overtaken too often is not overtaken any more.
+        """
+        heap = self._heaps.get(key, [])
+        passed: list[tuple[float, int, _Entry]] = []
+        taken = 0
+        while heap and len(passed) < self._lookahead:
+            item = heapq.heappop(heap)
+            entry = item[2]
+            if entry.gone:
+                continue
+            if start(entry.live):
+                taken += 1
+                del self._entries[entry.live.id]
+                for _, _, other in passed:
+                    other.overtaken += 1
+                continue
+            passed.append(item)
+            if entry.overtaken >= self._bypass_limit:
+                break
+        for item in passed:
+            heapq.heappush(heap, item)
+        if not heap:
+            self._heaps.pop(key, None)
+        return taken
+
+    def _compact(self, key: ModelKey) -> None:
+        """Forget entries that are gone; they are at least half of the heap, so that the cost is spread."""
+        heap = [item for item in self._heaps.pop(key) if not item[2].gone]
+        del self._gone[key]
+        if heap:
+            heapq.heapify(heap)
+            self._heaps[key] = heap
+
+
+class DrainRate:
+    """Dispatches per second, exponentially weighted over about ten seconds: what Retry-After is estimated from."""
+
+    def __init__(self, horizon_s: float = 10.0) -> None:
+        self._horizon_s = horizon_s
+        self._weight = 0.0
+        self._at = 0.0
+
+    def count(self, now: float, amount: int = 1) -> None:
+        """`amount` requests left the queue at `now`."""
+        self._decay(now)
+        self._weight += amount
+
+    def retry_after_ms(self, waiting: int, now: float) -> int:
+        """Time in which half of those waiting will have left at the present rate; 1 to 60 seconds."""
+        self._decay(now)
+        rate = max(self._weight / self._horizon_s, 1e-3)
+        return int(1000 * min(60.0, max(1.0, waiting / 2 / rate)))
+
+    def _decay(self, now: float) -> None:
+        self._weight *= math.exp(-max(0.0, now - self._at) / self._horizon_s)
+        self._at = max(self._at, now)

@@ -1,0 +1,151 @@
+"""A worker as the core sees it: its record, its stream, its models and the blocks set aside on them."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+from llmos.internal.v1 import registry_pb2, request_pb2
+from llmos.v1 import fleet_pb2
+from scheduler.requests import Attempt, ModelKey
+
+LOADED = fleet_pb2.MODEL_STATE_LOADED
+AVAILABLE = fleet_pb2.MODEL_STATE_AVAILABLE
+HOPELESS = frozenset({fleet_pb2.MODEL_STATE_FAILED, fleet_pb2.MODEL_STATE_UNFIT})
+
+
+@dataclass(slots=True)
+class ModelSlot:
+    """A model version on a worker. Blocks are those of its KV cache."""
+
+    record: registry_pb2.ModelRecord
+    state: fleet_pb2.ModelState.ValueType = fleet_pb2.MODEL_STATE_UNSPECIFIED
+    detail: str = ""
+    total_blocks: int = 0
+    free_blocks: int = 0
+    """As of the worker's last word."""
+    held: int = 0
+    """Set aside for live attempts, at their longest."""
+    promised: int = 0
+    """Part of `held` that the worker's last word cannot reflect yet."""
+    ordered: bool = False
+    """A load order is on its way."""
+
+    @property
+    def key(self) -> ModelKey:
+        """Name and version."""
+        return self.record.model.name, self.record.model.version
+
+    @property
+    def available(self) -> int:
+        """Blocks that a new attempt may take: within the totals and within what is free, whichever is less."""
+        return min(self.total_blocks - self.held, self.free_blocks - self.promised)
+
+    def fits(self, blocks: int, credit: int) -> bool:
+        """Whether `blocks` can be set aside; `credit` of them are freed by the attempt that they replace."""
+        return self.total_blocks - self.held >= blocks and self.free_blocks - self.promised + credit >= blocks
+
+    def report(self, said: fleet_pb2.NodeModel) -> None:
+        """Take over the worker's word."""
+        if said.state != AVAILABLE:
+            self.ordered = False
+        self.state = said.state
+        self.detail = said.detail
+        self.total_blocks = said.total_blocks
+        self.free_blocks = said.free_blocks
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """A worker that is registered, or whose stream lives, or both."""
+
+    record: registry_pb2.WorkerRecord
+    registered: bool = True
+    connected: bool = False
+    draining: bool = False
+    attachments: int = 0
+    """Streams begun so far."""
+    fingerprint: str = ""
+    slots: dict[str, ModelSlot] = field(default_factory=dict)
+    """By model name: a worker has one version of each."""
+    running: dict[str, Attempt] = field(default_factory=dict)
+    """Live attempts by request id."""
+    unclaimed: dict[str, request_pb2.Epoch] = field(default_factory=dict)
+    """What it reported to run and nobody has asked for yet."""
+    step: int = 0
+    """Its engine's step counter: stands still while the engine hangs."""
+    step_at: float = 0.0
+    """When the counter last moved, or the engine last had nothing to do."""
+    busy: bool = False
+
+    @property
+    def id(self) -> str:
+        """Unique per process start."""
+        return self.record.worker_id
+
+    @property
+    def usable(self) -> bool:
+        """May be given new work."""
+        return self.connected and not self.draining
+
+    def slot_for(self, key: ModelKey) -> ModelSlot | None:
+        """Its slot of that model if the version is the same."""
+        slot = self.slots.get(key[0])
+        return slot if slot is not None and slot.key == key else None
+
+    def set_aside(self, request_id: str, attempt: Attempt) -> None:
+        """Count a dispatch that is about to be sent. What it replaces on the worker pays for it there."""
+        slot = self.slots[attempt.model]
+        credit = attempt.blocks if self.unclaimed.pop(request_id, None) is not None else 0
+        attempt.promised = attempt.blocks - credit
+        slot.held += attempt.blocks
+        slot.promised += attempt.promised
+        self.running[request_id] = attempt
+
+    def reflected(self, attempt: Attempt) -> None:
+        """The worker has shown that it runs this attempt: its free blocks now include it."""
+        if attempt.promised:
+            self.slots[attempt.model].promised -= attempt.promised
+            attempt.promised = 0
+
+    def release(self, request_id: str) -> None:
+        """An attempt is over: give its blocks back."""
+        attempt = self.running.pop(request_id)
+        slot = self.slots[attempt.model]
+        self.reflected(attempt)
+        slot.held -= attempt.blocks
+
+
+class WorkerPool:
+    """Workers that may have room for one model version. Constant time to enter, to leave and to draw a few."""
+
+    def __init__(self) -> None:
+        self._ids: list[str] = []
+        self._where: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, worker_id: str) -> None:
+        """Idempotent."""
+        if worker_id not in self._where:
+            self._where[worker_id] = len(self._ids)
+            self._ids.append(worker_id)
+
+    def discard(self, worker_id: str) -> None:
+        """Idempotent."""
+        where = self._where.pop(worker_id, None)
+        if where is None:
+            return
+        last = self._ids.pop()
+        if last != worker_id:
+            self._ids[where] = last
+            self._where[last] = where
+
+    def draw(self, count: int, salt: str) -> list[str]:
+        """At most `count` members; which ones depends on `salt`, evenly."""
+        size = len(self._ids)
+        if size <= count:
+            return list(self._ids)
+        start = zlib.crc32(salt.encode()) % size
+        return [self._ids[(start + i) % size] for i in range(count)]
