@@ -4,7 +4,9 @@
     |-- ClientError                     the caller must change something
     |   |-- InvalidRequest              a field is missing, malformed or out of bounds   400
     |   |   |-- PromptTooLong           prompt + max_tokens exceed the context           400
-    |   |   `-- UnsupportedFeature      the model or this release cannot do it           400
+    |   |   |-- UnsupportedFeature      the model or this release cannot do it           400
+    |   |   |-- MethodNotAllowed        the route exists, not for this HTTP method       405
+    |   |   `-- UnsupportedMediaType    the body is not JSON by its headers              415
     |   |-- Unauthenticated             no key, or a wrong one                           401
     |   |-- PermissionDenied            the key's role does not allow it                 403
     |   |-- NotFound                    no such resource                                 404
@@ -83,6 +85,20 @@ class UnsupportedFeature(InvalidRequest):
     """The model, or this release, does not offer what was asked for."""
 
     code = "unsupported_feature"
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The route exists, but not for this HTTP method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body's headers say that it is something else than plain JSON."""
+
+    code = "unsupported_media_type"
+    http_status = 415
 
 
 class Unauthenticated(ClientError):
