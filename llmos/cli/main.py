@@ -7,7 +7,7 @@ from importlib import metadata
 
 import typer
 
-from llmos.cli import certs, chat, down, generate, kill, models, nodes, output, ps, trace, up
+from llmos.cli import certs, chat, down, generate, keys, kill, models, nodes, output, ps, trace, up
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -29,6 +29,7 @@ app.command("ps")(ps.ps)
 app.command("kill")(kill.kill)
 app.command("trace")(trace.trace)
 app.command("certs")(certs.certs)
+app.add_typer(keys.app, name="keys", help="API keys: make, list, remove.")
 app.add_typer(models.app, name="models", help="The model store: list, show, import, remove.")
 
 
