@@ -27,6 +27,10 @@ class Epoch:
     term: int
     attempt: int
 
+    def after(self, other: Epoch) -> bool:
+        """Whether this epoch is the higher one: by term, then attempt."""
+        return (self.term, self.attempt) > (other.term, other.attempt)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -141,6 +145,12 @@ class ModelSpec:
     name: str
     version: str
     folder: Path | None = None
+    weight_bytes: int = 0
+    """Declared bytes of weights on the device; echo has no others."""
+    kv_bytes_per_token: int = 0
+    """Declared KV bytes per token of one sequence."""
+    context_length: int = 0
+    """Most tokens of prompt and answer together; 0: the files say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,34 @@
+"""Backends by name. torch is imported only for `torch`, and only in the engine process."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llmos.errors import ConfigError, MissingExtra
+from worker.backend import Backend
+
+BackendName = Literal["echo", "torch"]
+USES_GPUS: dict[BackendName, bool] = {"echo": True, "torch": False}
+"""Whether models go to a graphics processor by default, where there is one."""
+
+
+def create(name: str, *, threads: int, tokens_per_second: float) -> tuple[Backend, str]:
+    """Make a backend and its numerics fingerprint. Raises MissingExtra without the `worker` extra for `torch`."""
+    if name == "echo":
+        from worker.backends import echo
+
+        return echo.EchoBackend(tokens_per_second=tokens_per_second), echo.FINGERPRINT
+    if name == "torch":
+        return _torch(threads)
+    raise ConfigError(f"unknown backend '{name}'; known: echo, torch", param="backend")
+
+
+def _torch(threads: int) -> tuple[Backend, str]:
+    try:
+        from worker.backends.torch import TorchBackend
+        from worker.fingerprint import torch_fingerprint
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "transformers", "safetensors", "tokenizers", "numpy"):
+            raise MissingExtra("worker", "The torch backend") from error
+        raise
+    return TorchBackend(threads=threads), torch_fingerprint()

@@ -1,0 +1,184 @@
+"""`python -m worker`: the RPC process of a worker. It starts the engine process, serves, registers, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from llmos.clock import Clock, SystemClock
+from llmos.config import from_command_line
+from llmos.etcd import EtcdClient
+from llmos.internal.v1 import registry_pb2, work_pb2_grpc
+from llmos.rpc import RpcServer, run_until_signal
+from llmos.store import default_store_path
+from llmos.telemetry import Telemetry
+from llmos.v1 import fleet_pb2
+from worker.backends import USES_GPUS
+from worker.config import WorkerConfig
+from worker.core import WorkerCore
+from worker.engine_link import EngineLink
+from worker.engine_process import EngineSetup
+from worker.models import HeldModel, hold
+from worker.probe import Probe, RecordedProbe, local_probe
+from worker.registration import Registration
+from worker.service import WorkService
+from worker.shelf import Shelf
+from worker.spans import ExecuteSpans
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.5
+_POLL_S = 0.02
+_TELEMETRY_S = 1.0
+
+
+class WorkerProcess:
+    """A worker's life: `serve` starts it, waits for the signal, drains and leaves."""
+
+    def __init__(self, config: WorkerConfig, clock: Clock, rng: random.Random) -> None:
+        self._config = config
+        self._clock = clock
+        self._rng = rng
+        self._id = config.id or f"worker-{secrets.token_hex(4)}"
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set; then finish what runs, within the configured time. Raises SetupError."""
+        config = self._config
+        held = await asyncio.to_thread(hold, config.backend, config.model, config.store)
+        capacity = await asyncio.to_thread(_probe(config).measure)
+        telemetry = Telemetry("worker", self._id, clock=self._clock, otlp_endpoint=config.otlp_endpoint)
+        spans = ExecuteSpans(telemetry)
+        core = WorkerCore(self._id, Shelf(held, capacity), spans, self._clock, orphan_s=config.orphan_s)
+        link = EngineLink(_setup(config, held), core, clock=self._clock, rng=self._rng)
+        core.connect(link)
+        server = RpcServer(config.host, config.port, tls=config.tls)
+        server.add(work_pb2_grpc.add_WorkServicer_to_server, WorkService(core, held), "llmos.internal.v1.Work")
+        try:
+            async with _supervised(link, core, stop):
+                if await _first(link.ready, stop):
+                    await server.start()
+                    async with self._registered(server.port, capacity, held):
+                        _announce(config.ready_file, self._id, server.port)
+                        await stop.wait()
+                        await self._drain(core)
+                    await server.stop(_TELEMETRY_S)
+        finally:
+            await link.close()
+            await asyncio.to_thread(telemetry.shutdown, _TELEMETRY_S)
+
+    async def _drain(self, core: WorkerCore) -> None:
+        log.info("draining for at most %.0f s", self._config.drain_s)
+        core.drain()
+        deadline = self._clock.monotonic() + self._config.drain_s
+        while not core.idle and self._clock.monotonic() < deadline:  # noqa: ASYNC110 - many things make it idle
+            await asyncio.sleep(_POLL_S)
+
+    @contextlib.asynccontextmanager
+    async def _registered(self, port: int, capacity: fleet_pb2.Capacity, held: list[HeldModel]) -> AsyncIterator[None]:
+        etcd = self._config.etcd()
+        if etcd is None:
+            yield
+            return
+        record = registry_pb2.WorkerRecord(
+            worker_id=self._id,
+            address=f"{self._config.host}:{port}",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            backend=self._config.backend,
+            capacity=capacity,
+            models=[model.record for model in held],
+            pool=self._config.pool,
+            started_unix_s=int(time.time()),
+        )
+        async with EtcdClient(etcd, self._clock, self._rng) as client:
+            registration = Registration(client, record, lease_ttl_s=self._config.lease_ttl_s, rng=self._rng)
+            task = asyncio.create_task(registration.run(), name="registration")
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _supervised(link: EngineLink, core: WorkerCore, stop: asyncio.Event) -> AsyncIterator[None]:
+    """Run the engine and the core's clock beside the block. An engine that cannot exist sets `stop`, then raises."""
+    engine = asyncio.create_task(link.run(), name="engine-link")
+    engine.add_done_callback(lambda _: stop.set())
+    ticker = asyncio.create_task(_tick(core), name="tick")
+    try:
+        yield
+    finally:
+        ticker.cancel()
+        engine.cancel()
+        results = await asyncio.gather(engine, ticker, return_exceptions=True)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+async def _tick(core: WorkerCore) -> None:
+    while True:
+        await asyncio.sleep(_TICK_S)
+        core.tick()
+
+
+async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
+    """Wait for either; whether it was `ready`."""
+    waits = [asyncio.create_task(ready.wait()), asyncio.create_task(stop.wait())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        return not stop.is_set()
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+def _probe(config: WorkerConfig) -> Probe:
+    if config.probe_recording is not None:
+        return RecordedProbe(config.probe_recording)
+    disk = config.store or default_store_path()
+    return local_probe(disk, memory_limit=config.memory_limit, gpus_first=USES_GPUS[config.backend])
+
+
+def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return EngineSetup(
+        backend=config.backend,
+        threads=config.threads or cores,
+        tokens_per_second=config.echo_tokens_per_second,
+        models=tuple(model.engine for model in held),
+        log_level=config.log_level,
+    )
+
+
+def _announce(ready_file: Path | None, worker_id: str, port: int) -> None:
+    """Say that it serves, in the log and, at once as a whole, in the ready file."""
+    log.info("worker %s serves on port %d", worker_id, port)
+    if ready_file is not None:
+        draft = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+        draft.write_text(json.dumps({"id": worker_id, "pid": os.getpid(), "port": port}), encoding="utf-8")
+        draft.replace(ready_file)
+
+
+def main() -> int:
+    """Entry point of the process. Returns its exit status."""
+    config = from_command_line(WorkerConfig, "worker", "python -m worker")
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    process = WorkerProcess(config, SystemClock(), random.SystemRandom())
+    return run_until_signal(process.serve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

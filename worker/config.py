@@ -1,0 +1,88 @@
+"""A worker: holds models, computes what the scheduler sends, reports what it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llmos.config import TlsConfig
+from llmos.errors import ConfigError
+from llmos.etcd import EtcdConfig
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Everything that can be set for one worker process."""
+
+    id: str = ""
+    """Name of this worker, unique per process start; empty: made up."""
+    host: str = "127.0.0.1"
+    """Address to listen on, and the one that schedulers are told."""
+    port: int = 0
+    """Port to listen on; 0: a free one."""
+    ready_file: Path | None = None
+    """File to write once it serves: JSON with id, pid and port."""
+    backend: Literal["echo", "torch"] = "torch"
+    """What computes: `torch` runs real models, `echo` makes up tokens."""
+    model: tuple[str, ...] = ()
+    """Models that it can load: names in the model store; for echo NAME, or NAME=40GiB to declare its weights."""
+    store: Path | None = None
+    """Folder of the model store; unset: the user's."""
+    threads: int = 0
+    """Threads that compute; 0: one per processor that may be used."""
+    memory_limit: int = 0
+    """Bytes of main memory that it may use; 0: what the host and its control groups allow."""
+    probe_recording: Path | None = None
+    """Recorded totals to report instead of measured ones (`python -m worker.probe --record FILE`)."""
+    pool: str = ""
+    """Placement pool that it belongs to; empty: the default one."""
+    echo_tokens_per_second: float = 0.0
+    """Speed of one echo stream; 0: as fast as possible."""
+    lease_ttl_s: float = 5.0
+    """Seconds after which its record vanishes from etcd once it no longer renews it."""
+    drain_s: float = 10.0
+    """Seconds that running attempts get to finish after SIGTERM."""
+    orphan_s: float = 10.0
+    """Seconds without a scheduler after which running attempts are cancelled."""
+    etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    """host:port of etcd's members; empty: do not register."""
+    etcd_user: str = ""
+    """User for etcd; empty: none."""
+    etcd_password: str = field(default="", repr=False)
+    """Password for etcd; better given in the environment than as a flag."""
+    etcd_ca_file: Path | None = None
+    """PEM file of the authority that signed etcd's certificates."""
+    etcd_cert_file: Path | None = None
+    """PEM file with the certificate for etcd."""
+    etcd_key_file: Path | None = None
+    """PEM file with the private key for etcd."""
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    """Certificates of the Work service."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector; empty: no export."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are logged."""
+
+    def __post_init__(self) -> None:
+        for name in ("lease_ttl_s", "orphan_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive", param=name)
+        for name in ("drain_s", "echo_tokens_per_second", "memory_limit", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative", param=name)
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError("port must be between 0 and 65535", param="port")
+
+    def etcd(self) -> EtcdConfig | None:
+        """How to reach etcd; None: the worker is not to register."""
+        if not self.etcd_endpoints:
+            return None
+        return EtcdConfig(
+            endpoints=self.etcd_endpoints,
+            user=self.etcd_user,
+            password=self.etcd_password,
+            ca_file=self.etcd_ca_file,
+            cert_file=self.etcd_cert_file,
+            key_file=self.etcd_key_file,
+        )

@@ -1,0 +1,344 @@
+"""What a worker decides: which commands it obeys, what becomes of its attempts, what it tells the scheduler.
+
+No I/O and no tasks: the servicer and the engine link call it, in one event loop, and carry its decisions out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmos.clock import Clock
+from llmos.errors import AttemptLost, FleetError, InvalidRequest, LlmosError, StaleTerm, Unavailable
+from llmos.internal.v1 import request_pb2, work_pb2
+from worker import wire
+from worker.attempts import AttemptTable, Running, Verdict
+from worker.backend import Epoch
+from worker.outbox import Outbox
+from worker.shelf import Shelf
+from worker.spans import ExecuteSpans
+
+log = logging.getLogger(__name__)
+
+
+class CommandSink(Protocol):
+    """Where commands for the engine go."""
+
+    def send(self, commands: Iterable[work_pb2.Command]) -> None:
+        """Hand over in order, without waiting. Raises Unavailable if no engine takes them now."""
+        ...
+
+
+class Stream(Protocol):
+    """A scheduler's stream, as the servicer holds it."""
+
+    @property
+    def term(self) -> int:
+        """The term under which it was opened."""
+        ...
+
+    def wake(self) -> None:
+        """There is something to send."""
+        ...
+
+    def replace(self, error: LlmosError) -> None:
+        """End the stream with this error: a newer one took its place."""
+        ...
+
+
+@dataclass(slots=True)
+class _EngineState:
+    """What the engine said last. Steps never run backwards, though a new process counts from 0."""
+
+    fingerprint: str = ""
+    ready: bool = False
+    busy: bool = False
+    step: int = 0
+    steps_before: int = 0
+
+
+class WorkerCore:
+    """One worker's state. Implements `worker.engine_link.EngineListener`."""
+
+    def __init__(
+        self, worker_id: str, shelf: Shelf, spans: ExecuteSpans, clock: Clock, *, orphan_s: float = 10.0
+    ) -> None:
+        self.worker_id = worker_id
+        self._shelf = shelf
+        self._spans = spans
+        self._clock = clock
+        self._orphan_s = orphan_s
+        self._table = AttemptTable()
+        self._outbox = Outbox()
+        self._engine: CommandSink | None = None
+        self._state = _EngineState()
+        self._stream: Stream | None = None
+        self._highest_term = 0
+        self._alone_since = clock.monotonic()
+        self._draining = self._announced_drain = False
+
+    def connect(self, engine: CommandSink) -> None:
+        """Where commands go; once, before the engine is ready."""
+        self._engine = engine
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and what was computed is acknowledged, or nobody is there to acknowledge it."""
+        return len(self._table) == 0 and (self._outbox.empty or self._stream is None)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Dispatches by verdict, and late pieces of the engine."""
+        return self._table.counts
+
+    # From the scheduler
+
+    def attach(self, request: work_pb2.AttachRequest, stream: Stream) -> work_pb2.WorkerReport:
+        """A scheduler opens a stream; it replaces an older one. Raises StaleTerm, InvalidRequest, Unavailable."""
+        if not request.commands or request.commands[0].WhichOneof("order") != "hello":
+            raise InvalidRequest("The stream must begin with hello.")
+        if not self._state.fingerprint:
+            raise Unavailable("The engine is starting.")
+        self._fence(request.term)
+        if self._stream is not None:
+            # A leader whose own new stream took over must not conclude that its term is over.
+            kind = StaleTerm if request.term > self._stream.term else FleetError
+            self._stream.replace(kind("A newer stream of a scheduler took over."))
+        self._stream = stream
+        self._outbox.attach(lambda request_id, epoch: not self._table.is_cancelled(request_id, epoch))
+        log.info("scheduler %s attached, term %d", request.commands[0].hello.scheduler_id, request.term)
+        report = self._report()
+        self._obey(request.commands[1:])
+        return report
+
+    def receive(self, request: work_pb2.AttachRequest, stream: Stream) -> None:
+        """A batch of commands. Raises StaleTerm; batches of replaced streams are ignored."""
+        self._fence(request.term)
+        if stream is not self._stream:
+            return
+        self._outbox.acknowledge(request.acknowledged)
+        self._obey(request.commands)
+        if self.sendable:
+            self._wake()
+
+    def detach(self, stream: Stream) -> None:
+        """A stream ended. Attempts go on; see `tick`."""
+        if stream is self._stream:
+            self._stream = None
+            self._alone_since = self._clock.monotonic()
+
+    def tick(self) -> None:
+        """Cancel attempts that no scheduler has asked about for `orphan_s`. Call it about once a second."""
+        if self._stream is not None or self._clock.monotonic() - self._alone_since < self._orphan_s:
+            return
+        orphans = list(self._table.running)
+        if orphans:
+            log.warning("cancelling %d attempts: no scheduler for %.0f s", len(orphans), self._orphan_s)
+        self._to_engine([command for orphan in orphans for command in self._stop(orphan.request_id, orphan.epoch)])
+
+    def drain(self) -> None:
+        """Take nothing new; finish what runs."""
+        self._draining = True
+        self._wake()
+
+    # To the scheduler
+
+    @property
+    def sendable(self) -> bool:
+        """Whether the next frame would say something new."""
+        return self._outbox.sendable or self._shelf.changed or self._draining != self._announced_drain
+
+    def next_frame(self) -> work_pb2.WorkFrame:
+        """The next frame of the present stream: pieces, state, spans."""
+        frame = self._outbox.take()
+        frame.step = self._state.step
+        frame.busy = self._state.busy or len(self._table) > 0
+        frame.draining = self._announced_drain = self._draining
+        frame.models.extend(self._shelf.take_changes())
+        frame.spans.extend(self._spans.drain())
+        return frame
+
+    # From the engine
+
+    def engine_ready(self, report: work_pb2.WorkerReport) -> None:
+        """See `EngineListener`. Models that were ordered are loaded again."""
+        self._state.fingerprint = report.numerics_fingerprint
+        self._state.ready = True
+        self._to_engine([work_pb2.Command(load=order) for order in self._shelf.orders])
+
+    def engine_frame(self, frame: work_pb2.WorkFrame) -> None:
+        """See `EngineListener`."""
+        self._state.step = self._state.steps_before + frame.step
+        self._state.busy = frame.busy
+        for model in frame.models:
+            self._shelf.engine_said(model)
+        for span in frame.spans:
+            self._spans.stage(span)
+        for output in frame.outputs:
+            self._take_output(output)
+        for failure in frame.failures:
+            self._fail(failure.request_id, wire.epoch_from_wire(failure.epoch), failure)
+        if self.sendable:
+            self._wake()
+
+    def engine_lost(self, reason: str) -> None:
+        """See `EngineListener`. Attempts die with the engine; the scheduler places them anew."""
+        self._state.ready = self._state.busy = False
+        self._state.steps_before = self._state.step
+        self._shelf.engine_lost()
+        error = AttemptLost(f"The worker's engine ended ({reason}).")
+        for running in list(self._table.running):
+            self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
+        self._wake()
+
+    # Decisions
+
+    def _fence(self, term: int) -> None:
+        if term < self._highest_term:
+            self.counts["stale_term"] += 1
+            raise StaleTerm(f"Term {term} is over; {self._highest_term} was seen.")
+        self._highest_term = term
+
+    def _report(self) -> work_pb2.WorkerReport:
+        running = {(attempt.request_id, attempt.epoch) for attempt in self._table.running}
+        return work_pb2.WorkerReport(
+            worker_id=self.worker_id,
+            highest_term=self._highest_term,
+            running=[
+                work_pb2.RunningAttempt(request_id=request_id, epoch=wire.epoch_to_wire(epoch))
+                for request_id, epoch in sorted(running | self._outbox.attempts(), key=lambda entry: entry[0])
+            ],
+            models=self._shelf.all(),
+            numerics_fingerprint=self._state.fingerprint,
+        )
+
+    def _obey(self, commands: Iterable[work_pb2.Command]) -> None:
+        forward: list[work_pb2.Command] = []
+        for command in commands:
+            match command.WhichOneof("order"):
+                case "dispatch":
+                    forward.extend(self._dispatch(command))
+                case "cancel":
+                    cancel = command.cancel
+                    forward.extend(self._stop(cancel.request_id, wire.epoch_from_wire(cancel.epoch)))
+                case "finish":
+                    forward.extend(self._finish(command))
+                case "load":
+                    order = self._shelf.order(command.load)
+                    forward.extend([work_pb2.Command(load=order)] if order is not None and self._state.ready else [])
+                case "unload":
+                    forward.extend(self._unload(command))
+                case "drain":
+                    self.drain()
+        self._to_engine(forward)
+
+    def _dispatch(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
+        dispatch = command.dispatch
+        request_id, epoch = dispatch.request.request_id, wire.epoch_from_wire(dispatch.epoch)
+        verdict = self._table.judge(dispatch, self._clock.monotonic())
+        if verdict is Verdict.STALE:
+            error: LlmosError = StaleTerm("A newer attempt at this request is known.")
+            self._outbox.add_failure(_failure(request_id, epoch, error))
+        if verdict not in (Verdict.BEGIN, Verdict.REPLACE):
+            return []
+        refusal = self._refusal(dispatch.request.model)
+        if refusal is not None:
+            self._outbox.add_failure(_failure(request_id, epoch, refusal))
+            return []
+        older = self._table.get(request_id)
+        if older is not None:
+            self._spans.end(request_id, older.epoch, "replaced")
+            self._outbox.drop(request_id, older.epoch)
+        running = self._table.begin(dispatch)
+        self._spans.begin(dispatch)
+        if not running.open_choices:
+            self._complete(running)
+            return []
+        return [command]
+
+    def _refusal(self, model: str) -> LlmosError | None:
+        if self._draining:
+            return Unavailable("The worker takes nothing new.")
+        if not self._state.ready or not self._shelf.loaded(model):
+            return Unavailable(f"The model {model} is not loaded here.")
+        return None
+
+    def _stop(self, request_id: str, epoch: Epoch) -> Iterable[work_pb2.Command]:
+        running = self._table.get(request_id)
+        self._outbox.drop(request_id, epoch)
+        if not self._table.cancel(request_id, epoch, self._clock.monotonic()) or running is None:
+            return []
+        self._spans.end(request_id, running.epoch, "cancelled")
+        order = work_pb2.CancelAttempt(request_id=request_id, epoch=wire.epoch_to_wire(running.epoch))
+        return [work_pb2.Command(cancel=order)]
+
+    def _finish(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
+        finish = command.finish
+        running = self._table.get(finish.request_id)
+        if running is None:
+            return []
+        if self._table.keep(finish.request_id, finish.choice, finish.keep_until):
+            self._complete(running)
+        return [command]
+
+    def _unload(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
+        name = command.unload.model
+        self._shelf.unload(name)
+        error = Unavailable(f"The model {name} was unloaded.")
+        for running in [running for running in self._table.running if running.model == name]:
+            self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
+        return [command]
+
+    def _take_output(self, output: request_pb2.Output) -> None:
+        running = self._table.get(output.request_id)
+        epoch = wire.epoch_from_wire(output.epoch)
+        if running is None or running.epoch != epoch:
+            self.counts["late"] += 1
+            return
+        if output.index != running.next_index(output.choice):
+            error = AttemptLost("The engine left a gap in its output.")
+            self._fail(output.request_id, epoch, _failure(output.request_id, epoch, error))
+            cancel = work_pb2.CancelAttempt(request_id=output.request_id, epoch=output.epoch)
+            self._to_engine([work_pb2.Command(cancel=cancel)])
+            return
+        complete = self._table.advance(output)
+        self._outbox.add(output)
+        if complete:
+            self._complete(running)
+
+    def _complete(self, running: Running) -> None:
+        self._table.end(running.request_id, self._clock.monotonic())
+        self._spans.end(running.request_id, running.epoch)
+
+    def _fail(self, request_id: str, epoch: Epoch, failure: request_pb2.Failure) -> None:
+        running = self._table.get(request_id)
+        if running is None or running.epoch != epoch:
+            return
+        self._table.end(request_id, self._clock.monotonic())
+        self._spans.end(request_id, epoch, failure.code)
+        self._outbox.add_failure(failure)
+
+    def _to_engine(self, commands: list[work_pb2.Command]) -> None:
+        if not commands or self._engine is None:
+            return
+        try:
+            self._engine.send(commands)
+        except Unavailable as error:
+            for command in commands:
+                if command.WhichOneof("order") == "dispatch":
+                    request_id, epoch = command.dispatch.request.request_id, command.dispatch.epoch
+                    failure = _failure(request_id, wire.epoch_from_wire(epoch), error)
+                    self._fail(request_id, wire.epoch_from_wire(epoch), failure)
+
+    def _wake(self) -> None:
+        if self._stream is not None:
+            self._stream.wake()
+
+
+def _failure(request_id: str, epoch: Epoch, error: LlmosError) -> request_pb2.Failure:
+    return request_pb2.Failure(
+        request_id=request_id, epoch=wire.epoch_to_wire(epoch), code=error.code, message=error.message
+    )

@@ -1,0 +1,24 @@
+"""What decides a torch worker's bytes besides the model version. Imported in the engine process only."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import transformers
+
+from worker.engine.model import DTYPE
+
+ENGINE_REVISION = 1
+"""To be raised with every change of `worker/engine` that can change a token."""
+
+
+def torch_fingerprint(device: torch.device | None = None) -> str:
+    """Equal on two workers only if an exact request may be resumed from one on the other."""
+    if device is not None and device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    dtype = str(DTYPE).removeprefix("torch.")
+    libraries = f"torch-{torch.__version__} transformers-{transformers.__version__}"
+    return f"engine-{ENGINE_REVISION} {dtype} {processor} {libraries}"

@@ -1,0 +1,137 @@
+"""The models that a worker holds: what they need, and the files that gateways ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmos.errors import ConfigError, NotFound
+from llmos.internal.v1 import registry_pb2, requests_pb2
+from llmos.store import Manifest, Store
+from worker.backends import echo
+from worker.engine_process import EngineModel
+
+CHUNK_BYTES = 1024 * 1024
+_FLOAT32_BYTES = 4
+_WORKSPACE_BYTES = 256 * 1024 * 1024
+"""Activations, logits and sampling of one step of a small model."""
+_ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """A model version whose files are here."""
+
+    record: registry_pb2.ModelRecord
+    engine: EngineModel
+    blobs: Mapping[str, Path | bytes] = field(default_factory=dict)
+    """Tokenizer and chat template by sha256: a file, or the text itself."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the fleet."""
+        return self.record.model.name
+
+
+def hold(backend: str, names: Sequence[str], store: Path | None) -> list[HeldModel]:
+    """The models behind `--model`. Raises ModelNotFound for one that the store lacks, ConfigError for a bad name."""
+    if backend == "echo":
+        held = [echo_model(text) for text in names or ("echo",)]
+    else:
+        held = [_stored_model(name, Store(store)) for name in names]
+    if len({model.name for model in held}) < len(held):
+        raise ConfigError("--model names a model twice", param="model")
+    return held
+
+
+def echo_model(text: str) -> HeldModel:
+    """`NAME`, or `NAME=40GiB` with the bytes that its weights are said to take."""
+    name, _, size = text.partition("=")
+    weights = parse_size(size) if size else 0
+    if not name:
+        raise ConfigError(f"'{text}' names no model", param="model")
+    record = registry_pb2.ModelRecord(
+        model=requests_pb2.CatalogueModel(
+            name=name,
+            version=echo.FINGERPRINT,
+            context_length=echo.CONTEXT_LENGTH,
+            vocab_size=echo.VOCABULARY,
+            capabilities=["chat", "completion"],
+        ),
+        weight_bytes=weights,
+        kv_bytes_per_token=echo.KV_BYTES_PER_TOKEN,
+    )
+    return HeldModel(record, EngineModel(name=name, version=echo.FINGERPRINT, weight_bytes=weights))
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `40GiB`, `24GB`, `1000`. Raises ConfigError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"'{text}' is not a size; write it as 40GiB or 24GB", param="model")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _stored_model(name: str, store: Store) -> HeldModel:
+    manifest = store.resolve(name)
+    folder = store.materialize(manifest)
+    blobs: dict[str, Path | bytes] = {}
+    if manifest.tokenizer_hash:
+        blobs[manifest.tokenizer_hash] = store.blob_path(manifest.tokenizer_hash)
+    if manifest.chat_template_hash:
+        blobs[manifest.chat_template_hash] = manifest.chat_template.encode()
+    record = _record(name, manifest)
+    engine = EngineModel(
+        name=record.model.name,
+        version=manifest.version,
+        folder=str(folder),
+        weight_bytes=record.weight_bytes,
+        kv_bytes_per_token=record.kv_bytes_per_token,
+        context_length=manifest.context_length,
+    )
+    return HeldModel(record, engine, blobs)
+
+
+def _record(name: str, manifest: Manifest) -> registry_pb2.ModelRecord:
+    """What it takes in fp32, in which the engine computes whatever the files hold."""
+    chat = ["chat"] if manifest.chat_template else []
+    return registry_pb2.ModelRecord(
+        model=requests_pb2.CatalogueModel(
+            name=manifest.name or name,
+            version=manifest.version,
+            tokenizer_hash=manifest.tokenizer_hash,
+            chat_template_hash=manifest.chat_template_hash,
+            context_length=manifest.context_length,
+            vocab_size=manifest.vocab_size,
+            bos_token=manifest.bos_token,
+            eos_token=manifest.eos_token,
+            capabilities=[*chat, "completion"],
+            created_unix_s=manifest.created_unix_s,
+        ),
+        weight_bytes=manifest.parameter_count * _FLOAT32_BYTES,
+        kv_bytes_per_token=manifest.kv_bytes_per_token * _FLOAT32_BYTES // _ELEMENT_BYTES.get(manifest.dtype, 2),
+        workspace_bytes=_WORKSPACE_BYTES,
+    )
+
+
+def find_blob(models: Iterable[HeldModel], sha256: str) -> Path | bytes:
+    """The file or text with that hash. Raises NotFound."""
+    for model in models:
+        if sha256 in model.blobs:
+            return model.blobs[sha256]
+    raise NotFound("This worker holds no such file.")
+
+
+def chunks(blob: Path | bytes) -> Iterator[bytes]:
+    """The blob in pieces of at most 1 MiB; reads files as it goes."""
+    if isinstance(blob, bytes):
+        yield from (blob[start : start + CHUNK_BYTES] for start in range(0, len(blob), CHUNK_BYTES))
+        return
+    with blob.open("rb") as file:
+        while piece := file.read(CHUNK_BYTES):
+            yield piece

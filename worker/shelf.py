@@ -1,0 +1,119 @@
+"""State of a worker's models: what it holds, what it was ordered to load, what the engine says. Pure; one owner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from llmos.internal.v1 import work_pb2
+from llmos.v1 import fleet_pb2
+from worker.models import HeldModel
+
+AVAILABLE, LOADING = fleet_pb2.MODEL_STATE_AVAILABLE, fleet_pb2.MODEL_STATE_LOADING
+LOADED, FAILED, UNFIT = fleet_pb2.MODEL_STATE_LOADED, fleet_pb2.MODEL_STATE_FAILED, fleet_pb2.MODEL_STATE_UNFIT
+
+
+class Shelf:
+    """Models by name. Orders to load outlive the engine process that carries them out."""
+
+    def __init__(self, held: Sequence[HeldModel], capacity: fleet_pb2.Capacity) -> None:
+        self._held = {model.name: model for model in held}
+        self._largest = max((device.memory_bytes for device in capacity.devices), default=0)
+        self._states = {model.name: self._initial(model) for model in held}
+        self._orders: dict[str, work_pb2.LoadModel] = {}
+        self._changed: set[str] = set()
+
+    @property
+    def changed(self) -> bool:
+        """Whether a state has changed since `take_changes`."""
+        return bool(self._changed)
+
+    @property
+    def orders(self) -> Iterable[work_pb2.LoadModel]:
+        """What a fresh engine process has to load."""
+        return self._orders.values()
+
+    def loaded(self, name: str) -> bool:
+        """Whether attempts at this model can be computed now."""
+        state = self._states.get(name)
+        return state is not None and state.state == LOADED
+
+    def all(self) -> list[fleet_pb2.NodeModel]:
+        """Every model; `take_changes` begins from here."""
+        self._changed.clear()
+        return list(self._states.values())
+
+    def take_changes(self) -> list[fleet_pb2.NodeModel]:
+        """Models that changed since the last call."""
+        names, self._changed = self._changed, set()
+        return [self._states[name] for name in sorted(names)]
+
+    def order(self, order: work_pb2.LoadModel) -> work_pb2.LoadModel | None:
+        """Take an order to load. Returns what the engine has to do, None if nothing."""
+        held, state = self._held.get(order.model), self._states.get(order.model)
+        if held is None or state is None:
+            return None
+        if state.state in (LOADING, LOADED, UNFIT):
+            self._changed.add(order.model)
+            return None
+        if order.version not in ("", held.engine.version):
+            self._set(order.model, FAILED, detail=f"This worker holds version {held.engine.version[:12]}.")
+            return None
+        complete = work_pb2.LoadModel()
+        complete.CopyFrom(order)
+        complete.memory_budget_bytes = order.memory_budget_bytes or self._largest
+        self._orders[order.model] = complete
+        self._set(order.model, LOADING)
+        return complete
+
+    def unload(self, name: str) -> None:
+        """Take an order to unload."""
+        self._orders.pop(name, None)
+        if name in self._states and self._states[name].state != UNFIT:
+            self._set(name, AVAILABLE)
+
+    def engine_said(self, model: fleet_pb2.NodeModel) -> None:
+        """Take the engine's word on a model that it was ordered to load."""
+        if model.name not in self._orders:
+            return
+        if model.state == FAILED:
+            del self._orders[model.name]
+        version = self._held[model.name].engine.version
+        self._set(
+            model.name,
+            model.state,
+            version=version,
+            detail=model.detail,
+            blocks=(model.total_blocks, model.free_blocks),
+        )
+
+    def engine_lost(self) -> None:
+        """Models that were loaded, or about to be, are loaded again."""
+        for name in self._orders:
+            self._set(name, LOADING)
+
+    def _initial(self, model: HeldModel) -> fleet_pb2.NodeModel:
+        need = model.record.weight_bytes + model.record.workspace_bytes
+        state = fleet_pb2.NodeModel(name=model.name, version=model.engine.version, state=AVAILABLE)
+        if need > self._largest:
+            state.state = UNFIT
+            state.detail = f"needs {need / 2**30:.1f} GiB, the largest device has {self._largest / 2**30:.1f} GiB"
+        return state
+
+    def _set(
+        self,
+        name: str,
+        state: fleet_pb2.ModelState.ValueType,
+        *,
+        version: str = "",
+        detail: str = "",
+        blocks: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._states[name] = fleet_pb2.NodeModel(
+            name=name,
+            version=version or self._held[name].engine.version,
+            state=state,
+            detail=detail,
+            total_blocks=blocks[0],
+            free_blocks=blocks[1],
+        )
+        self._changed.add(name)
