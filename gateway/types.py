@@ -182,3 +182,11 @@ class Engine(Protocol):
     def ready(self) -> bool:
         """A leader is connected and at least one model is served."""
         ...
+
+
+class Authenticator(Protocol):
+    """Who a client is, by what it shows."""
+
+    def authenticate(self, authorization: str | None) -> Identity:
+        """The identity behind an `Authorization` header or metadata value. Raises Unauthenticated."""
+        ...

@@ -1,6 +1,7 @@
 """Chat templates: the conversation as the one text that the model was trained to continue.
 
-Templates are Jinja, rendered as transformers' `apply_chat_template` does, in a sandbox that can't change what it is given.
+Templates are Jinja, rendered as transformers' `apply_chat_template` does, in a sandbox that can't change what it is
+given.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class JinjaTemplate:
         messages = [_message(turn) for turn in turns]
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             reason = str(error)[:_MAX_REASON]
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {reason}", param="messages"

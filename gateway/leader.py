@@ -1,0 +1,90 @@
+"""Single calls to the leading scheduler, beside the stream: blobs, and the fleet as `llmos ps` and its kin show it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from llmos.errors import FleetError, LlmosError, Unavailable
+from llmos.internal.v1 import requests_pb2, requests_pb2_grpc
+from llmos.rpc import error_from_rpc
+from llmos.v1 import fleet_pb2, fleet_pb2_grpc
+
+_CALL_TIMEOUT_S = 5.0
+_BLOB_TIMEOUT_S = 30.0
+_BLOB_LIMIT = 128 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def _typed_errors() -> Iterator[None]:
+    """Errors of the tree instead of gRPC's; nothing that only services may see."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        typed = error_from_rpc(error)
+        raise (Unavailable("The scheduler is changing; try again.") if _is_internal(typed) else typed) from error
+    except asyncio.CancelledError:
+        # A channel that is closed cancels whoever waits on it. Only a cancelled task may pass for cancelled.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Unavailable("The scheduler was lost; try again.", retry_after_s=1.0) from None
+
+
+def _is_internal(error: LlmosError) -> bool:
+    return isinstance(error, FleetError) or type(error) is LlmosError
+
+
+class LeaderClient:
+    """Calls whoever leads now. Every method raises LlmosError, Unavailable if nobody does."""
+
+    def __init__(self, channel: Callable[[], grpc.aio.Channel]) -> None:
+        """`channel` gives the leader's channel, or raises Unavailable (`Link.leader_channel`)."""
+        self._channel = channel
+
+    async def fetch_blob(self, sha256: str) -> bytes:
+        """A blob of the catalogue by its hash, at most 128 MiB, unverified."""
+        stub: Any = requests_pb2_grpc.RequestsStub(self._channel())
+        chunks: list[bytes] = []
+        size = 0
+        with _typed_errors():
+            async for answer in stub.FetchBlob(requests_pb2.FetchBlobRequest(sha256=sha256), timeout=_BLOB_TIMEOUT_S):
+                size += len(answer.data)
+                if size > _BLOB_LIMIT:
+                    raise Unavailable("A file of the model is larger than this gateway takes.")
+                chunks.append(answer.data)
+        return b"".join(chunks)
+
+    async def list_nodes(self, request: fleet_pb2.ListNodesRequest) -> fleet_pb2.ListNodesResponse:
+        """Every node of the fleet."""
+        with _typed_errors():
+            answer: fleet_pb2.ListNodesResponse = await self._fleet().ListNodes(request, timeout=_CALL_TIMEOUT_S)
+        return answer
+
+    async def list_requests(self, request: fleet_pb2.ListRequestsRequest) -> fleet_pb2.ListRequestsResponse:
+        """Requests that wait or run, of all tenants."""
+        with _typed_errors():
+            answer: fleet_pb2.ListRequestsResponse = await self._fleet().ListRequests(request, timeout=_CALL_TIMEOUT_S)
+        return answer
+
+    async def kill_request(self, request_id: str) -> bool:
+        """Cancel a request by its internal id; whether it waited or ran."""
+        request = fleet_pb2.KillRequestRequest(request_id=request_id)
+        with _typed_errors():
+            answer = await self._fleet().KillRequest(request, timeout=_CALL_TIMEOUT_S)
+        return bool(answer.was_running)
+
+    async def get_trace(self, trace_or_request_id: str) -> list[fleet_pb2.Span]:
+        """Finished spans of a request or trace; empty if the ring has none."""
+        with _typed_errors():
+            answer = await self._fleet().GetTrace(
+                fleet_pb2.GetTraceRequest(id=trace_or_request_id), timeout=_CALL_TIMEOUT_S
+            )
+        return list(answer.spans)
+
+    def _fleet(self) -> Any:
+        return fleet_pb2_grpc.FleetStub(self._channel())

@@ -1,0 +1,347 @@
+"""The session layer: turns valid requests into running streams and hands out what the link brings.
+
+The life of a request here: find the model, render and tokenize, check against the context, name it, open its span,
+submit it, then output by output through its stream until the last choice has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from opentelemetry.trace import Span, SpanKind
+
+from gateway import request_id as request_ids
+from gateway.catalogue import Catalogue, TextRules
+from gateway.failure import for_client
+from gateway.leader import LeaderClient
+from gateway.prepare import fit, fleet_request, new_transcript, tokenize
+from gateway.stream import Stream, StreamLimits, Uplink
+from gateway.trace import finish_span, span_name, start_attributes
+from gateway.transcript import Verdict
+from gateway.types import GenerationRequest, Identity, ModelInfo, Started, TraceHeaders
+from llmos.clock import Clock
+from llmos.errors import (
+    Cancelled,
+    Conflict,
+    InternalError,
+    InvalidRequest,
+    LlmosError,
+    Overloaded,
+    Unavailable,
+)
+from llmos.internal.v1 import request_pb2, requests_pb2
+from llmos.telemetry import Telemetry, remote_context, trace_headers
+from llmos.v1 import fleet_pb2
+
+log = logging.getLogger(__name__)
+
+_ALL_REQUESTS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """Bounds of the session layer."""
+
+    leader_grace_s: float = 15.0
+    """How long streams wait for a new leader before they end in a typed, resumable error."""
+    max_requests: int = 4096
+    """Most requests that run at once; more are refused with Retry-After."""
+    buffer_bytes: int = 1024 * 1024
+    """Most bytes of unread events per stream; past it the stream is aborted."""
+    max_request_s: float = 3600.0
+    """Longest life of a request, whatever deadline its client names."""
+    ask_again_s: float = 10.0
+    """Pause before lost output is asked for once more; doubled each time."""
+    ask_again_times: int = 4
+    """So often is lost output asked for before the stream fails."""
+    prefix_salt: str = ""
+    """Secret of this deployment that prefix hashes depend on; the same for all its gateways."""
+
+
+class Upstream(Uplink, Protocol):
+    """The link as sessions see it."""
+
+    @property
+    def connected(self) -> bool:
+        """A leader listens."""
+        ...
+
+    @property
+    def lost_for_s(self) -> float | None:
+        """Seconds without a leader; None before the first."""
+        ...
+
+
+class Sessions:
+    """Implements `gateway.types.Engine` and `gateway.link.Receiver`. Owns every running stream; one loop only."""
+
+    def __init__(
+        self,
+        link: Upstream,
+        catalogue: Catalogue,
+        config: SessionConfig,
+        *,
+        clock: Clock,
+        telemetry: Telemetry,
+        leader: LeaderClient | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`leader` finds requests that run at other gateways; `rng` makes ids and seeds: by default unguessable."""
+        self._link = link
+        self._catalogue = catalogue
+        self._config = config
+        self._clock = clock
+        self._telemetry = telemetry
+        self._leader = leader
+        self._rng = rng or random.SystemRandom()
+        self._limits = StreamLimits(config.buffer_bytes, config.ask_again_s, config.ask_again_times)
+        self._streams: dict[str, Stream] = {}
+        self._named: dict[tuple[str, str], Stream] = {}
+        self._preparing = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._grace_timer: asyncio.TimerHandle | None = None
+        self._counts = dict.fromkeys(
+            [*(f"outputs_{verdict.value}" for verdict in Verdict), "outputs_unknown", "requests", "slow_readers"], 0
+        )
+
+    # What the edges ask for (Engine)
+
+    async def generate(
+        self, request: GenerationRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
+    ) -> Stream:
+        """See `Engine`. The stream is registered and submitted when this returns."""
+        self._admit()
+        model = self._catalogue.find(request.model, request.kind)
+        inner_id, public_id = self._name(request, identity, request_id)
+        span = self._telemetry.start(
+            span_name(request),
+            parent=remote_context(trace.traceparent, trace.tracestate),
+            kind=SpanKind.SERVER,
+            attributes=start_attributes(request, identity, inner_id, public_id, model.version),
+        )
+        self._preparing += 1
+        try:
+            rules = await self._catalogue.rules(model)
+            token_ids = await self._tokenize(request, rules, span, inner_id)
+            return self._begin(request, identity, model, rules, token_ids, span, inner_id, public_id)
+        except BaseException as error:
+            self._telemetry.finish(span, error.code if isinstance(error, LlmosError) else "cancelled")
+            raise
+        finally:
+            self._preparing -= 1
+
+    async def cancel(self, request_id: str, identity: Identity) -> bool:
+        """See `Engine`. A request of another gateway is cancelled through the scheduler."""
+        stream = self._named.get((identity.tenant, request_id))
+        if stream is not None:
+            stream.abort(Cancelled("The request was cancelled."), "cancelled")
+            return True
+        if self._leader is None or not self._link.connected:
+            return False
+        listing = await self._leader.list_requests(fleet_pb2.ListRequestsRequest(limit=_ALL_REQUESTS))
+        for row in listing.requests:
+            if row.tenant == identity.tenant and request_ids.names(request_id, row.request_id, identity.tenant):
+                return await self._leader.kill_request(row.request_id)
+        return False
+
+    def models(self) -> Sequence[ModelInfo]:
+        """See `Engine`."""
+        return self._catalogue.models()
+
+    def ready(self) -> bool:
+        """See `Engine`."""
+        return self._link.connected and not self._draining and bool(self._catalogue.models())
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests, let running ones end within `grace_s`, then end the rest with a typed error."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):  # the rest is ended below
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        for stream in list(self._streams.values()):
+            stream.fail(Unavailable("This gateway is shutting down; resume the stream.", retry_after_s=1.0))
+
+    def counters(self) -> Mapping[str, int]:
+        """Totals since the start, and requests running now."""
+        return {**self._counts, "running": len(self._streams)}
+
+    # What the link brings (Receiver)
+
+    def on_connected(self, term: int) -> Iterable[request_pb2.Request]:
+        """See `Receiver`."""
+        self._stop_grace()
+        return [stream.reconnected() for stream in self._streams.values()]
+
+    def on_lost(self) -> None:
+        """See `Receiver`."""
+        self._stop_grace()
+        self._grace_timer = asyncio.get_running_loop().call_later(self._config.leader_grace_s, self._give_up)
+
+    def on_catalogue(self, catalogue: requests_pb2.Catalogue, term: int) -> None:
+        """See `Receiver`."""
+        self._catalogue.replace(catalogue, term)
+
+    def on_frame(self, frame: requests_pb2.GatewayFrame, missed: bool) -> None:
+        """See `Receiver`."""
+        if missed:
+            for stream in list(self._streams.values()):
+                stream.missed()
+        for output in frame.outputs:
+            self._deliver(output)
+        for failure in frame.failures:
+            self._fail(failure)
+
+    # How
+
+    def _admit(self) -> None:
+        if self._draining:
+            raise Unavailable("This gateway is shutting down; try another one.", retry_after_s=1.0)
+        lost = self._link.lost_for_s
+        if lost is None or lost > self._config.leader_grace_s:
+            raise Unavailable("No scheduler leads at the moment; try again.", retry_after_s=1.0)
+        if len(self._streams) + self._preparing >= self._config.max_requests:
+            raise Overloaded("This gateway has as many requests as it can hold; try again.", retry_after_s=1.0)
+
+    def _name(self, request: GenerationRequest, identity: Identity, client_id: str) -> tuple[str, str]:
+        """The request's inner and public id. A resumed one keeps its public id and takes the old stream's place."""
+        resumed = request.resume_request_id
+        given = resumed or client_id
+        if request_ids.is_acceptable(given):
+            public_id, inner_id = given, request_ids.inside(given, identity.tenant)
+        else:
+            public_id = inner_id = request_ids.generate(self._rng)
+        old = self._named.get((identity.tenant, public_id))
+        if old is not None and not resumed:
+            raise _in_use()
+        if old is not None:
+            old.abort(Cancelled("The stream was resumed elsewhere."), "cancelled")
+        return (request_ids.again(inner_id, self._rng) if resumed else inner_id), public_id
+
+    async def _tokenize(self, request: GenerationRequest, rules: TextRules, span: Span, inner_id: str) -> Sequence[int]:
+        child = self._telemetry.start(
+            "tokenize", parent=span.get_span_context(), attributes={"llmos.request_id": inner_id}
+        )
+        try:
+            token_ids = await tokenize(request, rules)
+        except LlmosError as error:
+            self._telemetry.finish(child, error.code)
+            raise
+        child.set_attribute("gen_ai.usage.input_tokens", len(token_ids))
+        self._telemetry.finish(child)
+        return token_ids
+
+    def _begin(
+        self,
+        request: GenerationRequest,
+        identity: Identity,
+        model: requests_pb2.CatalogueModel,
+        rules: TextRules,
+        token_ids: Sequence[int],
+        span: Span,
+        inner_id: str,
+        public_id: str,
+    ) -> Stream:
+        max_tokens = fit(request.params, token_ids, model)
+        seed = self._seed(request)
+        wire = fleet_request(
+            request,
+            identity,
+            model,
+            token_ids,
+            inner_id=inner_id,
+            seed=seed,
+            max_tokens=max_tokens,
+            salt=self._config.prefix_salt.encode(),
+        )
+        wire.trace.traceparent, wire.trace.tracestate = trace_headers(span)
+        created = self._clock.unix_ns() // 1_000_000_000
+        stream = Stream(
+            wire,
+            Started(public_id, model.name, model.version, seed, created, len(token_ids)),
+            new_transcript(request, rules, max_tokens, model.vocab_size),
+            span,
+            uplink=self._link,
+            clock=self._clock,
+            deadline=self._clock.monotonic() + min(request.deadline_s or 1e9, self._config.max_request_s),
+            limits=self._limits,
+            on_end=self._on_end,
+        )
+        self._register(stream)
+        try:
+            stream.begin(request.resume)
+        except LlmosError:
+            self._forget(stream)
+            raise
+        return stream
+
+    def _seed(self, request: GenerationRequest) -> int:
+        params = request.params
+        if params.seed is not None:
+            return params.seed
+        if request.resume and params.temperature > 0:
+            raise InvalidRequest("To resume a stream, send the seed that its start reported.", param="seed")
+        return self._rng.getrandbits(63)
+
+    def _register(self, stream: Stream) -> None:
+        if (stream.tenant, stream.request_id) in self._named:
+            raise _in_use()
+        self._counts["requests"] += 1
+        self._streams[stream.inner_id] = stream
+        self._named[stream.tenant, stream.request_id] = stream
+        self._idle.clear()
+
+    def _forget(self, stream: Stream) -> None:
+        self._streams.pop(stream.inner_id, None)
+        name = (stream.tenant, stream.request_id)
+        if self._named.get(name) is stream:
+            del self._named[name]
+        if not self._streams:
+            self._idle.set()
+
+    def _on_end(self, stream: Stream, error: LlmosError | None) -> None:
+        self._forget(stream)
+        if error is not None and error.code == "slow_reader":
+            self._counts["slow_readers"] += 1
+        finish_span(self._telemetry, stream, error)
+
+    def _deliver(self, output: request_pb2.Output) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            self._counts["outputs_unknown"] += 1
+            return
+        try:
+            verdict = stream.take(output)
+        except Exception:  # a bug met by one request must not end the others
+            log.exception("output of request %s could not be taken", output.request_id)
+            stream.abort(InternalError("Something broke inside; the request id helps to find it."), "cancelled")
+            return
+        self._counts[f"outputs_{verdict.value}"] += 1
+
+    def _fail(self, failure: request_pb2.Failure) -> None:
+        stream = self._streams.get(failure.request_id)
+        epoch = (failure.epoch.term, failure.epoch.attempt)
+        if stream is None or (failure.HasField("epoch") and epoch < stream.transcript.epoch):
+            self._counts["outputs_unknown" if stream is None else "outputs_stale"] += 1
+            return
+        stream.fail(for_client(failure))
+
+    def _stop_grace(self) -> None:
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+            self._grace_timer = None
+
+    def _give_up(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.fail(Unavailable("The fleet has no leader; resume the stream later.", retry_after_s=5.0))
+
+
+def _in_use() -> Conflict:
+    return Conflict("A request of this id is running; choose another x-request-id.", param="x-request-id")

@@ -1,0 +1,248 @@
+"""One running request: output comes in from the link's reader, events go out to whoever reads them.
+
+The buffer between the two is bounded: a reader that does not read loses its stream, never the gateway's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from opentelemetry.trace import Span
+
+from gateway.transcript import Transcript, Verdict
+from gateway.types import Delta, Done, Event, Progress, Started
+from llmos.clock import Clock
+from llmos.errors import Cancelled, DeadlineExceeded, LlmosError, SlowReader, Unavailable
+from llmos.internal.v1 import request_pb2
+
+_EVENT_BYTES = 96
+_TOKEN_BYTES = 40
+_LOGPROB_BYTES = 120
+
+
+class Uplink(Protocol):
+    """How a stream speaks to the leader. None of these blocks; `Link` is one."""
+
+    def submit(self, request: request_pb2.Request) -> None:
+        """Hand over a request, or one that goes on."""
+        ...
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Stop a request."""
+        ...
+
+    def finish(self, request_id: str, choice: int, keep_until: int) -> None:
+        """End a choice early."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """Bounds of one stream."""
+
+    buffer_bytes: int
+    """Most bytes of events that wait for the reader, roughly."""
+    ask_again_s: float
+    """Pause before lost output is asked for once more; doubled each time."""
+    ask_again_times: int
+    """So often is lost output asked for before the stream fails."""
+
+
+class Stream:
+    """Implements `gateway.types.Generation`. All methods run on one loop; `on_end` is called exactly once."""
+
+    def __init__(
+        self,
+        request: request_pb2.Request,
+        started: Started,
+        transcript: Transcript,
+        span: Span,
+        *,
+        uplink: Uplink,
+        clock: Clock,
+        deadline: float,
+        limits: StreamLimits,
+        on_end: Callable[[Stream, LlmosError | None], None],
+    ) -> None:
+        """`deadline` is on the clock's monotonic time."""
+        self.request_id = started.request_id
+        self.span = span
+        self.transcript = transcript
+        self.finish_reasons: dict[int, str] = {}
+        self._request = request
+        self._started = started
+        self._uplink = uplink
+        self._clock = clock
+        self._deadline = deadline
+        self._limits = limits
+        self._on_end = on_end
+        self._buffer: deque[Event] = deque([started])
+        self._buffered = 0
+        self._ready = asyncio.Event()
+        self._ended = False
+        self._error: LlmosError | None = None
+        self._missing: set[int] = set()
+        self._asked = 0
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._ask_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def inner_id(self) -> str:
+        """The request's name inside the fleet."""
+        return self._request.request_id
+
+    @property
+    def tenant(self) -> str:
+        """Who asked."""
+        return self._request.tenant
+
+    def begin(self, progress: Sequence[Progress]) -> None:
+        """Take up what the client holds and hand the request over. Raises InvalidRequest; then nothing has begun."""
+        for delta in self.transcript.resume(progress):
+            self._put(delta)
+        if self.transcript.finished:
+            self._complete()
+            return
+        left = max(0.0, self._deadline - self._clock.monotonic())
+        self._deadline_timer = asyncio.get_running_loop().call_later(left, self._expire)
+        self._uplink.submit(self.unfinished())
+
+    def unfinished(self) -> request_pb2.Request:
+        """The request with what has been generated so far: what a scheduler needs to go on with it."""
+        request = request_pb2.Request()
+        request.CopyFrom(self._request)
+        request.resume.extend(self.transcript.resume_state())
+        request.deadline_ms = max(1, int((self._deadline - self._clock.monotonic()) * 1000))
+        return request
+
+    def take(self, output: request_pb2.Output) -> Verdict:
+        """Add output from the fleet. Anything but the next piece changes nothing; a gap is asked for again."""
+        if self._ended:
+            return Verdict.STALE
+        taken = self.transcript.take(output)
+        if taken.verdict in {Verdict.GAP, Verdict.CORRUPT}:
+            self._miss(output.choice)
+        if taken.delta is None:
+            return taken.verdict
+        self._found(output.choice)
+        if taken.keep_until is not None:
+            self._uplink.finish(self.inner_id, output.choice, taken.keep_until)
+        self._put(taken.delta)
+        if self.transcript.finished:
+            self._complete()
+        elif self._buffered > self._limits.buffer_bytes:
+            self.abort(SlowReader("The stream was not read fast enough; resume it, or ask for less."), "slow_reader")
+        return taken.verdict
+
+    def missed(self) -> None:
+        """Frames were lost on the way, with or without output of this request: ask for what follows."""
+        if not self._ended:
+            self._uplink.submit(self.unfinished())
+
+    def reconnected(self) -> request_pb2.Request:
+        """The request for the next leader. Everything is asked for anew, so nothing counts as missing."""
+        self._missing.clear()
+        self._settle()
+        return self.unfinished()
+
+    def fail(self, error: LlmosError, *, deliver: bool = True) -> None:
+        """End with an error; `deliver` lets the reader have what is buffered first."""
+        if self._ended:
+            return
+        if not deliver:
+            self._buffer.clear()
+        self._error = error
+        self._end(error)
+
+    def abort(self, error: LlmosError, reason: str) -> None:
+        """End with an error and stop the computation."""
+        if not self._ended:
+            self._uplink.cancel(self.inner_id, reason)
+            self.fail(error, deliver=False)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """See `Generation`. A reader that goes away in the middle cancels the request."""
+        try:
+            while True:
+                while self._buffer:
+                    event = self._buffer.popleft()
+                    self._buffered -= _size(event)
+                    yield event
+                    if isinstance(event, Done):
+                        return
+                if self._error is not None:
+                    raise self._error
+                self._ready.clear()
+                await self._ready.wait()
+        finally:
+            self._abandon("client_gone")
+
+    async def aclose(self, reason: str = "client_gone") -> None:
+        """See `Generation`."""
+        self._abandon(reason)
+
+    def _abandon(self, reason: str) -> None:
+        self.abort(Cancelled("The client went away."), reason)
+
+    def _put(self, delta: Delta) -> None:
+        if delta.finish is not None:
+            self.finish_reasons[delta.choice] = delta.finish
+        self._buffer.append(delta)
+        self._buffered += _size(delta)
+        self._ready.set()
+
+    def _complete(self) -> None:
+        self._buffer.append(Done(self._started.prompt_tokens, self.transcript.completion_tokens))
+        self._end(None)
+
+    def _end(self, error: LlmosError | None) -> None:
+        self._ended = True
+        self._settle()
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+        self._ready.set()
+        self._on_end(self, error)
+
+    def _expire(self) -> None:
+        if not self._ended:
+            self._uplink.cancel(self.inner_id, "deadline")
+            self.fail(DeadlineExceeded("The request's deadline passed before it was finished."))
+
+    def _miss(self, choice: int) -> None:
+        """Note that output of a choice is lost, and ask for it unless that has just been done."""
+        was_whole = not self._missing
+        self._missing.add(choice)
+        if was_whole:
+            self._ask()
+
+    def _found(self, choice: int) -> None:
+        self._missing.discard(choice)
+        if not self._missing:
+            self._settle()
+
+    def _ask(self) -> None:
+        self._asked += 1
+        if self._asked > self._limits.ask_again_times:
+            self._uplink.cancel(self.inner_id, "cancelled")
+            self.fail(Unavailable("The fleet lost a part of the answer; resume the stream.", retry_after_s=1.0))
+            return
+        self._uplink.submit(self.unfinished())
+        pause = self._limits.ask_again_s * 2 ** (self._asked - 1)
+        self._ask_timer = asyncio.get_running_loop().call_later(pause, self._ask)
+
+    def _settle(self) -> None:
+        self._asked = 0
+        if self._ask_timer is not None:
+            self._ask_timer.cancel()
+
+
+def _size(event: Event) -> int:
+    """Bytes that an event takes, roughly."""
+    if not isinstance(event, Delta):
+        return 0
+    entries = sum(1 + len(logprob.top) for logprob in event.logprobs)
+    return _EVENT_BYTES + 4 * len(event.text) + _TOKEN_BYTES * len(event.token_ids) + _LOGPROB_BYTES * entries

@@ -1,0 +1,204 @@
+"""What one request has produced so far: checks each output's epoch and index, turns tokens into text. Pure.
+
+`take` accepts only the next index of a choice under the highest epoch seen; everything else is named by a verdict and
+leaves no trace, so that a repeated, late or damaged frame never reaches a client.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from gateway.text.choice import ChoiceText
+from gateway.types import Delta, Finish, Progress, TokenLogprob
+from llmos.errors import InvalidRequest
+from llmos.internal.v1 import request_pb2
+from llmos.v1 import inference_pb2
+
+_FINISH: dict[int, Finish] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+class Verdict(Enum):
+    """What became of an output."""
+
+    TAKEN = "taken"
+    STALE = "stale"
+    """Of an epoch below the highest seen."""
+    DUPLICATE = "duplicate"
+    """All of it was there already."""
+    GAP = "gap"
+    """Something before it is missing."""
+    CORRUPT = "corrupt"
+    """It contradicts the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The outcome of one output."""
+
+    verdict: Verdict
+    delta: Delta | None = None
+    keep_until: int | None = None
+    """Set when a stop string ended the choice before its producer did: tokens from here on aren't wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What outputs of a request must look like."""
+
+    choices: int
+    max_tokens: int
+    """Per choice."""
+    vocab_size: int
+    logprobs: bool
+
+
+class _Choice:
+    def __init__(self, text: ChoiceText) -> None:
+        self.text = text
+        self.tokens = array("I")
+        self.finished = False
+
+
+class Transcript:
+    """Owned by one stream. `new_text` makes the text state of a choice, `spell` a token's bytes for logprobs."""
+
+    def __init__(self, shape: Shape, new_text: Callable[[], ChoiceText], spell: Callable[[int], bytes]) -> None:
+        self._shape = shape
+        self._spell = spell
+        self._choices = [_Choice(new_text()) for _ in range(shape.choices)]
+        self._epoch = (0, 0)
+
+    @property
+    def epoch(self) -> tuple[int, int]:
+        """Highest `(term, attempt)` seen."""
+        return self._epoch
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has ended."""
+        return all(choice.finished for choice in self._choices)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all choices, those of a resume included."""
+        return sum(len(choice.tokens) for choice in self._choices)
+
+    def resume(self, progress: Sequence[Progress]) -> list[Delta]:
+        """Take up what a client already holds; returns what it lacks although its tokens say it. Call once, first.
+
+        Raises InvalidRequest where the progress contradicts the request.
+        """
+        if len({held.choice for held in progress}) < len(progress):
+            raise InvalidRequest("A choice is named twice.", param="resume.choices")
+        deltas = [self._resume_choice(held) for held in progress]
+        return [delta for delta in deltas if delta is not None]
+
+    def resume_state(self) -> list[request_pb2.ChoiceResume]:
+        """What a scheduler must know to go on from here; choices that have nothing yet are left out."""
+        return [
+            request_pb2.ChoiceResume(choice=number, token_ids=choice.tokens, finished=choice.finished)
+            for number, choice in enumerate(self._choices)
+            if choice.tokens or choice.finished
+        ]
+
+    def take(self, output: request_pb2.Output) -> Taken:
+        """Add an output if it is the next of its choice; tokens that are there already are skipped."""
+        verdict = self._judge(output)
+        if verdict is not Verdict.TAKEN:
+            return Taken(verdict)
+        choice = self._choices[output.choice]
+        self._epoch = (output.epoch.term, output.epoch.attempt)
+        known = len(choice.tokens) - output.index
+        return self._extend(output, choice, known)
+
+    def _judge(self, output: request_pb2.Output) -> Verdict:
+        if (output.epoch.term, output.epoch.attempt) < self._epoch:
+            return Verdict.STALE
+        if not self._is_sound(output):
+            return Verdict.CORRUPT
+        choice = self._choices[output.choice]
+        if choice.finished:
+            return Verdict.DUPLICATE
+        have, end = len(choice.tokens), output.index + len(output.token_ids)
+        if output.index > have:
+            return Verdict.GAP
+        is_new = end > have or (output.finish_reason and end == have)
+        return Verdict.TAKEN if is_new else Verdict.DUPLICATE
+
+    def _is_sound(self, output: request_pb2.Output) -> bool:
+        shape = self._shape
+        count = len(output.token_ids)
+        return (
+            output.choice < shape.choices
+            and output.index + count <= shape.max_tokens
+            and all(token_id < shape.vocab_size for token_id in output.token_ids)
+            and len(output.logprobs) == (count if shape.logprobs else 0)
+            and (count > 0 or output.finish_reason != 0)
+            and (output.finish_reason == 0 or output.finish_reason in _FINISH)
+        )
+
+    def _extend(self, output: request_pb2.Output, choice: _Choice, known: int) -> Taken:
+        token_ids = output.token_ids[known:]
+        index = len(choice.tokens)
+        piece = choice.text.push(token_ids)
+        text, stopped = piece.text, piece.stopped
+        choice.tokens.extend(token_ids[: piece.taken])
+        finish = _FINISH.get(output.finish_reason)
+        if finish and not stopped:
+            last = choice.text.end()
+            text, stopped = text + last.text, last.stopped
+        choice.finished = stopped or finish is not None
+        ended_early = stopped and (finish is None or piece.taken < len(token_ids))
+        delta = Delta(
+            choice=output.choice,
+            index=index,
+            text=text,
+            token_ids=tuple(token_ids[: piece.taken]),
+            logprobs=tuple(self._logprob(entry) for entry in output.logprobs[known : known + piece.taken]),
+            finish="stop" if stopped else finish,
+        )
+        return Taken(Verdict.TAKEN, delta, len(choice.tokens) if ended_early else None)
+
+    def _logprob(self, entry: request_pb2.LogprobEntry) -> TokenLogprob:
+        top = [
+            self._entry(token_id, logprob)
+            for token_id, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=False)
+        ]
+        return self._entry(entry.token_id, entry.logprob, tuple(top))
+
+    def _entry(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        raw = self._spell(token_id)
+        return TokenLogprob(token_id, raw.decode(errors="replace"), raw, logprob, top)
+
+    def _resume_choice(self, held: Progress) -> Delta | None:
+        self._check_progress(held)
+        choice = self._choices[held.choice]
+        piece = choice.text.push(held.token_ids)
+        text, stopped = piece.text, piece.stopped
+        choice.tokens.extend(held.token_ids[: piece.taken])
+        used_up = len(choice.tokens) >= self._shape.max_tokens
+        if (held.finished or used_up) and not stopped:
+            last = choice.text.end()
+            text, stopped = text + last.text, last.stopped
+        choice.finished = held.finished or stopped or used_up
+        if held.text_chars > len(text) or piece.taken < len(held.token_ids):
+            raise InvalidRequest("The tokens held don't give the text held.", param="resume.choices.text_chars")
+        finish: Finish | None = None if held.finished or not choice.finished else "stop" if stopped else "length"
+        missing = text[held.text_chars :]
+        if not missing and finish is None:
+            return None
+        return Delta(held.choice, len(choice.tokens), missing, (), (), finish)
+
+    def _check_progress(self, held: Progress) -> None:
+        if held.choice >= self._shape.choices:
+            raise InvalidRequest("There is no such choice.", param="resume.choices.choice")
+        if len(held.token_ids) > self._shape.max_tokens:
+            raise InvalidRequest("More tokens are held than asked for.", param="resume.choices.token_ids")
+        if any(token_id >= self._shape.vocab_size for token_id in held.token_ids):
+            raise InvalidRequest("A token id is not in the vocabulary.", param="resume.choices.token_ids")
