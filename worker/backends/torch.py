@@ -1,0 +1,77 @@
+"""The torch backend: any decoder that transformers loads, continuously batched, byte-exact in fp32 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from llmos.clock import Clock, SystemClock
+from llmos.errors import SourceError, Unavailable
+from worker.backend import Attempt, Blocks, Failure, ModelSpec, Output, StageDone, StepResult
+from worker.engine import model
+from worker.engine.device import select_device
+from worker.engine.engine import Engine, kv_blocks
+
+
+class TorchBackend:
+    """Implements `worker.backend.Backend`: one `Engine` per loaded model, stepped in turn.
+
+    `threads` are torch's, for the whole process; `device` is `auto`, `cpu` or `cuda`.
+    """
+
+    def __init__(self, *, threads: int, device: str = "cpu", clock: Clock | None = None) -> None:
+        torch.set_num_threads(threads)
+        self._device = select_device(device)
+        self._clock = clock or SystemClock()
+        self._engines: dict[str, Engine] = {}
+
+    def load(self, spec: ModelSpec, memory_budget: int) -> Blocks:
+        """See `Backend`. Raises SourceError, UnsupportedFeature, or Unavailable if not one block fits."""
+        if spec.folder is None:
+            raise SourceError(f"{spec.name} has no folder to load from.")
+        self._engines.pop(spec.name, None)
+        decoder = model.load(spec.folder, self._device, spec.context_length)
+        self._engines[spec.name] = engine = Engine(decoder, kv_blocks(decoder, memory_budget), self._clock)
+        return engine.blocks()
+
+    def unload(self, name: str) -> None:
+        """See `Backend`."""
+        self._engines.pop(name, None)
+
+    def blocks(self) -> Mapping[str, Blocks]:
+        """See `Backend`."""
+        return {name: engine.blocks() for name, engine in self._engines.items()}
+
+    def admit(self, attempt: Attempt) -> None:
+        """See `Backend`. Raises Unavailable if the model is not loaded or has too few blocks, or `InvalidRequest`."""
+        engine = self._engines.get(attempt.model)
+        if engine is None:
+            raise Unavailable(f"The model {attempt.model} is not loaded here.")
+        epochs = [engine.epoch(attempt.request_id) for engine in self._engines.values()]
+        if any(epoch is not None and epoch >= (attempt.epoch.term, attempt.epoch.attempt) for epoch in epochs):
+            return
+        self.cancel(attempt.request_id)
+        engine.admit(attempt)
+
+    def cancel(self, request_id: str, choice: int | None = None, keep_until: int | None = None) -> None:
+        """See `Backend`."""
+        for engine in self._engines.values():
+            engine.cancel(request_id, choice, keep_until)
+
+    def busy(self) -> bool:
+        """See `Backend`."""
+        return any(engine.busy() for engine in self._engines.values())
+
+    def step(self) -> StepResult:
+        """See `Backend`."""
+        outputs: list[Output] = []
+        failures: list[Failure] = []
+        stages: list[StageDone] = []
+        for engine in self._engines.values():
+            if engine.busy():
+                result = engine.step()
+                outputs.extend(result.outputs)
+                failures.extend(result.failures)
+                stages.extend(result.stages)
+        return StepResult(outputs, failures, stages)

@@ -1,0 +1,162 @@
+"""A decoder from a folder: transformers' own modules with our attention and our layers inside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from llmos.errors import SourceError, UnsupportedFeature
+from worker.engine import attention
+from worker.engine.attention import Attention, LayerCall
+from worker.engine.kv import LayerShape
+from worker.engine.layers import TILE_ROWS, FixedRowLinear, steady_layers, unknown_weights
+
+DTYPE = torch.float32
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LENGTH_DEPENDENT_ROPE = "longrope"
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A loaded model. Call under `torch.inference_mode`, from one thread."""
+
+    model: nn.Module
+    layers: Sequence[LayerShape]
+    vocabulary: int
+    context_length: int | None
+    """Most tokens of prompt and answer together; None: no limit."""
+    end_tokens: frozenset[int]
+    device: torch.device
+    weight_bytes: int
+
+    def forward(
+        self, tokens: Sequence[int], positions: Sequence[int], attend: Attention, wanted: Sequence[int]
+    ) -> Tensor:
+        """One pass over rows of any sequences, one token each. Logits of the rows in `wanted`: [wanted, vocabulary]."""
+        padding = [0] * (-len(tokens) % TILE_ROWS)
+        out = self.model(
+            input_ids=torch.tensor([[*tokens, *padding]], device=self.device),
+            position_ids=torch.tensor([[*positions, *padding]], device=self.device),
+            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=self.device),
+            use_cache=False,
+            paged=attend,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+def load(folder: Path, device: torch.device, context_length: int = 0) -> Decoder:
+    """Read a folder of safetensors and config.json. Raises SourceError or UnsupportedFeature if it cannot serve.
+
+    `context_length` lowers the model's own limit; 0 keeps it.
+    """
+    attention.register()
+    transformers.utils.logging.disable_progress_bar()
+    model = _read(folder).to(device).eval().requires_grad_(False)
+    config = model.config.get_text_config()
+    _check_config(model, config)
+    with torch.inference_mode():
+        steady_layers(model)
+        if strange := unknown_weights(model):
+            raise UnsupportedFeature(f"The torch backend cannot run layers like {strange[0]} yet.")
+        layers = _probe(model, config)
+    return Decoder(
+        model=model,
+        layers=layers,
+        vocabulary=config.vocab_size,
+        context_length=min(filter(None, (context_length, _context_length(config))), default=None),
+        end_tokens=_end_tokens(model, config),
+        device=device,
+        weight_bytes=_weight_bytes(model),
+    )
+
+
+def _read(folder: Path) -> Any:
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPE,
+            attn_implementation=attention.IMPLEMENTATION,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{folder.name} is not a decoder that transformers can load: {error}") from error
+
+
+def _check_config(model: Any, config: Any) -> None:
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedFeature(f"{name} does not let its attention be replaced.")
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedFeature(f"{name} cannot give the logits of chosen rows.")
+    strange = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if strange:
+        raise UnsupportedFeature(f"{name} has layers of another kind: {', '.join(sorted(strange))}.")
+
+
+class _Probe:
+    """Stands in for attention once, to see how each layer calls it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, LayerCall]] = []
+
+    def attend(self, layer: int, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Attention`. A row sees itself only."""
+        self.calls.append((layer, call))
+        return value.transpose(0, 1).repeat_interleave(call.heads // call.shape.kv_heads, dim=1)
+
+
+def _probe(model: nn.Module, config: Any) -> list[LayerShape]:
+    """KV shape of each layer, from one pass over one tile: no model's configuration needs to be understood."""
+    probe = _Probe()
+    ids = torch.zeros(1, TILE_ROWS, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        model(
+            input_ids=ids,
+            position_ids=torch.arange(TILE_ROWS, device=ids.device)[None],
+            logits_to_keep=ids[0, :1],
+            use_cache=False,
+            paged=probe,
+        )
+    except (TypeError, ValueError) as error:
+        raise UnsupportedFeature(f"{type(model).__name__} does not run on paged attention: {error}") from error
+    if [layer for layer, _ in probe.calls] != list(range(config.num_hidden_layers)):
+        raise UnsupportedFeature(f"{type(model).__name__} has layers that do not call attention once each, in order.")
+    kinds = getattr(config, "layer_types", None) or ()
+    for kind, (layer, call) in zip(kinds, probe.calls, strict=bool(kinds)):
+        if kind == "sliding_attention" and call.window is None:
+            raise UnsupportedFeature(f"Layer {layer} of {type(model).__name__} does not say how wide its window is.")
+    return [call.shape for _, call in probe.calls]
+
+
+def _context_length(config: Any) -> int | None:
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    for rope in per_layer:
+        if rope.get("rope_type") == _LENGTH_DEPENDENT_ROPE:
+            # Past this length the frequencies of all rows of a step would change with the longest one.
+            limit = min(rope["original_max_position_embeddings"], limit or rope["original_max_position_embeddings"])
+    return limit
+
+
+def _end_tokens(model: Any, config: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (config, model.generation_config):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return frozenset(found)
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    linears = sum(module.weight_bytes for module in model.modules() if isinstance(module, FixedRowLinear))
+    return linears + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
