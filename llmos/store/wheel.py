@@ -7,6 +7,7 @@ import itertools
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from email.message import Message
 from pathlib import Path, PurePosixPath
@@ -122,7 +123,7 @@ def _read_member(path: Path, member: zipfile.ZipInfo) -> Iterator[bytes]:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             while chunk := file.read(files.CHUNK_BYTES):
                 yield chunk
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise SourceError(f"{_base(member)} in {path.name} cannot be read: {error}.") from error
 
 
