@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -68,7 +68,7 @@ class Election:
         await self._client.txn([mine], [Delete(self._key)], [])
         self._lease = None
 
-    async def observe(self) -> AsyncIterator[Leader | None]:
+    async def observe(self) -> AsyncGenerator[Leader | None, None]:
         """Yield the leader now, None for none, and again after every change, without end. Raises EtcdAuthFailed."""
         last: Leader | None = None
         first = True

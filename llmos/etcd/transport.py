@@ -23,6 +23,7 @@ _FRESH_S = 1.0
 """An endpoint that answered this recently is trusted with a write that must not be sent twice."""
 
 _MAX_TOKEN_REFRESHES = 2
+_SHORTEST_S = 0.01
 
 
 class Answer(NamedTuple):
@@ -73,13 +74,19 @@ class _Call:
     rpc: Rpc
     request: Any
     repeatable: bool
-    share_s: float
+    ends_at: float
+    endpoints: int
     backoff: Backoff
     used: Metadata = ()
     sent: bool = False
     failures: int = 0
     refreshes: int = 0
     last_error: EtcdError | None = None
+
+    def share_s(self) -> float:
+        """Seconds for the next attempt: what is left, shared with the endpoints not tried in this round."""
+        left_s = self.ends_at - asyncio.get_running_loop().time()
+        return max(_SHORTEST_S, left_s / (self.endpoints - self.failures % self.endpoints))
 
 
 class Transport:
@@ -133,7 +140,8 @@ class Transport:
         a write is unknown), EtcdAuthFailed, LeaseLost, or EtcdError if etcd refused.
         """
         limit_s = self.config.call_timeout_s if timeout_s is None else timeout_s
-        call = _Call(rpc, request, repeatable, limit_s / max(1, len(self._endpoints)), self.backoff())
+        ends_at = asyncio.get_running_loop().time() + limit_s
+        call = _Call(rpc, request, repeatable, ends_at, len(self._endpoints), self.backoff())
         try:
             async with asyncio.timeout(limit_s):
                 while True:
@@ -148,7 +156,7 @@ class Transport:
         """Return the answer, None for "try again", or raise what is final."""
         call.sent = False
         try:
-            call.used = await self.tokens.metadata(endpoint, call.share_s)
+            call.used = await self.tokens.metadata(endpoint, call.share_s())
             if not call.repeatable:
                 await self._check_alive(endpoint, call)
             call.sent = True
@@ -166,14 +174,14 @@ class Transport:
     async def _send(self, endpoint: Endpoint, call: _Call) -> Answer:
         sent_at = self.clock.monotonic()
         attempt = endpoint.one_shot if call.rpc is LEASE_KEEP_ALIVE else endpoint.unary
-        return Answer(await attempt(call.rpc, call.request, call.share_s, call.used), sent_at)
+        return Answer(await attempt(call.rpc, call.request, call.share_s(), call.used), sent_at)
 
     async def _check_alive(self, endpoint: Endpoint, call: _Call) -> None:
         """Read through consensus, so that a member that is frozen, gone or cut off never sees the write."""
         if self.clock.monotonic() - endpoint.answered_at <= _FRESH_S:
             return
         try:
-            await endpoint.unary(RANGE, pb.RangeRequest(key=b"health", keys_only=True), call.share_s, call.used)
+            await endpoint.unary(RANGE, pb.RangeRequest(key=b"health", keys_only=True), call.share_s(), call.used)
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.PERMISSION_DENIED:  # a refusal is an answer, too
                 raise
@@ -195,7 +203,7 @@ class Transport:
                 if call.sent and not call.repeatable:
                     raise EtcdUnavailable(f"etcd broke off; whether the write was applied is unknown: {details}")
                 call.failures += 1
-                if call.failures % len(self._endpoints) == 0:
+                if call.failures % call.endpoints == 0:
                     await asyncio.sleep(call.backoff.next_s())
 
 

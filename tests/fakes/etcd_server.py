@@ -61,13 +61,22 @@ class EtcdServer:
     timeouts are short, so that it leads at once and grants leases from 1 s on.
     """
 
-    def __init__(self, folder: Path, *, tls: ServerTls | None = None, extra_args: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "test",
+        tls: ServerTls | None = None,
+        extra_args: tuple[str, ...] = (),
+    ) -> None:
         self._folder = folder
+        self._name = name
         self._tls = tls
         self._extra_args = extra_args
         self._process: subprocess.Popen[bytes] | None = None
         self._client_port, self._peer_port, self._metrics_port = free_port(), free_port(), free_port()
         self._auth: tuple[str, ...] = ()
+        self._members = {name: self.peer_url}
 
     def __enter__(self) -> Self:
         self.start()
@@ -82,14 +91,33 @@ class EtcdServer:
         return f"{_LOOPBACK}:{self._client_port}"
 
     @property
+    def name(self) -> str:
+        """The member's name."""
+        return self._name
+
+    @property
+    def peer_url(self) -> str:
+        """Where other members reach this one."""
+        return f"http://{_LOOPBACK}:{self._peer_port}"
+
+    @property
     def pid(self) -> int:
         """Process id of the running server."""
         if self._process is None:
             raise RuntimeError("etcd is not running")
         return self._process.pid
 
+    def join(self, members: dict[str, str]) -> None:
+        """Make it one of `members` (name to peer URL), itself among them, before its first start."""
+        self._members = members
+
     def start(self) -> None:
         """Start the process and wait until it serves."""
+        self.spawn()
+        self.wait_until_healthy()
+
+    def spawn(self) -> None:
+        """Start the process. A member of a new cluster serves only once most of them run."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -98,8 +126,17 @@ class EtcdServer:
                 stderr=log,
                 env={name: value for name, value in os.environ.items() if not name.startswith("ETCD_")},
             )
+
+    def wait_until_healthy(self) -> None:
+        """Wait until it can read through consensus. Stops it if that fails."""
+        deadline = time.monotonic() + _START_S
         try:
-            self._wait_until_healthy()
+            while not self._is_healthy():
+                if self._process is not None and self._process.poll() is not None:
+                    raise RuntimeError(f"etcd exited: {self._log_tail()}")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"etcd is not healthy after {_START_S:g} s: {self._log_tail()}")
+                time.sleep(_POLL_S)
         except BaseException:
             self.stop()
             raise
@@ -168,15 +205,15 @@ class EtcdServer:
 
     def _arguments(self) -> list[str]:
         scheme = "http" if self._tls is None else "https"
-        client, peer = f"{scheme}://{self.address}", f"http://{_LOOPBACK}:{self._peer_port}"
+        client = f"{scheme}://{self.address}"
         arguments = [
-            "--name=test",
+            f"--name={self._name}",
             f"--data-dir={self._folder / 'data'}",
             f"--listen-client-urls={client}",
             f"--advertise-client-urls={client}",
-            f"--listen-peer-urls={peer}",
-            f"--initial-advertise-peer-urls={peer}",
-            f"--initial-cluster=test={peer}",
+            f"--listen-peer-urls={self.peer_url}",
+            f"--initial-advertise-peer-urls={self.peer_url}",
+            f"--initial-cluster={','.join(f'{name}={url}' for name, url in self._members.items())}",
             f"--listen-metrics-urls=http://{_LOOPBACK}:{self._metrics_port}",
             "--heartbeat-interval=20",
             "--election-timeout=200",
@@ -188,15 +225,6 @@ class EtcdServer:
         if _knows_flag("--unsafe-no-fsync"):
             arguments.append("--unsafe-no-fsync")
         return [*arguments, *self._extra_args]
-
-    def _wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + _START_S
-        while not self._is_healthy():
-            if self._process is not None and self._process.poll() is not None:
-                raise RuntimeError(f"etcd exited: {self._log_tail()}")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"etcd is not healthy after {_START_S:g} s: {self._log_tail()}")
-            time.sleep(_POLL_S)
 
     def _is_healthy(self) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -210,3 +238,40 @@ class EtcdServer:
 
     def _log_tail(self) -> str:
         return (self._folder / "etcd.log").read_text(errors="replace")[-2000:]
+
+
+class EtcdCluster:
+    """Three members on loopback, in folders below `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.members = [EtcdServer(folder / name, name=name) for name in ("one", "two", "three")]
+        urls = {member.name: member.peer_url for member in self.members}
+        for member in self.members:
+            member.join(urls)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            for member in self.members:
+                undo.callback(member.stop)
+                member.spawn()
+            for member in self.members:
+                member.wait_until_healthy()
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for member in self.members:
+            member.stop()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of each member."""
+        return tuple(member.address for member in self.members)
+
+    def leader(self) -> EtcdServer:
+        """The member that leads the cluster now."""
+        for member in self.members:
+            status = json.loads(member.ctl("endpoint", "status", "--write-out=json"))[0]["Status"]
+            if status["leader"] == status["header"]["member_id"]:
+                return member
+        raise RuntimeError("no member leads")

@@ -92,10 +92,14 @@ def tls_server(tmp_path: Path, authority: Authority) -> Iterator[EtcdServer]:
         yield running
 
 
-def tls_client(server: EtcdServer, ca: Authority, identity: Authority, **fields: float) -> EtcdClient:
+def tls_client(server: EtcdServer, ca: Authority, identity: Authority, call_timeout_s: float = 3.0) -> EtcdClient:
     cert_file, key_file = identity.issue("client")
     config = EtcdConfig(
-        endpoints=(f"https://{server.address}",), ca_file=ca.ca_file, cert_file=cert_file, key_file=key_file, **fields
+        endpoints=(f"https://{server.address}",),
+        ca_file=ca.ca_file,
+        cert_file=cert_file,
+        key_file=key_file,
+        call_timeout_s=call_timeout_s,
     )
     return EtcdClient(config, clock=SystemClock(), rng=random.Random(7))
 

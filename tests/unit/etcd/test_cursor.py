@@ -51,11 +51,15 @@ def test_signs_of_life_do_not_move_the_cursor() -> None:
 
 def test_snapshot_starts_over() -> None:
     cursor = Cursor(None)
-    assert cursor.advance([put("a", 5)]) is None, "without a snapshot nothing can be told"
     batch = cursor.snapshot([KeyValue("a", b"v", 3, 5, 2, 9)], 10)
     assert batch.events == [WatchEvent("a", b"v", 5, 3, 9)]
     assert (batch.revision, batch.snapshot) == (10, True)
     assert cursor.next_revision == 11
+
+
+def test_relisting_delivers_nothing_before_the_snapshot() -> None:
+    cursor = Cursor(5)
     cursor.relist()
     assert cursor.next_revision is None
+    assert cursor.advance([put("a", 5)]) is None
     assert cursor.snapshot([], 12).events == []

@@ -8,7 +8,6 @@ from grpc import StatusCode
 from llmos.errors import EtcdAuthFailed, EtcdError, EtcdUnavailable, LeaseLost
 from llmos.etcd.failures import Reaction, is_auth_disabled, reaction, to_error
 
-
 _ELSEWHERE, _REFRESH, _GIVE_UP = Reaction.TRY_ELSEWHERE, Reaction.REFRESH_TOKEN, Reaction.GIVE_UP
 _OLD = "auth: revision in header is old"
 _WRONG = "etcdserver: authentication failed, invalid user ID or password"

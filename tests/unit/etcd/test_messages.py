@@ -60,7 +60,7 @@ def test_no_descriptor(source: str) -> None:
 
 @pytest.mark.usefixtures("unread")
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pb.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install"):
         _ = pb.PutRequest
 
