@@ -97,9 +97,9 @@ class WaitingRoom:
                 del self._entries[entry.live.id]
                 for _, _, other in passed:
                     other.overtaken += 1
-                continue
-            passed.append(item)
-            if entry.overtaken >= self._bypass_limit:
+            else:
+                passed.append(item)
+            if any(other.overtaken >= self._bypass_limit for _, _, other in passed):
                 break
         for item in passed:
             heapq.heappush(heap, item)

@@ -1,0 +1,433 @@
+"""The core among simulated gateways and workers: no transport, no time but the test's, every message checked.
+
+Messages travel in order per stream and wait until the test delivers them, so that a test decides who is early. A broken
+stream loses what was on its way. Worker and gateway follow the contract to the letter and assert that the core does.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+
+from llmos.internal.v1 import registry_pb2, request_pb2, requests_pb2, work_pb2
+from llmos.v1 import fleet_pb2, inference_pb2
+from scheduler import commands, events
+from scheduler.core import Core
+from scheduler.policy import Policy
+from scheduler.requests import blocks_needed
+
+MODEL = "m"
+VERSION = "v1"
+GIB = 2**30
+
+
+def token(request_id: str, choice: int, index: int) -> int:
+    """What every worker produces at that place."""
+    return zlib.crc32(f"{request_id}/{choice}/{index}".encode()) % 50_000
+
+
+def make_request(request_id: str, prompt: int = 10, max_tokens: int = 8, **fields: object) -> request_pb2.Request:
+    """A valid request for `MODEL`."""
+    request = request_pb2.Request(request_id=request_id, tenant="t", model=MODEL, max_tokens=max_tokens, choices=1)
+    request.token_ids.extend(range(prompt))
+    for name, value in fields.items():
+        if isinstance(value, list):
+            getattr(request, name).extend(value)
+        else:
+            setattr(request, name, value)
+    return request
+
+
+def make_record(
+    worker_id: str,
+    *,
+    memory: int = 16 * GIB,
+    weights: int = 1 * GIB,
+    context: int = 1024,
+    models: tuple[str, ...] = (MODEL,),
+) -> registry_pb2.WorkerRecord:
+    """A worker with one processor and the given models."""
+    return registry_pb2.WorkerRecord(
+        worker_id=worker_id,
+        address=f"{worker_id}:1",
+        backend="echo",
+        capacity=fleet_pb2.Capacity(
+            devices=[fleet_pb2.Device(id="cpu", kind=fleet_pb2.DEVICE_KIND_CPU, memory_bytes=memory)]
+        ),
+        models=[
+            registry_pb2.ModelRecord(
+                model=requests_pb2.CatalogueModel(name=name, version=VERSION, context_length=context),
+                weight_bytes=weights,
+            )
+            for name in models
+        ],
+    )
+
+
+@dataclass
+class Running:
+    """An attempt on a simulated worker."""
+
+    epoch: tuple[int, int]
+    request: request_pb2.Request
+    positions: list[int]
+    done: list[bool]
+    blocks: int
+
+
+@dataclass
+class SimWorker:
+    """Holds the whole demand of an attempt from admission on; says what is free in every frame."""
+
+    id: str
+    blocks: int
+    running: dict[str, Running] = field(default_factory=dict)
+    loaded: bool = True
+    draining: bool = False
+    highest_term: int = 0
+    inbox: deque[object] = field(default_factory=deque)
+    sequence: int = 0
+    refused: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tombstones: highest epoch cancelled per request."""
+    fail_next: list[str] = field(default_factory=list)
+    """Error codes with which the next dispatches are answered."""
+    failures: list[request_pb2.Failure] = field(default_factory=list)
+    skip_next: bool = False
+    """Break the contract once: leave a gap of one token."""
+
+    @property
+    def free(self) -> int:
+        free = self.blocks - sum(running.blocks for running in self.running.values())
+        assert free >= 0, f"{self.id} was sent more than it can hold"
+        return free
+
+    def node_model(self) -> fleet_pb2.NodeModel:
+        state = fleet_pb2.MODEL_STATE_LOADED if self.loaded else fleet_pb2.MODEL_STATE_AVAILABLE
+        blocks = self.blocks if self.loaded else 0
+        return fleet_pb2.NodeModel(
+            name=MODEL, version=VERSION, state=state, total_blocks=blocks, free_blocks=self.free if self.loaded else 0
+        )
+
+    def report(self) -> work_pb2.WorkerReport:
+        running = [
+            work_pb2.RunningAttempt(request_id=id_, epoch=request_pb2.Epoch(term=r.epoch[0], attempt=r.epoch[1]))
+            for id_, r in self.running.items()
+        ]
+        return work_pb2.WorkerReport(
+            worker_id=self.id, running=running, models=[self.node_model()], numerics_fingerprint="n"
+        )
+
+    def obey(self, command: object) -> None:
+        if isinstance(command, work_pb2.Dispatch):
+            self._dispatch(command)
+            return
+        assert isinstance(command, work_pb2.Command)
+        kind = command.WhichOneof("order")
+        if kind == "cancel":
+            epoch = (command.cancel.epoch.term, command.cancel.epoch.attempt)
+            running = self.running.get(command.cancel.request_id)
+            self.refused[command.cancel.request_id] = max(self.refused.get(command.cancel.request_id, (0, 0)), epoch)
+            if running is not None and running.epoch <= epoch:
+                del self.running[command.cancel.request_id]
+        elif kind == "finish":
+            running = self.running.get(command.finish.request_id)
+            if running is not None and running.positions[command.finish.choice] >= command.finish.keep_until:
+                running.done[command.finish.choice] = True
+                if all(running.done):
+                    del self.running[command.finish.request_id]
+        elif kind == "load":
+            self.loaded = True
+
+    def _dispatch(self, order: work_pb2.Dispatch) -> None:
+        request, epoch = order.request, (order.epoch.term, order.epoch.attempt)
+        if epoch <= self.refused.get(request.request_id, (0, 0)):
+            return
+        earlier = self.running.get(request.request_id)
+        if earlier is not None and earlier.epoch >= epoch:
+            return
+        if self.fail_next:
+            code = self.fail_next.pop(0)
+            self.running.pop(request.request_id, None)
+            self.failures.append(
+                request_pb2.Failure(request_id=request.request_id, epoch=order.epoch, code=code, message="scripted")
+            )
+            return
+        positions, done = [0] * request.choices, [False] * request.choices
+        for resume in request.resume:
+            for index, value in enumerate(resume.token_ids):
+                assert value == token(request.request_id, resume.choice, index)
+            positions[resume.choice], done[resume.choice] = len(resume.token_ids), resume.finished
+        assert not all(done)
+        self.running[request.request_id] = Running(
+            epoch, request, positions, done, blocks_needed(request, done.count(False))
+        )
+        assert self.free >= 0
+
+    def step(self) -> work_pb2.WorkFrame:
+        """One token for every sequence."""
+        self.sequence += 1
+        frame = work_pb2.WorkFrame(
+            sequence=self.sequence, step=self.sequence, busy=bool(self.running), draining=self.draining
+        )
+        for id_, running in list(self.running.items()):
+            for choice in range(running.request.choices):
+                if not running.done[choice]:
+                    frame.outputs.append(self._token(id_, running, choice))
+            if all(running.done):
+                del self.running[id_]
+        frame.failures.extend(self.failures)
+        self.failures.clear()
+        frame.models.append(self.node_model())
+        return frame
+
+    def _token(self, id_: str, running: Running, choice: int) -> request_pb2.Output:
+        if self.skip_next and running.positions[choice] + 1 < running.request.max_tokens:
+            self.skip_next = False
+            running.positions[choice] += 1
+        index = running.positions[choice]
+        running.positions[choice] = index + 1
+        output = request_pb2.Output(
+            request_id=id_,
+            epoch=request_pb2.Epoch(term=running.epoch[0], attempt=running.epoch[1]),
+            choice=choice,
+            index=index,
+            token_ids=[token(id_, choice, index)],
+        )
+        if index + 1 >= running.request.max_tokens:
+            running.done[choice] = True
+            output.finish_reason = inference_pb2.FINISH_REASON_LENGTH
+        return output
+
+
+@dataclass
+class Client:
+    """A request as its gateway knows it."""
+
+    request: request_pb2.Request
+    tokens: list[list[int]]
+    finished: list[bool]
+    epoch: tuple[int, int] = (0, 0)
+    error: str = ""
+    cancelled: bool = False
+
+    @property
+    def open(self) -> bool:
+        return not self.error and not self.cancelled and not (self.finished and all(self.finished))
+
+
+@dataclass
+class SimGateway:
+    """Takes the next index only and asserts that nothing else comes on a stream."""
+
+    id: str
+    stream_id: int = 0
+    inbox: deque[request_pb2.Output | request_pb2.Failure] = field(default_factory=deque)
+    clients: dict[str, Client] = field(default_factory=dict)
+    catalogue: requests_pb2.Catalogue | None = None
+
+    def take(self, message: request_pb2.Output | request_pb2.Failure) -> None:
+        client = self.clients[message.request_id]
+        if client.cancelled:
+            return
+        assert not client.error, "output or a second end after a failure"
+        if isinstance(message, request_pb2.Failure):
+            assert client.open, "a failure after the end"
+            client.error = message.code
+            return
+        epoch = (message.epoch.term, message.epoch.attempt)
+        assert epoch >= client.epoch, "an epoch went backwards"
+        client.epoch = epoch
+        have = client.tokens[message.choice]
+        if client.finished[message.choice] and not message.token_ids:
+            return
+        assert not client.finished[message.choice], "output for a choice that had ended"
+        assert message.index == len(have), f"index {message.index}, expected {len(have)}"
+        for offset, value in enumerate(message.token_ids):
+            assert value == token(message.request_id, message.choice, message.index + offset)
+        have.extend(message.token_ids)
+        client.finished[message.choice] = bool(message.finish_reason)
+
+    def unfinished(self) -> list[request_pb2.Request]:
+        """What to submit after a reconnect."""
+        again = []
+        for client in self.clients.values():
+            if client.open:
+                request = request_pb2.Request()
+                request.CopyFrom(client.request)
+                for choice, tokens in enumerate(client.tokens):
+                    if tokens or client.finished[choice]:
+                        request.resume.add(choice=choice, token_ids=tokens, finished=client.finished[choice])
+                again.append(request)
+        return again
+
+
+class Arena:
+    """One core and the world around it."""
+
+    def __init__(self, policy: Policy | None = None, term: int = 7) -> None:
+        self.now = 1000.0
+        self.policy = policy or Policy()
+        self.core = Core("s1", term, self.policy, self.now)
+        self.workers: dict[str, SimWorker] = {}
+        self.gateways: dict[str, SimGateway] = {}
+        self.links: set[str] = set()
+        self.notes: list[commands.Command] = []
+        self.commands: list[commands.Command] = []
+        self._streams = 0
+
+    # -- the world ---------------------------------------------------------------------------------------------------
+
+    def post(self, event: events.Event) -> list[commands.Command]:
+        """Hand an event to the core and put its commands on their way."""
+        issued = self.core.handle(event, self.now)
+        for command in issued:
+            self._carry(command)
+        self.commands += issued
+        self.check_blocks()
+        return issued
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        self.post(events.Tick())
+
+    def add_worker(self, worker_id: str, blocks: int = 64, *, loaded: bool = True, memory: int = 16 * GIB) -> SimWorker:
+        """Register and attach a worker."""
+        worker = self.workers[worker_id] = SimWorker(worker_id, blocks, loaded=loaded)
+        self.post(events.WorkerRegistered(make_record(worker_id, memory=memory)))
+        self.attach(worker_id)
+        return worker
+
+    def attach(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        worker.inbox.clear()
+        worker.sequence = 0
+        self.links.add(worker_id)
+        self.post(events.WorkerAttached(worker_id, worker.report()))
+
+    def detach(self, worker_id: str) -> None:
+        """The stream breaks: orders on their way are lost, the worker computes on."""
+        self.links.discard(worker_id)
+        self.workers[worker_id].inbox.clear()
+        self.post(events.WorkerDetached(worker_id, "test"))
+
+    def kill(self, worker_id: str) -> None:
+        """The worker is gone for good."""
+        self.detach(worker_id)
+        del self.workers[worker_id]
+        self.post(events.WorkerDeregistered(worker_id))
+
+    def connect(self, gateway_id: str = "g1") -> SimGateway:
+        """Open a stream; whatever is unfinished is submitted again."""
+        gateway = self.gateways.setdefault(gateway_id, SimGateway(gateway_id))
+        self._streams += 1
+        gateway.stream_id = self._streams
+        gateway.inbox.clear()
+        node = fleet_pb2.Node(id=gateway_id, role=fleet_pb2.NODE_ROLE_GATEWAY)
+        self.post(events.GatewayConnected(gateway.stream_id, node))
+        for request in gateway.unfinished():
+            self.post(events.Submitted(gateway.stream_id, request))
+        return gateway
+
+    def disconnect(self, gateway_id: str = "g1") -> None:
+        gateway = self.gateways[gateway_id]
+        gateway.inbox.clear()
+        lost, gateway.stream_id = gateway.stream_id, 0
+        self.post(events.GatewayLost(lost))
+
+    def submit(self, request: request_pb2.Request, gateway_id: str = "g1") -> Client:
+        gateway = self.gateways[gateway_id]
+        client = Client(request, [[] for _ in range(request.choices)], [False] * request.choices)
+        gateway.clients[request.request_id] = client
+        if gateway.stream_id:
+            self.post(events.Submitted(gateway.stream_id, request))
+        return client
+
+    def cancel(self, request_id: str, gateway_id: str = "g1") -> None:
+        gateway = self.gateways[gateway_id]
+        gateway.clients[request_id].cancelled = True
+        self.post(events.Cancelled(gateway.stream_id, request_id, "client_gone"))
+
+    def new_leader(self, term: int) -> None:
+        """Another scheduler is elected: streams to the old one are gone, it knows nothing but what it is told."""
+        self.core = Core("s2", term, self.policy, self.now)
+        for worker in self.workers.values():
+            worker.inbox.clear()
+            self.post(events.WorkerRegistered(make_record(worker.id)))
+        self.links.clear()
+        self.post(events.MembersListed())
+        for gateway in self.gateways.values():
+            gateway.stream_id = 0
+            gateway.inbox.clear()
+
+    # -- delivery ----------------------------------------------------------------------------------------------------
+
+    def deliver_orders(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        while worker.inbox:
+            worker.obey(worker.inbox.popleft())
+
+    def deliver_output(self, gateway_id: str = "g1") -> None:
+        gateway = self.gateways[gateway_id]
+        while gateway.inbox:
+            gateway.take(gateway.inbox.popleft())
+
+    def step(self, worker_id: str) -> None:
+        """The worker's engine takes a step; its frame is lost if the stream is broken."""
+        frame = self.workers[worker_id].step()
+        if worker_id in self.links:
+            self.post(events.WorkerFrame(worker_id, frame))
+
+    def run(self, steps: int = 200) -> None:
+        """Everybody works until nothing is left to do, at most `steps` steps."""
+        for _ in range(steps):
+            for worker_id in list(self.workers):
+                self.deliver_orders(worker_id)
+                self.step(worker_id)
+            for gateway_id in self.gateways:
+                self.deliver_output(gateway_id)
+            self.advance(0.05)
+            if not self.core.state.requests:
+                return
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def check_blocks(self) -> None:
+        """Placement never exceeds the totals, and what it holds is what its attempts hold."""
+        for worker in self.core.state.workers.values():
+            for slot in worker.slots.values():
+                mine = [attempt for attempt in worker.running.values() if attempt.model == slot.key[0]]
+                assert slot.held == sum(attempt.blocks for attempt in mine)
+                assert slot.promised == sum(attempt.promised for attempt in mine)
+                if slot.total_blocks:
+                    assert slot.held <= slot.total_blocks
+
+    def check_idle(self) -> None:
+        """Nothing is left behind once every request has ended."""
+        state = self.core.state
+        assert not state.requests and not state.parked and not len(state.waiting) and not state.claims
+        assert all(not ids for ids in state.by_stream.values())
+        for worker in state.workers.values():
+            assert not worker.running and not worker.unclaimed
+            assert all(slot.held == 0 and slot.promised == 0 for slot in worker.slots.values())
+
+    def issued(self, kind: type) -> list[commands.Command]:
+        return [command for command in self.commands if isinstance(command, kind)]
+
+    def _carry(self, command: commands.Command) -> None:
+        if isinstance(command, (commands.StartAttempt, commands.Order)):
+            worker = self.workers.get(command.worker_id)
+            if worker is not None and command.worker_id in self.links:
+                order = command.dispatch if isinstance(command, commands.StartAttempt) else command.command
+                worker.inbox.append(order)
+        elif isinstance(command, (commands.SendOutput, commands.SendFailure)):
+            gateway = self._gateway(command.stream_id)
+            if gateway is not None:
+                gateway.inbox.append(command.output if isinstance(command, commands.SendOutput) else command.failure)
+        elif isinstance(command, commands.SendCatalogue):
+            gateway = self._gateway(command.stream_id)
+            if gateway is not None:
+                gateway.catalogue = command.catalogue
+
+    def _gateway(self, stream_id: int) -> SimGateway | None:
+        return next((g for g in self.gateways.values() if g.stream_id == stream_id), None)
