@@ -31,14 +31,14 @@ def stream_answer(http_url: str, api_key: str, model: str, prompt: str, max_toke
         response = connection.getresponse()
         if response.status != 200:
             raise _typed(json.loads(response.read()))
-        yield from _texts(response)
+        yield from texts(response)
     except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
         raise Unavailable("the gateway's answer broke off: see its log") from error
     finally:
         connection.close()
 
 
-def _texts(lines: Iterable[bytes]) -> Iterator[str]:
+def texts(lines: Iterable[bytes]) -> Iterator[str]:
     """Texts of a stream of server-sent events. It must end with [DONE]: a stream that just ends was cut."""
     for line in lines:
         if not line.startswith(_DATA):

@@ -14,9 +14,8 @@ def down(data_dir: DataDir = None) -> None:
 
     folder = data_dir or last_up(state_home(environment()))
     steps = output.Steps()
-    steps("stopping the fleet")
     try:
-        stopped = folder is not None and stop_fleet(folder)
+        stopped = folder is not None and stop_fleet(folder, steps)
     finally:
         steps.done()
     output.write(f"stopped the fleet in {folder}\n" if stopped else "no fleet is running\n")

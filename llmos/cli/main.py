@@ -31,6 +31,7 @@ app.command("trace")(trace.trace)
 app.command("certs")(certs.certs)
 app.add_typer(keys.app, name="keys", help="API keys: make, list, remove.")
 app.add_typer(models.app, name="models", help="The model store: list, show, import, remove.")
+app.add_typer(keys.app, name="keys", help="API keys of a gateway.")
 
 
 @app.command("version")

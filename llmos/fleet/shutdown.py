@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from llmos.errors import SetupError
@@ -18,13 +19,15 @@ def is_running(state: FleetState) -> bool:
     return is_alive(state.supervisor)
 
 
-def stop_fleet(data_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
+def stop_fleet(data_dir: Path, report: Callable[[str], None], timeout_s: float = STOP_TIMEOUT_S) -> bool:
     """Stop the fleet of this folder and leave no process of it. False if none was running; idempotent."""
     state = read_state(data_dir)
     if state is None:
         return False
     was_running = is_running(state)
     family = _family(state)
+    if was_running:
+        report("stopping the fleet")
     if send_signal(state.supervisor, signal.SIGTERM):
         wait_gone([state.supervisor], timeout_s)
     _kill(family)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -29,19 +29,23 @@ log = logging.getLogger(__name__)
 Report = Callable[[str], None]
 OnReady = Callable[[FleetState], Awaitable[None]]
 
-_STOP_GRACE_S: dict[Role, float] = {"gateway": 10.0, "worker": 15.0, "scheduler": 5.0, "etcd": 5.0}
+STOP_GRACE_S: Mapping[Role, float] = {"gateway": 10.0, "worker": 15.0, "scheduler": 5.0, "etcd": 5.0}
+"""Seconds that each role gets to end after SIGTERM, in the order in which they are stopped."""
 _ETCD_TRIES = 3
 _POLL_S = 0.1
 _PROBE_TIMEOUT_S = 2.0
 
 
 class Supervisor:
-    """Owns the processes of one fleet. `report` gets a line about each step of the start."""
+    """Owns the processes of one fleet. `report` gets each step of the start; `grace_s` is in stop order."""
 
-    def __init__(self, options: FleetOptions, plan: Plan, report: Report) -> None:
+    def __init__(
+        self, options: FleetOptions, plan: Plan, report: Report, grace_s: Mapping[Role, float] = STOP_GRACE_S
+    ) -> None:
         self._options = options
         self._plan = plan
         self._report = report
+        self._grace_s = grace_s
         self._members: list[RunningMember] = []
         me = identify(os.getpid())
         if me is None:
@@ -171,7 +175,7 @@ class Supervisor:
         )
 
     async def _stop_all(self) -> None:
-        for role, grace_s in _STOP_GRACE_S.items():
+        for role, grace_s in self._grace_s.items():
             members = [member for member in self._members if member.role == role]
             await asyncio.gather(*(member.stop(grace_s) for member in members))
             self._members = [member for member in self._members if member not in members]

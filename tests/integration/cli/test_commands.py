@@ -1,0 +1,243 @@
+"""The commands against a real gRPC server with canned answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmos.cli import main
+from llmos.v1 import inference_pb2 as pb
+from tests.fakes.scripted_gateway import ScriptedGateway, scripted_gateway
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ScriptedGateway]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with scripted_gateway() as gateway:
+        monkeypatch.setenv("LLMOS_ADDRESS", gateway.address)
+        yield gateway
+
+
+class Terminal:
+    """Runs the command in this process, as the installed script would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr)"""
+        self._monkeypatch.setattr(sys, "argv", ["llmos", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main.main()
+        captured = self._capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    def type(self, text: str) -> None:
+        import io
+
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(monkeypatch, capsys)
+
+
+def test_nodes_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    status, out, _ = terminal.run("nodes", "--json")
+    assert status == 0
+    scheduler, worker = json.loads(out)
+    keys = ["id", "role", "pid", "host", "address", "backend", "models", "state", "capacity"]
+    assert list(scheduler) == list(worker) == keys
+    assert (scheduler["role"], scheduler["state"], scheduler["capacity"]) == ("scheduler", "ready", None)
+    assert (worker["role"], worker["state"], worker["backend"], worker["pid"]) == ("worker", "ready", "echo", 11)
+    assert worker["models"][0]["name"] == "m"
+    assert worker["models"][0]["state"] == "loaded"
+    assert worker["capacity"]["devices"] == [{"id": "cpu", "kind": "cpu", "name": "CPU", "memory_bytes": 2**30}]
+
+
+def test_nodes_for_people(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    status, out, _ = terminal.run("nodes")
+    assert status == 0
+    for text in ("w1", "worker", "m (loaded)", "2 cores", "1.0 GiB"):
+        assert text in out
+
+
+def test_ps_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    status, out, _ = terminal.run("ps", "--json")
+    assert status == 0
+    assert json.loads(out) == [
+        {
+            "id": "r1",
+            "state": "decode",
+            "model": "m",
+            "tenant": "t",
+            "worker": "w1",
+            "attempt": 1,
+            "tokens_in": 3,
+            "tokens_out": 4,
+            "age_ms": 1500,
+        }
+    ]
+
+
+def test_ps_for_people(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    _, out, _ = terminal.run("ps")
+    assert "r1" in out
+    assert "1.50 s" in out
+
+
+def test_kill(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    assert terminal.run("kill", "r1") == (0, "killed r1\n", "")
+    status, _, err = terminal.run("kill", "r9")
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "no request r9" in err
+
+
+def test_trace_draws_the_tree(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    status, out, _ = terminal.run("trace", "r1")
+    assert status == 0
+    assert "chat m" in out
+    assert "└─ queue" in out
+    assert "100.0% covered" in out
+
+
+def test_trace_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    _, out, _ = terminal.run("trace", "r1", "--json")
+    root, child = json.loads(out)
+    assert child["parent_span_id"] == root["span_id"]
+    assert child["attributes"] == {"llmos.request_id": "r1"}
+
+
+def test_a_trace_that_is_gone(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    status, _, err = terminal.run("trace", "r9")
+    assert status == 1
+    assert "r9" in err
+
+
+def test_generate_streams_text(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    status, out, _ = terminal.run("generate", "Capital of France?", "--max-tokens", "9", "-t", "0", "--seed", "5")
+    assert (status, out) == (0, "Paris\n")
+    (request,) = gateway.asked
+    assert isinstance(request, pb.StreamChatRequest)
+    assert [(message.role, message.content) for message in request.messages] == [(pb.ROLE_USER, "Capital of France?")]
+    assert (request.params.max_tokens, request.params.temperature, request.params.seed) == (9, 0.0, 5)
+
+
+def test_what_is_not_given_is_left_to_the_gateway(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    terminal.run("generate", "x")
+    params = gateway.asked[0].params
+    assert not params.HasField("max_tokens")
+    assert not params.HasField("temperature")
+    assert not params.HasField("seed")
+
+
+def test_generate_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    _, out, _ = terminal.run("generate", "x", "--json")
+    assert json.loads(out) == {
+        "id": "r1",
+        "model": "m",
+        "model_version": "v",
+        "seed": 5,
+        "text": "Paris",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 0},
+    }
+
+
+@pytest.mark.parametrize("flags", [("--raw",), ()])
+def test_generate_continues_a_text(gateway: ScriptedGateway, terminal: Terminal, flags: tuple[str, ...]) -> None:
+    if not flags:
+        gateway.models = [pb.ServedModel(name="base", capabilities=["completion"])]
+    _, out, _ = terminal.run("generate", "Once", "--no-stream", *flags)
+    assert out == "Paris\n"
+    assert isinstance(gateway.asked[0], pb.StreamCompleteRequest)
+    assert gateway.asked[0].text == "Once"
+
+
+def test_generate_reads_standard_input(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    terminal.type("from a pipe")
+    terminal.run("generate", "-")
+    assert gateway.asked[0].messages[0].content == "from a pipe"
+
+
+def test_a_typed_error_is_one_line(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    assert terminal.run("generate", "x", "--max-tokens", "13") == (1, "", "llmos: the queue is full\n")
+
+
+def test_a_model_must_be_chosen_among_several(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.models = [pb.ServedModel(name="a"), pb.ServedModel(name="b")]
+    assert "choose one with --model (a, b)" in terminal.run("generate", "x")[2]
+    assert "does not serve 'c': choose one of a, b" in terminal.run("generate", "x", "-m", "c")[2]
+    gateway.models = []
+    assert "serves no model" in terminal.run("generate", "x")[2]
+
+
+def test_chat_keeps_the_conversation(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    terminal.type("one\n\ntwo\n/clear\nthree\n/exit\nnever\n")
+    assert terminal.run("chat", "--system", "Be brief.")[:2] == (0, "Paris\nParis\nParis\n")
+    said = [[message.content for message in request.messages] for request in gateway.asked]
+    assert said == [["Be brief.", "one"], ["Be brief.", "one", "Paris", "two"], ["Be brief.", "three"]]
+
+
+def test_a_failed_turn_in_a_pipe_ends_the_chat(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    terminal.type("one\ntwo\n")
+    assert terminal.run("chat", "--max-tokens", "13") == (1, "", "llmos: the queue is full\n")
+
+
+def test_a_model_that_cannot_chat(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.models = [pb.ServedModel(name="base", capabilities=["completion"])]
+    assert "base cannot chat" in terminal.run("chat")[2]
+
+
+def test_the_key_goes_with_every_call(
+    gateway: ScriptedGateway, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMOS_API_KEY", "secret")
+    terminal.run("nodes")
+    terminal.run("generate", "x")
+    assert gateway.keys == ["Bearer secret", "Bearer secret"]
+
+
+def test_nobody_at_the_address(gateway: ScriptedGateway, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMOS_ADDRESS", "127.0.0.1:1")
+    status, _, err = terminal.run("ps")
+    assert status == 1
+    assert "no gateway answers at 127.0.0.1:1" in err
+
+
+def test_completion_offers_what_there_is(gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmos.cli.completion import request_ids, served_models
+
+    assert request_ids("r") == ["r1"]
+    assert request_ids("x") == []
+    assert served_models("") == ["m"]
+    monkeypatch.setenv("LLMOS_ADDRESS", "127.0.0.1:1")
+    assert served_models("") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate",),
+        ("generate", "x", "--temperature", "3"),
+        ("up", "--once"),
+        ("up", "--once", "--prompt", "x", "--detach"),
+        ("up", "--backend", "abacus"),
+        ("nosuch",),
+    ],
+)
+def test_wrong_usage_exits_with_2(terminal: Terminal, arguments: tuple[str, ...]) -> None:
+    status, out, err = terminal.run(*arguments)
+    assert (status, out) == (2, "")
+    assert err
+
+
+def test_version(terminal: Terminal) -> None:
+    assert terminal.run("version")[:2] == (0, "llmos 0.1.0\n")
