@@ -1,0 +1,71 @@
+"""The public Fleet service: asks the leading scheduler, after checking what the key allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway import request_id as request_ids
+from gateway.grpc_edge import Caller
+from gateway.leader import LeaderClient
+from gateway.types import Authenticator, Identity
+from llmos.errors import InvalidRequest, NotFound, PermissionDenied
+from llmos.v1 import fleet_pb2 as pb
+from llmos.v1 import fleet_pb2_grpc
+
+_ALL_REQUESTS = 100_000
+
+
+class FleetServicer(fleet_pb2_grpc.FleetServicer):
+    """Stateless. Reading needs any key; ending another tenant's request needs an operator's."""
+
+    def __init__(self, leader: LeaderClient, authenticator: Authenticator) -> None:
+        self._leader = leader
+        self._authenticator = authenticator
+
+    async def ListNodes(self, request: pb.ListNodesRequest, context: Any) -> pb.ListNodesResponse:  # noqa: N802
+        """See the contract."""
+        Caller(context, self._authenticator)
+        return await self._leader.list_nodes(request)
+
+    async def ListRequests(  # noqa: N802
+        self, request: pb.ListRequestsRequest, context: Any
+    ) -> pb.ListRequestsResponse:
+        """See the contract."""
+        Caller(context, self._authenticator)
+        return await self._leader.list_requests(request)
+
+    async def KillRequest(self, request: pb.KillRequestRequest, context: Any) -> pb.KillRequestResponse:  # noqa: N802
+        """See the contract."""
+        identity = Caller(context, self._authenticator).identity
+        if not request.request_id:
+            raise InvalidRequest("'request_id' is required.", param="request_id")
+        row = await self._find(request.request_id, identity)
+        if row is None:
+            return pb.KillRequestResponse(was_running=False)
+        if identity.role != "operator" and row.tenant != identity.tenant:
+            raise PermissionDenied("Only an operator's key may end another tenant's request.")
+        return pb.KillRequestResponse(was_running=await self._leader.kill_request(row.request_id))
+
+    async def GetTrace(self, request: pb.GetTraceRequest, context: Any) -> pb.GetTraceResponse:  # noqa: N802
+        """See the contract."""
+        identity = Caller(context, self._authenticator).identity
+        if not request.id:
+            raise InvalidRequest("'id' is required.", param="id")
+        for name in (request.id, request_ids.inside(request.id, identity.tenant)):
+            spans = await self._spans(name)
+            if spans:
+                return pb.GetTraceResponse(spans=spans)
+        raise NotFound("There is no trace of that id any more, or not yet.", param="id")
+
+    async def _spans(self, name: str) -> list[pb.Span]:
+        try:
+            return await self._leader.get_trace(name)
+        except NotFound:
+            return []
+
+    async def _find(self, name: str, identity: Identity) -> pb.RequestInfo | None:
+        """The running request that the caller means: one of its own tenant's if names are equal."""
+        listing = await self._leader.list_requests(pb.ListRequestsRequest(limit=_ALL_REQUESTS))
+        rows = [row for row in listing.requests if request_ids.names(name, row.request_id, row.tenant)]
+        own = [row for row in rows if row.tenant == identity.tenant]
+        return next(iter([*own, *rows]), None)

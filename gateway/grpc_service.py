@@ -1,0 +1,127 @@
+"""The public Inference service: the same engine, validator and errors as over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from gateway import validate
+from gateway.grpc_convert import (
+    EventT,
+    ResponseT,
+    chat_body,
+    completion_body,
+    gather,
+    served_model,
+    stream_event,
+)
+from gateway.grpc_edge import Caller
+from gateway.types import Authenticator, Engine, Generation, GenerationRequest
+from llmos.errors import InvalidRequest, ModelNotFound, UnsupportedFeature
+from llmos.v1 import inference_pb2 as pb
+from llmos.v1 import inference_pb2_grpc
+
+_Validate = Callable[[Mapping[str, object]], GenerationRequest]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Stateless: a call lives as long as its stream, and takes the computation with it when its client goes."""
+
+    def __init__(self, engine: Engine, authenticator: Authenticator) -> None:
+        self._engine = engine
+        self._authenticator = authenticator
+
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> pb.ChatResponse:  # noqa: N802
+        """See the contract."""
+        return await self._whole(lambda: chat_body(request), validate.chat_request, context, pb.ChatResponse)
+
+    async def StreamChat(  # noqa: N802
+        self, request: pb.StreamChatRequest, context: Any
+    ) -> AsyncIterator[pb.StreamChatResponse]:
+        """See the contract."""
+        generation = await self._start(lambda: chat_body(request), validate.chat_request, context)
+        async with aclosing(_messages(generation, pb.StreamChatResponse)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Complete(self, request: pb.CompleteRequest, context: Any) -> pb.CompleteResponse:  # noqa: N802
+        """See the contract."""
+        return await self._whole(
+            lambda: completion_body(request), validate.completion_request, context, pb.CompleteResponse
+        )
+
+    async def StreamComplete(  # noqa: N802
+        self, request: pb.StreamCompleteRequest, context: Any
+    ) -> AsyncIterator[pb.StreamCompleteResponse]:
+        """See the contract."""
+        generation = await self._start(lambda: completion_body(request), validate.completion_request, context)
+        async with aclosing(_messages(generation, pb.StreamCompleteResponse)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:  # noqa: N802
+        """See the contract."""
+        caller = Caller(context, self._authenticator)
+        if not request.request_id:
+            raise InvalidRequest("'request_id' is required.", param="request_id")
+        return pb.CancelResponse(was_running=await self._engine.cancel(request.request_id, caller.identity))
+
+    async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
+        """See the contract."""
+        raise self._unsupported("embed", request.model, context)
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:  # noqa: N802
+        """See the contract."""
+        raise self._unsupported("classify", request.model, context)
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:  # noqa: N802
+        """See the contract."""
+        raise self._unsupported("score", request.model, context)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+        """See the contract."""
+        Caller(context, self._authenticator)
+        return pb.ListModelsResponse(models=[served_model(model) for model in self._engine.models()])
+
+    async def _start(self, body: Callable[[], Mapping[str, object]], check: _Validate, context: Any) -> Generation:
+        caller = Caller(context, self._authenticator)
+        request = replace(check(body()), deadline_s=caller.deadline_s)
+        generation = await self._engine.generate(
+            request, caller.identity, request_id=caller.request_id, trace=caller.trace
+        )
+        try:
+            await context.send_initial_metadata((("x-request-id", generation.request_id),))
+        except BaseException:
+            await generation.aclose()
+            raise
+        return generation
+
+    async def _whole(
+        self,
+        body: Callable[[], Mapping[str, object]],
+        check: _Validate,
+        context: Any,
+        kind: type[ResponseT],
+    ) -> ResponseT:
+        generation = await self._start(body, check, context)
+        try:
+            return await gather(generation.events(), kind)
+        finally:
+            await generation.aclose()
+
+    def _unsupported(self, capability: str, model: str, context: Any) -> Exception:
+        """No backend of this release has these; the answer still tells an unknown model from one that can't."""
+        Caller(context, self._authenticator)
+        if all(served.name != model for served in self._engine.models()):
+            return ModelNotFound(f"The model '{model[:200]}' is not served here; list the models.", param="model")
+        return UnsupportedFeature(f"The model '{model}' does not offer {capability}.", param="model")
+
+
+async def _messages(generation: Generation, kind: type[EventT]) -> AsyncGenerator[EventT, None]:
+    try:
+        async for event in generation.events():
+            yield stream_event(event, kind)
+    finally:
+        await generation.aclose()
