@@ -1,0 +1,56 @@
+# Everything runs in the virtual environment .venv, which the first target that needs it makes.
+# `make` alone lists the targets.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ORDER := tests/unit tests/architecture tests/integration tests/e2e tests/faults
+
+# Handed over in the environment, so that quotes in a prompt stay what they are.
+export PROMPT
+
+.PHONY: help install run test unit faults lint format protos
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmos needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV). The first time this takes some minutes: torch alone is hundreds of megabytes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+install: $(INSTALLED) ## make the virtual environment
+
+run: $(INSTALLED) ## start a fleet and serve until Ctrl-C; PROMPT="..." asks it, ONCE=1 then stops it
+	@$(BIN)/llmos up $(if $(ONCE),--once) $(if $(PROMPT),--prompt "$$PROMPT") $(UP)
+
+test: lint ## every check and every test
+	$(BIN)/python -m pytest -q $(ORDER)
+
+unit: $(INSTALLED) ## the tests that take milliseconds
+	$(BIN)/python -m pytest -q tests/unit
+
+faults: $(INSTALLED) ## the fault scenarios
+	$(BIN)/python -m pytest tests/faults
+
+lint: $(INSTALLED) ## style, types, import contracts, protocol definitions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+
+format: $(INSTALLED) ## bring the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(INSTALLED) ## generate the stubs from protos/
+	$(BIN)/python protos/generate.py
