@@ -76,17 +76,27 @@ class _Call:
     repeatable: bool
     ends_at: float
     endpoints: int
+    patience_s: float
     backoff: Backoff
+    trying: Endpoint | None = None
     used: Metadata = ()
     sent: bool = False
     failures: int = 0
     refreshes: int = 0
     last_error: EtcdError | None = None
 
+    def left_s(self) -> float:
+        """Seconds until the call's deadline."""
+        return max(_SHORTEST_S, self.ends_at - asyncio.get_running_loop().time())
+
     def share_s(self) -> float:
-        """Seconds for the next attempt: what is left, shared with the endpoints not tried in this round."""
-        left_s = self.ends_at - asyncio.get_running_loop().time()
-        return max(_SHORTEST_S, left_s / (self.endpoints - self.failures % self.endpoints))
+        """Seconds for the next attempt: what is left, shared with the endpoints not tried in this round.
+
+        A member that forwards a write to a leader that has just died answers after 5 s, whereas the next attempt is
+        done in no time. So patience is short at first, and doubles with every round for what really takes long.
+        """
+        rounds, tried = divmod(self.failures, self.endpoints)
+        return min(self.left_s() / (self.endpoints - tried), self.patience_s * 2.0**rounds)
 
 
 class Transport:
@@ -140,8 +150,7 @@ class Transport:
         a write is unknown), EtcdAuthFailed, LeaseLost, or EtcdError if etcd refused.
         """
         limit_s = self.config.call_timeout_s if timeout_s is None else timeout_s
-        ends_at = asyncio.get_running_loop().time() + limit_s
-        call = _Call(rpc, request, repeatable, ends_at, len(self._endpoints), self.backoff())
+        call = self._new_call(rpc, request, repeatable, limit_s)
         try:
             async with asyncio.timeout(limit_s):
                 while True:
@@ -149,12 +158,26 @@ class Transport:
                     if answer is not None:
                         return answer
         except TimeoutError:
-            reason = "" if call.last_error is None else f"; last: {call.last_error.message}"
-            raise EtcdUnavailable(f"No etcd endpoint answered within {limit_s:g} s{reason}") from call.last_error
+            if call.trying is not None:
+                self.leave(call.trying)
+            raise _timed_out(call, limit_s) from call.last_error
+
+    def _new_call(self, rpc: Rpc, request: Any, repeatable: bool, limit_s: float) -> _Call:
+        endpoints = max(1, len(self._endpoints))
+        return _Call(
+            rpc=rpc,
+            request=request,
+            repeatable=repeatable,
+            ends_at=asyncio.get_running_loop().time() + limit_s,
+            endpoints=endpoints,
+            patience_s=self.config.call_timeout_s / endpoints,
+            backoff=self.backoff(),
+        )
 
     async def _attempt(self, endpoint: Endpoint, call: _Call) -> Answer | None:
         """Return the answer, None for "try again", or raise what is final."""
         call.sent = False
+        call.trying = endpoint
         try:
             call.used = await self.tokens.metadata(endpoint, call.share_s())
             if not call.repeatable:
@@ -173,8 +196,9 @@ class Transport:
 
     async def _send(self, endpoint: Endpoint, call: _Call) -> Answer:
         sent_at = self.clock.monotonic()
+        limit_s = call.share_s() if call.repeatable else call.left_s()
         attempt = endpoint.one_shot if call.rpc is LEASE_KEEP_ALIVE else endpoint.unary
-        return Answer(await attempt(call.rpc, call.request, call.share_s(), call.used), sent_at)
+        return Answer(await attempt(call.rpc, call.request, limit_s, call.used), sent_at)
 
     async def _check_alive(self, endpoint: Endpoint, call: _Call) -> None:
         """Read through consensus, so that a member that is frozen, gone or cut off never sees the write."""
@@ -201,10 +225,18 @@ class Transport:
             case Reaction.TRY_ELSEWHERE:
                 self.leave(endpoint)
                 if call.sent and not call.repeatable:
-                    raise EtcdUnavailable(f"etcd broke off; whether the write was applied is unknown: {details}")
+                    raise EtcdUnavailable(f"etcd broke off, the outcome of the write is unknown: {details}")
+                call.trying = None
                 call.failures += 1
                 if call.failures % call.endpoints == 0:
                     await asyncio.sleep(call.backoff.next_s())
+
+
+def _timed_out(call: _Call, limit_s: float) -> EtcdUnavailable:
+    if call.sent and not call.repeatable:
+        return EtcdUnavailable(f"etcd did not answer within {limit_s:g} s, the outcome of the write is unknown")
+    reason = "" if call.last_error is None else f"; last: {call.last_error.message}"
+    return EtcdUnavailable(f"No etcd endpoint answered within {limit_s:g} s{reason}")
 
 
 def _is_being_cancelled() -> bool:
