@@ -55,7 +55,7 @@ def submitted(state: State, event: events.Submitted, now: float, out: Outbox) ->
         if live is not None:
             takeover.take_up(state, live, event, gateway_id, out)
             return
-        if state.tombstones.covers(request.request_id, now):
+        if state.tombstones.get(request.request_id, now) is not None:
             raise Cancelled("The request was cancelled.")
         _accept(state, event, gateway_id, now, out)
     except LlmosError as error:
@@ -74,6 +74,7 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
         raise Overloaded("Too many requests are waiting; try again later.", retry_after_s=pause)
     parked_key = (request.model, request.model_version)
     live = LiveRequest.accept(request, gateway_id, event.stream_id, key or parked_key, now)
+    live.attempts = state.last_attempts.get(live.id, now) or 0
     home = state.workers.get(state.claims.get(live.id, ""))
     if request.resume and home is not None:
         live.fingerprint = home.fingerprint
@@ -161,7 +162,7 @@ def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) ->
     if live is not None and live.stream_id != event.stream_id and state.stream_of(live) is not None:
         state.counters["foreign_cancel"] += 1
         return
-    state.tombstones.add(event.request_id, now)
+    state.tombstones.put(event.request_id, event.reason, now)
     if live is not None:
         discard(state, live, event.reason or "cancelled", out)
 
@@ -169,7 +170,7 @@ def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) ->
 def killed(state: State, event: events.Killed, now: float, out: Outbox) -> None:
     """A person ends a request; the client gets a typed error."""
     live = state.requests.get(event.request_id)
-    state.tombstones.add(event.request_id, now)
+    state.tombstones.put(event.request_id, "killed", now)
     if live is not None:
         fail(state, live, Cancelled("The request was cancelled by an operator."), out)
 

@@ -30,6 +30,7 @@ class Core:
         """Take in one event. `now` is monotonic seconds and never decreases from call to call."""
         out: Outbox = []
         state = self.state
+        state.now = now
         for due in state.timers.due(now):
             _HANDLERS[type(due)](state, due, now, out)
         _HANDLERS[type(event)](state, event, now, out)

@@ -166,6 +166,8 @@ def _remove(state: State, live: LiveRequest, error: str, out: Outbox) -> None:
     state.parked.pop(live.id, None)
     forget_claim(state, live.id, out, tell=True)
     del state.requests[live.id]
+    if live.attempts:
+        state.last_attempts.put(live.id, live.attempts, state.now)
     siblings = state.by_stream.get(live.stream_id)
     if siblings is not None:
         siblings.discard(live.id)

@@ -170,7 +170,7 @@ def _reconcile(state: State, worker: WorkerView, running: work_pb2.RunningAttemp
     request_id = running.request_id
     live = state.requests.get(request_id)
     wanted = live.attempt is None if live is not None else not state.settled
-    if wanted and not state.tombstones.covers(request_id, now) and _newest(state, running):
+    if wanted and state.tombstones.get(request_id, now) is None and _newest(state, running):
         forget_claim(state, request_id, out, tell=True)
         worker.unclaimed[request_id] = running.epoch
         state.claims[request_id] = worker.id

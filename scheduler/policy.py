@@ -18,9 +18,9 @@ class Policy:
     settle_s: float = 1.0
     """Seconds after the election, and after a worker's report, before what nobody claims is cancelled."""
     tombstone_ttl_s: float = 120.0
-    """Seconds that a cancelled id refuses to start."""
-    tombstone_limit: int = 65536
-    """Most tombstones; the oldest give way."""
+    """Seconds that a cancelled id refuses to start. Workers remember epochs of ended attempts as long."""
+    tombstone_limit: int = 262_144
+    """Most tombstones, and most ended requests whose number of attempts is remembered; the oldest give way."""
     max_retries: int = 3
     """Attempts that may fail by a worker's own word before the request does."""
     max_attempts: int = 64

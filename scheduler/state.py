@@ -10,9 +10,9 @@ from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
 from scheduler.placement import Placement, RoomIndex, default_placement
 from scheduler.policy import Policy
+from scheduler.recent import Recent
 from scheduler.requests import LiveRequest, ModelKey
 from scheduler.timers import Timers
-from scheduler.tombstones import Tombstones
 from scheduler.waiting import DrainRate, WaitingRoom
 from scheduler.workers import LOADED, ModelSlot, WorkerPool, WorkerView
 
@@ -37,6 +37,8 @@ class State:
     policy: Policy
     members_listed: bool = False
     """All workers that were registered at the election have been announced."""
+    now: float = 0.0
+    """Time of the event that is being handled."""
     settled: bool = False
     """Gateways and workers had time to come after the election."""
     requests: dict[str, LiveRequest] = field(default_factory=dict)
@@ -62,13 +64,17 @@ class State:
     counters: Counter[str] = field(default_factory=Counter)
     """What was refused or repeated, by name; for people and tests."""
     waiting: WaitingRoom = field(init=False)
-    tombstones: Tombstones = field(init=False)
+    tombstones: Recent[str] = field(init=False)
+    """Why a request was cancelled; it must not start any more."""
+    last_attempts: Recent[int] = field(init=False)
+    """Attempts of ended requests: one that comes again continues the count, as workers refuse epochs they know."""
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
         policy = self.policy
         self.waiting = WaitingRoom(policy.lookahead, policy.bypass_limit)
-        self.tombstones = Tombstones(policy.tombstone_ttl_s, policy.tombstone_limit)
+        self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
+        self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
         indices = RoomIndex(self.workers, self.pools, self.freed, self.looking, self.claims)
         self.placement = default_placement(indices, policy.candidates)
 

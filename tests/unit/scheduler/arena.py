@@ -89,7 +89,7 @@ class SimWorker:
     inbox: deque[object] = field(default_factory=deque)
     sequence: int = 0
     refused: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Tombstones: highest epoch cancelled per request."""
+    """Highest epoch per request that ended or was cancelled."""
     fail_next: list[str] = field(default_factory=list)
     """Error codes with which the next dispatches are answered."""
     failures: list[request_pb2.Failure] = field(default_factory=list)
@@ -135,9 +135,13 @@ class SimWorker:
             if running is not None and running.positions[command.finish.choice] >= command.finish.keep_until:
                 running.done[command.finish.choice] = True
                 if all(running.done):
-                    del self.running[command.finish.request_id]
+                    self._over(command.finish.request_id)
         elif kind == "load":
             self.loaded = True
+
+    def _over(self, request_id: str) -> None:
+        """An attempt has ended; its epoch is never computed again."""
+        self.refused[request_id] = self.running.pop(request_id).epoch
 
     def _dispatch(self, order: work_pb2.Dispatch) -> None:
         request, epoch = order.request, (order.epoch.term, order.epoch.attempt)
@@ -175,7 +179,7 @@ class SimWorker:
                 if not running.done[choice]:
                     frame.outputs.append(self._token(id_, running, choice))
             if all(running.done):
-                del self.running[id_]
+                self._over(id_)
         frame.failures.extend(self.failures)
         self.failures.clear()
         frame.models.append(self.node_model())
