@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmos needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). The first time this takes some minutes: torch alone is hundreds of megabytes."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
 install: $(INSTALLED) ## make the virtual environment

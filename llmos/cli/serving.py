@@ -128,7 +128,8 @@ def usage_text(state: FleetState, *, has_keys: bool, logs: Path, stop: str) -> s
     model, base = state.models[0], f"{state.http_url}/v1"
     key = "YOUR-KEY" if has_keys else "any"
     header = f" -H 'authorization: Bearer {key}'" if has_keys else ""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    message = '{"role": "user", "content": "Hello"}'
+    body = f'{{"model": "{model}", "messages": [{message}]}}'
     return f"""
 llmos serves {", ".join(state.models)}
   HTTP  {base}
@@ -140,5 +141,5 @@ llmos serves {", ".join(state.models)}
 
   from openai import OpenAI
   client = OpenAI(base_url="{base}", api_key="{key}")
-  print(client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello"}}]))
+  print(client.chat.completions.create(model="{model}", messages=[{message}]).choices[0].message.content)
 """

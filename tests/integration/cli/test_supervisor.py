@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,8 @@ class RunningFleet:
 
     async def up(self) -> FleetState:
         self.task = asyncio.create_task(self.run())
-        await asyncio.wait({self.task, self._ready}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {self.task, self._ready}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.done():
             await self.task
         return self._ready.result()
