@@ -339,6 +339,6 @@ def _resume(body: GenerationBody) -> tuple[Progress, ...]:
         raise InvalidRequest("'resume' names a choice twice.", param="resume")
     if any(part.choice >= (body.n or 1) for part in progress):
         raise InvalidRequest("'resume' names a choice that 'n' does not have.", param="resume")
-    if progress and body.seed is None:
+    if progress and body.seed is None and body.temperature != 0:
         raise InvalidRequest("'resume' needs the 'seed' that the broken stream reported.", param="seed")
     return progress

@@ -1,0 +1,135 @@
+"""The endpoints: who asks, what for, and which response answers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from gateway import validate
+from gateway.config import HttpLimits
+from gateway.http.body import read_json
+from gateway.http.generation import Asked, GenerationResponse
+from gateway.http.shapes import ChatShape, CompletionShape
+from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.schemas import GenerationBody
+from gateway.types import Authenticator, Engine, GenerationRequest, Identity, ModelInfo, TraceHeaders
+from llmos.errors import InvalidRequest, ModelNotFound, PermissionDenied, Unavailable, UnsupportedFeature
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """Everything the endpoints need; each method is one of them."""
+
+    engine: Engine
+    authenticator: Authenticator
+    metrics: Metrics
+    limits: HttpLimits
+    version: str
+    open_metrics: bool = False
+
+    async def chat(self, request: Request) -> ASGIApp:
+        """POST /v1/chat/completions"""
+        identity = self._identify(request)
+        body = validate.chat_body(await read_json(request.receive, request.headers, self.limits))
+        inner = validate.chat_request(body)
+        shape = ChatShape(include_usage=body.wants_usage, logprobs=inner.params.logprobs is not None)
+        return self._answer(request, identity, body, [inner], shape)
+
+    async def complete(self, request: Request) -> ASGIApp:
+        """POST /v1/completions"""
+        identity = self._identify(request)
+        body = validate.completion_body(await read_json(request.receive, request.headers, self.limits))
+        inner = list(validate.completion_requests(body))
+        shape = CompletionShape(include_usage=body.wants_usage, logprobs=inner[0].params.logprobs is not None)
+        return self._answer(request, identity, body, inner, shape)
+
+    async def embed(self, request: Request) -> ASGIApp:
+        """POST /v1/embeddings: no model of this release can; an unknown model is told from one that cannot."""
+        self._identify(request)
+        body = await read_json(request.receive, request.headers, self.limits)
+        name = body.get("model")
+        if not isinstance(name, str):
+            raise InvalidRequest("'model' is required.", param="model")
+        self._find(name)
+        raise UnsupportedFeature(f"The model '{name}' does not offer embeddings.", param="model")
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        self._identify(request)
+        return _json({"object": "list", "data": [_model(model) for model in self.engine.models()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{model}"""
+        self._identify(request)
+        return _json(_model(self._find(request.path_params["model"])))
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the process answers."""
+        return _json({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: a leader is connected and a model is served."""
+        if not self.engine.ready():
+            raise Unavailable("Not ready: no scheduler leads, or no model is served yet.", retry_after_s=1.0)
+        return _json({"status": "ready"})
+
+    async def show_version(self, request: Request) -> Response:
+        """GET /version"""
+        return _json({"version": self.version})
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics, in Prometheus's text format. With keys, for operators."""
+        if not self.open_metrics and self._identify(request).role != "operator":
+            raise PermissionDenied("Metrics need an operator's key.")
+        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    def _answer(
+        self,
+        request: Request,
+        identity: Identity,
+        body: GenerationBody,
+        inner: list[GenerationRequest],
+        shape: ChatShape | CompletionShape,
+    ) -> GenerationResponse:
+        timeout = request.headers.get("x-request-timeout")
+        if timeout is not None:
+            deadline_s = validate.timeout_s(timeout)
+            inner = [replace(one, deadline_s=deadline_s) for one in inner]
+        asked = Asked(
+            requests=inner,
+            identity=identity,
+            client_request_id=request.scope["state"]["client_request_id"],
+            trace=TraceHeaders(request.headers.get("traceparent", ""), request.headers.get("tracestate", "")),
+            stream=bool(body.stream),
+        )
+        return GenerationResponse(self.engine, asked, shape, self.limits)
+
+    def _identify(self, request: Request) -> Identity:
+        return self.authenticator.authenticate(request.headers.get("authorization"))
+
+    def _find(self, name: str) -> ModelInfo:
+        for model in self.engine.models():
+            if model.name == name:
+                return model
+        raise ModelNotFound(f"The model '{name[:200]}' is not served here; list the models.", param="model")
+
+
+def _model(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_unix_s,
+        "owned_by": "llmos",
+        "max_model_len": model.context_length,
+        "version": model.version,
+        "capabilities": sorted(model.capabilities),
+    }
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

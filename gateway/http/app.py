@@ -1,0 +1,49 @@
+"""The HTTP application: routes, error handlers and the edge around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from gateway.http.api import Api
+from gateway.http.attend import ClientGone
+from gateway.http.edge import Edge, on_bug, on_client_gone, on_http_exception, on_llmos_error
+from llmos.clock import Clock
+from llmos.errors import LlmosError
+
+
+def build_app(api: Api, *, clock: Clock, new_id: Callable[[], str]) -> ASGIApp:
+    """The application. `new_id` names requests whose client did not; it must be unguessable."""
+    routes = [
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/completions", api.complete, methods=["POST"]),
+        Route("/v1/embeddings", api.embed, methods=["POST"]),
+        Route("/v1/models", api.models, methods=["GET"]),
+        Route("/v1/models/{model:path}", api.model, methods=["GET"]),
+        Route("/health", api.health, methods=["GET"]),
+        Route("/ready", api.ready, methods=["GET"]),
+        Route("/metrics", api.show_metrics, methods=["GET"]),
+        Route("/version", api.show_version, methods=["GET"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        exception_handlers={
+            HTTPException: on_http_exception,
+            LlmosError: on_llmos_error,
+            ClientGone: on_client_gone,
+            Exception: on_bug,
+        },
+    )
+    app.router.redirect_slashes = False
+    return Edge(
+        app,
+        limits=api.limits,
+        metrics=api.metrics,
+        clock=clock,
+        new_id=new_id,
+        routes=frozenset(route.path for route in routes),
+    )

@@ -1,0 +1,160 @@
+"""Answering a generation over HTTP, streamed or whole, for as long as its client is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from gateway.config import HttpLimits
+from gateway.http.attend import attended
+from gateway.http.errors import Headers, error_object, visible
+from gateway.http.merge import start_all
+from gateway.http.shapes import Shape
+from gateway.http.sse import DONE, SseWriter, event
+from gateway.types import Delta, Done, Engine, Event, Generation, GenerationRequest, Identity, Started, TraceHeaders
+from llmos.errors import InternalError, SlowReader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client asked for. Several requests (a completion of several prompts) share one answer."""
+
+    requests: Sequence[GenerationRequest]
+    identity: Identity
+    client_request_id: str
+    trace: TraceHeaders
+    stream: bool
+
+
+class GenerationResponse:
+    """An ASGI response. Once the client is gone the generation is cancelled and ClientGone raised."""
+
+    def __init__(self, engine: Engine, asked: Asked, shape: Shape, limits: HttpLimits) -> None:
+        self._engine = engine
+        self._asked = asked
+        self._shape = shape
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises LlmosError until the status line is out; after that errors are events of the stream."""
+        await attended(self._answer(scope, send), receive)
+
+    async def _answer(self, scope: Scope, send: Send) -> None:
+        asked = self._asked
+        generation = await start_all(
+            self._engine, asked.requests, asked.identity, request_id=asked.client_request_id, trace=asked.trace
+        )
+        scope["state"]["request_id"] = generation.request_id
+        try:
+            if asked.stream:
+                await self._stream(scope, generation, send)
+            else:
+                await self._whole(generation, send)
+        finally:
+            await generation.aclose()
+
+    async def _whole(self, generation: Generation, send: Send) -> None:
+        deltas: dict[int, list[Delta]] = {}
+        headers: Headers = []
+        done = Done(0, 0)
+        async for happened in _complete(generation.events()):
+            if isinstance(happened, Started):
+                self._shape.start(happened)
+                headers = _start_headers(happened)
+            elif isinstance(happened, Delta):
+                deltas.setdefault(happened.choice, []).append(happened)
+            else:
+                done = happened
+        body = msgspec.json.encode(self._shape.whole(deltas, done))
+        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, scope: Scope, generation: Generation, send: Send) -> None:
+        writer = SseWriter(send, self._limits, scope["state"]["cut"])
+        try:
+            await self._write_events(_complete(generation.events()), writer)
+        except SlowReader:
+            scope["state"]["cut"]()
+            raise
+        except Exception as error:
+            if not writer.started:
+                raise
+            shown = visible(error)
+            if isinstance(shown, InternalError):
+                log.error("request %s broke in the middle of its stream", generation.request_id, exc_info=error)
+            await writer.finish(event(error_object(shown, generation.request_id)))
+        finally:
+            await writer.close()
+
+    async def _write_events(self, events: AsyncIterator[Event], writer: SseWriter) -> None:
+        started = await anext(events)
+        if not isinstance(started, Started):
+            raise InternalError("output before the start")
+        self._shape.start(started)
+        headers = _start_headers(started)
+        first = await self._await_first(events, writer, headers)
+        if not writer.started:
+            await writer.start(headers)
+        if await self._write_event(first, writer):
+            return
+        async for happened in events:
+            await self._write_event(happened, writer)
+
+    async def _await_first(self, events: AsyncIterator[Event], writer: SseWriter, headers: Headers) -> Event:
+        """The first output. Until it is there, or a client would grow impatient, the status line waits for it, so
+        that a refusal by the fleet (overload, say) is still a status and no event."""
+        first: asyncio.Future[Event] = asyncio.ensure_future(anext(events))
+        try:
+            await asyncio.wait({first}, timeout=self._limits.keep_alive_s)
+            if not first.done():
+                await writer.start(headers)
+            return await first
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+    async def _write_event(self, happened: Event, writer: SseWriter) -> bool:
+        """Send what a client should see of an event; whether it was the last."""
+        if isinstance(happened, Done):
+            usage = self._shape.usage_chunk(happened)
+            await writer.finish((event(usage) if usage else b"") + DONE)
+            return True
+        if isinstance(happened, Delta):
+            data = self._render(happened)
+            if data:
+                await writer.write(data)
+        return False
+
+    def _render(self, delta: Delta) -> bytes:
+        parts = []
+        opening = self._shape.opening(delta.choice) if self._shape.is_new(delta.choice) else None
+        if opening is not None:
+            parts.append(event(opening, self._shape.event_id()))
+        chunk = self._shape.chunk(delta)
+        if delta.text or delta.logprobs or delta.finish:
+            parts.append(event(chunk, self._shape.event_id()))
+        return b"".join(parts)
+
+
+async def _complete(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """`events`, up to Done, which must come."""
+    async for happened in events:
+        yield happened
+        if isinstance(happened, Done):
+            return
+    raise InternalError("the stream ended without an end")
+
+
+def _start_headers(started: Started) -> Headers:
+    return [
+        (b"llmos-seed", b"%d" % started.seed),
+        (b"llmos-model-version", started.model_version.encode("ascii", "replace")),
+    ]

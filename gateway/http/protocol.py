@@ -1,0 +1,112 @@
+"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: heads, idle heads, connections, bodies nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gateway.config import HttpLimits
+from gateway.http.errors import error_headers, error_json
+from llmos.errors import InvalidRequest, LlmosError, PayloadTooLarge, Unavailable
+
+_MAX_IGNORED_BYTES = 64 << 20
+"""How much of a body is read and dropped after its request was refused, so that a client that still writes gets to read
+why."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection. `limits` belongs to the class: uvicorn makes the instances."""
+
+    limits: ClassVar[HttpLimits] = HttpLimits()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._in_head = True
+        self._ignored_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, and start to wait for its first head."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._refuse(Unavailable("This gateway has as many connections as it can hold; try again."))
+            return
+        self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_overdue)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, unless the head has become too large."""
+        if self.transport.is_closing():
+            return
+        began_in_head = self._in_head
+        super().data_received(data)
+        if not (began_in_head and self._in_head) or self.transport.is_closing():
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > self.limits.max_header_bytes:
+            limit = self.limits.max_header_bytes
+            self._refuse(PayloadTooLarge(f"Request line and headers are larger than {limit} bytes."))
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._in_head = True
+        self._head_bytes = 0
+        self._ignored_bytes = 0
+        self.scope["state"]["cut"] = self.transport.abort
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_overdue)
+
+    def on_headers_complete(self) -> None:
+        """A head is complete."""
+        self._in_head = False
+        self._stop_head_timer()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Keep a part of a body, or drop it if its request is answered already."""
+        if self.cycle.response_complete:
+            self._ignored_bytes += len(body)
+            if self._ignored_bytes > _MAX_IGNORED_BYTES:
+                self.transport.abort()
+                return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The next byte begins a head."""
+        super().on_message_complete()
+        self._in_head = True
+        self._head_bytes = 0
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP."""
+        self._refuse(InvalidRequest("This is not valid HTTP/1.1."))
+
+    def _head_overdue(self) -> None:
+        self._head_timer = None
+        self.transport.abort()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, error: LlmosError) -> None:
+        """Answer without an application behind, and close."""
+        body = error_json(error, "")
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+            *error_headers(error),
+        ]
+        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+        self.transport.write(STATUS_LINE[error.http_status] + lines + b"\r\n" + body)
+        self.transport.close()
