@@ -12,5 +12,5 @@ COPY --from=build /opt/llmos /opt/llmos
 USER 10001:10001
 WORKDIR /var/lib/llmos
 ENV PATH=/opt/llmos/bin:$PATH PYTHONUNBUFFERED=1
-EXPOSE 9000
+EXPOSE 7000
 ENTRYPOINT ["python", "-m", "scheduler"]

@@ -103,7 +103,7 @@ class Fleet:
 
     def gateway(self, *flags: str) -> Process:
         schedulers = ",".join(f"127.0.0.1:{p.ready['port']}" for p in self.processes if p.name.startswith("scheduler"))
-        return self.start("gateway", "--schedulers", schedulers, *flags)
+        return self.start("gateway", "--schedulers", schedulers, "--http-port", "0", "--grpc-port", "0", *flags)
 
     def gateways(self) -> list[Process]:
         return [process for process in self.processes if process.name.startswith("gateway")]
