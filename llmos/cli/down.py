@@ -7,7 +7,7 @@ from llmos.cli.flags import DataDir
 
 
 def down(data_dir: DataDir = None) -> None:
-    """Stop the fleet and leave no process of it. Nothing happens if none is running."""
+    """Stop the fleet. Nothing happens if none is running."""
     from llmos.config import environment
     from llmos.fleet.shutdown import stop_fleet
     from llmos.fleet.state import last_up, state_home

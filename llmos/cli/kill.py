@@ -18,7 +18,7 @@ Request = Annotated[str, typer.Argument(help="Id of the request (`llmos ps`).", 
 
 
 def kill(request: Request, data_dir: DataDir = None) -> None:
-    """Cancel a request that waits or runs; its client gets an error that says so."""
+    """Cancel a request. Its client gets an error that says so."""
     from llmos.cli.connection import find_target
     from llmos.errors import NotFound
 

@@ -23,7 +23,7 @@ Request = Annotated[str, typer.Argument(metavar="ID", help="A request id or a tr
 
 
 def trace(request: Request, data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """Draw the spans of a request as a tree, with the gaps between them."""
+    """Draw where the time of a request went."""
     from llmos.cli.connection import find_target
     from llmos.errors import NotFound
 

@@ -59,7 +59,10 @@ def up(
     max_tokens: MaxTokens = 256,
     start_timeout: StartTimeout = 300.0,
 ) -> None:
-    """Start a fleet on this machine: etcd, schedulers, workers and gateways, on loopback."""
+    """Start a fleet on this machine.
+
+    etcd, schedulers, workers and gateways run as processes on loopback, until Ctrl-C or, with --detach, `llmos down`.
+    """
     if backend not in ("torch", "echo"):
         raise typer.BadParameter(f"'{backend}' is neither torch nor echo", param_hint="--backend")
     if once and not prompt:

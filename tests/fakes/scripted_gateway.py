@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -74,6 +75,11 @@ class ScriptedGateway:
         self.keys: list[str] = []
         self.models = [inference_pb2.ServedModel(name="m", version="v", capabilities=["chat", "completion"])]
         self.pieces = ["Par", "is"]
+        self.may_finish = threading.Event()
+        """Streams wait for this after their pieces."""
+        self.may_finish.set()
+        self.ended = threading.Event()
+        """Set when a stream has ended, by itself or because the client cancelled it."""
 
     def note(self, request: Any, context: grpc.ServicerContext) -> None:
         self.asked.append(request)
@@ -123,6 +129,9 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
         yield event(start=inference_pb2.StreamStart(request_id="r1", model="m", model_version="v", seed=5))
         for index, piece in enumerate(self._gateway.pieces):
             yield event(delta=inference_pb2.Delta(index=index, text=piece, token_ids=[index]))
+        context.add_callback(self._gateway.ended.set)
+        while context.is_active() and not self._gateway.may_finish.wait(0.02):
+            continue
         yield event(delta=inference_pb2.Delta(index=2, finish_reason=inference_pb2.FINISH_REASON_STOP))
         yield event(usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=2))
 
