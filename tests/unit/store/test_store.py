@@ -244,7 +244,7 @@ def test_a_crash_between_blobs_and_manifest_shows_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr("llmos.store.files.write_atomic", crash)
-        with pytest.raises(OSError, match="power cut"):
+        with pytest.raises(SourceError, match="power cut"):
             add(store, tmp_path, "one")
     assert store.list() == []
     entry = add(store, tmp_path, "one")
