@@ -1,10 +1,11 @@
-"""Settings of the gateway."""
+"""The gateway: OpenAI-compatible HTTP and gRPC in front of a fleet."""
 
 from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
@@ -56,14 +57,18 @@ class GatewayConfig:
     """Whether /metrics needs no operator's key although there are keys."""
     ready_file: Path | None = None
     """Written once requests are served: a JSON object with id, pid and ports."""
+    max_requests: int = 4096
+    """Most requests that run at once, over HTTP and gRPC together; more are answered 429."""
+    prefix_salt: str = ""
+    """Secret that prefix-cache keys depend on; the same for all gateways of a fleet."""
     drain_s: float = 20.0
     """How long running requests may go on after SIGTERM."""
     otlp_endpoint: str = ""
     """Where to export spans (OTLP over gRPC); empty: nowhere."""
     sample_ratio: float = 1.0
     """Share of traces that are exported."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much to say in the log."""
     tls: TlsConfig = field(default_factory=TlsConfig)
     """Certificates for all three: HTTP, gRPC and the schedulers."""
     limits: HttpLimits = field(default_factory=HttpLimits)

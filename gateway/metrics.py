@@ -40,7 +40,7 @@ class Metrics:
     """The gateway's counters, in a registry of their own."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         registry = self.registry
         self.first_token = Histogram(

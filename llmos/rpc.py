@@ -223,7 +223,11 @@ class RpcServer:
         await self._server.stop(grace_s)
 
 
-def run_until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+def run_until_signal(
+    serve: Callable[[asyncio.Event], Awaitable[None]],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
     """Run `serve(stop)`; SIGTERM and SIGINT set `stop`. Returns the exit status, 2 after a typed error."""
 
     async def main() -> None:
@@ -236,7 +240,8 @@ def run_until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
         await serve(stop)
 
     try:
-        asyncio.run(main())
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(main())
     except LlmosError as error:
         log.error("%s", error.message)
         return 2
