@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -83,9 +84,15 @@ class Catalogue:
             raise self._unknown(name_or_version)
         return msgspec.structs.replace(entry, name=name)
 
+    def readable(self, version: str) -> Manifest | None:
+        """The manifest of a version, or None if there is none or it is damaged."""
+        with contextlib.suppress(StoreCorrupt):  # the caller replaces it
+            return self.manifest(version)
+        return None
+
     def add(self, entry: Manifest) -> None:
         """Write the manifest; the provenance of the first import stays."""
-        if not self._layout.manifest(entry.version).exists():
+        if self.readable(entry.version) is None:
             files.write_atomic(self._layout.manifest(entry.version), manifest.encode(entry))
 
     def drop(self, name_or_version: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from llmos.errors import ModelNotFound
+import contextlib
+
+from llmos.errors import ModelNotFound, StoreCorrupt
+from llmos.store.conversion import require_converter
 from llmos.store.importer import import_model
 from llmos.store.manifest import Manifest
 from llmos.store.progress import Progress
@@ -17,10 +20,9 @@ def ensure_default(store: Store, progress: Progress | None = None) -> Manifest:
 
     Raises `SourceError`, `MissingExtra` or `StoreBusy`.
     """
-    try:
+    with contextlib.suppress(ModelNotFound, StoreCorrupt):  # absent or damaged: the import below mends both
         found = store.resolve(DEFAULT_NAME)
-    except ModelNotFound:
-        found = None
-    if found is not None and store.whole(found):
-        return found
+        if store.whole(found):
+            return found
+    require_converter()
     return import_model(store, DEFAULT_SOURCE, name=DEFAULT_NAME, progress=progress)

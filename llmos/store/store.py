@@ -55,7 +55,7 @@ class Store:
     def find_import(self, key: str) -> Manifest | None:
         """The version that an earlier import under `key` made, if it is still whole."""
         target = self._catalogue.imported(key)
-        found = self._catalogue.manifest(target) if target else None
+        found = self._catalogue.readable(target) if target else None
         return found if found is not None and self.whole(found) else None
 
     def whole(self, entry: Manifest) -> bool:

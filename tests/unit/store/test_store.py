@@ -179,6 +179,12 @@ def test_a_damaged_manifest_is_refused_and_can_be_removed(store: Store, tmp_path
     assert blobs(store) == set()
 
 
+def test_a_damaged_manifest_is_healed_by_importing_again(store: Store, tmp_path: Path) -> None:
+    entry = add(store, tmp_path, "one")
+    (store.path / "manifests" / f"{entry.version}.json").write_bytes(b"{}")
+    assert add(store, tmp_path, "one") == entry
+
+
 @pytest.mark.parametrize("handle", ["..", "a" * 63, "A" * 64, "../" + "a" * 61])
 def test_only_hashes_reach_the_file_system(store: Store, handle: str) -> None:
     with pytest.raises(ValueError, match="SHA-256"):
