@@ -190,6 +190,11 @@ class EtcdServer:
         self.ctl("auth", "enable")
         self._auth = ("--user", f"root:{password}")
 
+    def forget_tokens(self) -> None:
+        """Make every token that clients hold invalid, as time or the loss of a member does."""
+        self.ctl("auth", "disable")
+        self.ctl("auth", "enable")
+
     def ctl(self, *arguments: str) -> str:
         """Run etcdctl against this server; return what it prints."""
         command = [find_binary("etcdctl"), f"--endpoints={self.address}", *self._auth]

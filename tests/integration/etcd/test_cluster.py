@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from llmos.clock import SystemClock
 from llmos.errors import EtcdUnavailable
 from llmos.etcd import EtcdClient, EtcdConfig
 from tests.fakes.etcd_server import EtcdCluster
-from tests.integration.etcd.collect import Collector
+from tests.integration.etcd.collect import Collector, eventually
 
 
 @pytest.fixture
@@ -44,8 +45,9 @@ async def test_leader_killed(cluster: EtcdCluster) -> None:
         assert not lease.is_lost()
 
 
-async def test_member_without_its_cluster_is_no_help(cluster: EtcdCluster) -> None:
+async def test_member_without_its_cluster_is_no_help(cluster: EtcdCluster, caplog: pytest.LogCaptureFixture) -> None:
     """Two of three freeze: the last one must not pretend. All goes on when they are back."""
+    caplog.set_level(logging.INFO, "llmos.etcd")
     first, *others = cluster.members
     async with client_of((first.address,)) as client, Collector(client.watch("/w/")) as seen:
         await client.put("/w/a", b"1")
@@ -56,6 +58,7 @@ async def test_member_without_its_cluster_is_no_help(cluster: EtcdCluster) -> No
             await client.get("/w/a")
         with pytest.raises(EtcdUnavailable):
             await client.compare_and_swap("/w/b", 0, b"never sent", timeout_s=0.5)
+        await eventually(lambda: "no leader" in caplog.text)
         for other in others:
             await asyncio.to_thread(other.thaw)
         await client.put("/w/a", b"2", timeout_s=20)

@@ -100,6 +100,13 @@ async def test_holder_learns_that_its_key_was_taken(client: EtcdClient) -> None:
         assert not lease.is_lost()
 
 
+async def test_victory_whose_answer_was_lost_is_recognised(client: EtcdClient) -> None:
+    async with await client.lease(10) as lease:
+        won = await client.put(_KEY, b"a", lease.id)
+        async with asyncio.timeout(20):
+            assert await Election(client, _KEY, b"a").campaign(lease) == won
+
+
 async def test_campaign_ends_with_its_lease(client: EtcdClient) -> None:
     async with await client.lease(10) as first_lease:
         await Election(client, _KEY, b"first").campaign(first_lease)

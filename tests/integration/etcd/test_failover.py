@@ -75,6 +75,22 @@ async def test_endpoint_freezes_under_a_watch_and_a_lease(server: EtcdServer, op
         assert [event.key for event in seen.history] == ["/f/held", "/f/a"]
 
 
+async def test_silent_watch_leaves_by_itself(server: EtcdServer, open_client: OpenClient) -> None:
+    """The client does nothing but watch: no other call finds out that the endpoint is frozen."""
+    async with (
+        TcpRelay(server.address) as first,
+        open_client(first.address, server.address, call_timeout_s=0.5, watch_idle_s=0.2) as client,
+        open_client() as writer,
+        Collector(client.watch("/f/")) as seen,
+    ):
+        await writer.put("/f/a", b"1")
+        await seen.until("/f/a", b"1")
+        first.fall_silent()
+        await writer.put("/f/a", b"2")
+        await seen.until("/f/a", b"2")
+        assert seen.snapshots == 1
+
+
 async def test_no_endpoint_answers_within_the_deadline(open_client: OpenClient) -> None:
     dead = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     async with open_client(*dead, call_timeout_s=0.3) as client:

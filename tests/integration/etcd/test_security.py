@@ -171,8 +171,7 @@ async def test_bad_credentials(server: EtcdServer, open_client: OpenClient, cred
                 await anext(watch)
 
 
-async def test_token_is_renewed_after_a_restart(server: EtcdServer, open_client: OpenClient) -> None:
-    """The server forgets its tokens; calls, an open watch and a new watch go on."""
+async def test_all_goes_on_after_a_restart(server: EtcdServer, open_client: OpenClient) -> None:
     await asyncio.to_thread(server.enable_auth, _USER, _PASSWORD, "/llmos/")
     async with (
         open_client(user=_USER, password=_PASSWORD, call_timeout_s=10.0) as client,
@@ -181,6 +180,7 @@ async def test_token_is_renewed_after_a_restart(server: EtcdServer, open_client:
         await client.put("/llmos/k", b"1")
         await seen.until("/llmos/k", b"1")
         await asyncio.to_thread(server.restart)
+        await asyncio.to_thread(server.forget_tokens)
         async with Collector(client.watch("/llmos/", start_revision=1)) as replayed:
             assert await client.compare_and_swap("/llmos/c", 0, b"v")
             await client.put("/llmos/k", b"2")
@@ -194,9 +194,19 @@ async def test_watch_with_an_expired_token_gets_a_new_one(server: EtcdServer, op
     await asyncio.to_thread(server.enable_auth, _USER, _PASSWORD, "/llmos/")
     async with open_client(user=_USER, password=_PASSWORD) as client:
         revision = await client.put("/llmos/k", b"1")
-        await asyncio.to_thread(server.restart)
+        await asyncio.to_thread(server.forget_tokens)
         async with client.watch("/llmos/", start_revision=revision) as watch, asyncio.timeout(20):
             assert (await anext(watch)).events[0].value == b"1"
+
+
+async def test_calls_with_an_expired_token_get_a_new_one(server: EtcdServer, open_client: OpenClient) -> None:
+    await asyncio.to_thread(server.enable_auth, _USER, _PASSWORD, "/llmos/")
+    async with open_client(user=_USER, password=_PASSWORD) as client:
+        await client.put("/llmos/k", b"1")
+        await asyncio.to_thread(server.forget_tokens)
+        assert await client.get("/llmos/k") is not None
+        await asyncio.to_thread(server.forget_tokens)
+        assert await client.compare_and_swap("/llmos/c", 0, b"v")
 
 
 async def test_user_is_harmless_where_no_password_is_asked_for(server: EtcdServer, open_client: OpenClient) -> None:
