@@ -10,11 +10,12 @@ What an interruption leaves in staging is used by the next import of the same so
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llmos.config import environment
-from llmos.errors import SourceError
+from llmos.errors import SourceError, StoreBusy
 from llmos.store import files, hub, pypi
 from llmos.store.conversion import conversion_key, convert, require_converter
 from llmos.store.describe import describe
@@ -45,7 +46,7 @@ def import_model(
         check_name(name)
     watched, variables = progress or Silent(), environment() if environ is None else environ
     try:
-        with store.staging("source-" + files.sha256_of([source.encode()])[0]) as work:
+        with _turn(store, "source-" + files.sha256_of([source.encode()])[0], watched) as work:
             gathered = _gather(source, work, watched, variables)
             ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched)
             return ingest.converted(gathered.gguf) if gathered.gguf is not None else ingest.copied(work / "model")
@@ -53,6 +54,18 @@ def import_model(
         raise SourceError(
             f"The import stopped: {error.strerror or error} ({str(error.filename or '')[:200]})."
         ) from error
+
+
+@contextlib.contextmanager
+def _turn(store: Store, key: str, progress: Progress) -> Iterator[Path]:
+    """The staging folder of `key`, after whoever holds it; says so while it waits."""
+    with contextlib.ExitStack() as held:
+        try:
+            work = held.enter_context(store.staging(key, wait_s=0))
+        except StoreBusy:
+            progress.stage("waiting for another import of the same model", None)
+            work = held.enter_context(store.staging(key))
+        yield work
 
 
 def _gather(source: str, work: Path, progress: Progress, environ: Mapping[str, str]) -> Bundle:
@@ -97,7 +110,7 @@ class _Ingest:
         if (found := self._store.find_import(key)) is not None:
             return self._store.point(self._name, found)
         require_converter()
-        with self._store.staging(key) as work:
+        with _turn(self._store, key, self._progress) as work:
             if (found := self._store.find_import(key)) is not None:
                 return self._store.point(self._name, found)
             gguf = payload.path or self._extract(payload, work / payload.name)
@@ -109,7 +122,8 @@ class _Ingest:
 
     def copied(self, folder: Path) -> Manifest:
         """The version that consists of the payloads as they are."""
-        folder.mkdir(exist_ok=True)
+        files.discard(folder)  # an interrupted import may have left files that the source no longer has
+        folder.mkdir()
         self._progress.stage("copying", sum(payload.size for payload in self._bundle.payloads))
         for payload in self._bundle.payloads:
             files.write_stream(folder / payload.name, self._watched(payload))

@@ -79,22 +79,20 @@ def test_a_failed_conversion_leaves_nothing_and_can_be_repeated(
 
 
 class Waiting(Silent):
-    """Sets `reached` once the file is hashed: what follows is the wait for the conversion under way."""
+    """Sets `reached` when the import says that it waits for another one."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         self.reached = threading.Event()
-        self._left = size
 
-    def advance(self, amount: int) -> None:
-        self._left -= amount
-        if self._left <= 0:
+    def stage(self, label: str, total: int | None, *, in_bytes: bool = True) -> None:
+        if label.startswith("waiting for another import"):
             self.reached.set()
 
 
 def test_two_importers_of_the_same_file_convert_it_once(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = Waiting(len(GGUF))
+    second = Waiting()
     results: list[Manifest] = []
     threads: list[threading.Thread] = []
 
@@ -134,6 +132,15 @@ def test_a_folder_is_copied_and_stays_the_users(store: Store, tmp_path: Path) ->
     assert progress.complete()
     (folder / "config.json").write_text("changed by the user")
     store.verify(entry)
+
+
+def test_what_a_failed_import_staged_does_not_reach_the_next_one(store: Store, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "mine")
+    (folder / "extra.safetensors").write_bytes(b"broken")
+    with pytest.raises(SourceError, match=r"extra\.safetensors"):
+        import_model(store, str(folder))
+    (folder / "extra.safetensors").unlink()
+    assert {file.path for file in import_model(store, str(folder)).files} == set(model_files())
 
 
 @pytest.mark.parametrize(
