@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _POLL_S = 0.02
-_TELEMETRY_S = 1.0
+_GRACE_S = 1.0
 
 
 class WorkerProcess:
@@ -71,10 +71,11 @@ class WorkerProcess:
                         _announce(config.ready_file, self._id, server.port)
                         await stop.wait()
                         await self._drain(core)
-                    await server.stop(_TELEMETRY_S)
+                    core.leave()
+                    await server.stop(_GRACE_S)
         finally:
             await link.close()
-            await asyncio.to_thread(telemetry.shutdown, _TELEMETRY_S)
+            await asyncio.to_thread(telemetry.shutdown, _GRACE_S)
 
     async def _drain(self, core: WorkerCore) -> None:
         log.info("draining for at most %.0f s", self._config.drain_s)

@@ -144,6 +144,11 @@ class WorkerCore:
         self._draining = True
         self._wake()
 
+    def leave(self) -> None:
+        """The worker goes: end the scheduler's stream, after everything that was sent on it."""
+        if self._stream is not None:
+            self._stream.replace(Unavailable("The worker is leaving."))
+
     # To the scheduler
 
     @property
