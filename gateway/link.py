@@ -99,13 +99,9 @@ class Link:
         self._term = 0
         self._lost_at: float | None = None
         self._sequence = 0
-        self._counts = {
-            "connects": 0,
-            "frames_corrupt": 0,
-            "frames_duplicate": 0,
-            "frames_missed": 0,
-            "frames_taken": 0,
-        }
+        self._counts = dict.fromkeys(
+            ("connects", "frames_corrupt", "frames_duplicate", "frames_missed", "frames_taken", "tries"), 0
+        )
 
     @property
     def connected(self) -> bool:
@@ -177,6 +173,7 @@ class Link:
             yield address
 
     async def _try(self, address: str, receiver: Receiver) -> None:
+        self._counts["tries"] += 1
         try:
             await self._attend(address, receiver)
         except NotLeader as answer:

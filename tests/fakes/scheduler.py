@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from llmos.config import TlsConfig
 from llmos.internal.v1 import request_pb2, requests_pb2, requests_pb2_grpc
 from llmos.rpc import RpcServer
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2
@@ -66,7 +67,9 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
         models: Iterable[requests_pb2.CatalogueModel] | None = None,
         blobs: Mapping[str, bytes] | None = None,
         answer: Callable[[FakeScheduler, request_pb2.Request], None] | None = None,
+        tls: TlsConfig | None = None,
     ) -> None:
+        self.tls = tls
         self.term = term
         self.leads = leads
         self.leader_address = leader_address
@@ -91,7 +94,7 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
 
     async def start(self) -> str:
         """Serve; returns host:port."""
-        self._server = RpcServer("127.0.0.1", 0)
+        self._server = RpcServer("127.0.0.1", 0, tls=self.tls)
         self._server.add(requests_pb2_grpc.add_RequestsServicer_to_server, self, "llmos.internal.v1.Requests")
         self._server.add(fleet_pb2_grpc.add_FleetServicer_to_server, self, "llmos.v1.Fleet")
         return f"127.0.0.1:{await self._server.start()}"
