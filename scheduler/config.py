@@ -1,0 +1,92 @@
+"""A scheduler: decides where requests run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llmos.config import TlsConfig
+from llmos.errors import ConfigError
+from llmos.etcd import EtcdConfig
+from scheduler.policy import Policy
+from scheduler.work_client import LinkConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Everything that can be set for one scheduler process."""
+
+    id: str = ""
+    """Name of this scheduler, unique per process start; empty: made up."""
+    host: str = "127.0.0.1"
+    """Address to listen on, and the one that gateways are told."""
+    port: int = 7000
+    """Port to listen on; 0: a free one."""
+    ready_file: Path | None = None
+    """File to write once it serves: JSON with id, pid and port."""
+    queue_limit: int = 1024
+    """Most requests that wait for a worker; one more is answered 429."""
+    lease_ttl_s: float = 3.0
+    """Seconds after which a standby may take over from a leader that no longer renews its lease."""
+    no_worker_grace_s: float = 60.0
+    """Seconds that a request waits while no connected worker could ever serve its model."""
+    gateway_grace_s: float = 1.5
+    """Seconds that requests outlive their gateway's stream, for it to come back and take them up."""
+    worker_silence_s: float = 2.0
+    """Seconds without a frame after which a worker counts as lost; they come every half second."""
+    etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    """host:port of etcd's members."""
+    etcd_user: str = ""
+    """User for etcd; empty: none."""
+    etcd_password: str = field(default="", repr=False)
+    """Password for etcd; better given in the environment than as a flag."""
+    etcd_ca_file: Path | None = None
+    """PEM file of the authority that signed etcd's certificates."""
+    etcd_cert_file: Path | None = None
+    """PEM file with the certificate for etcd."""
+    etcd_key_file: Path | None = None
+    """PEM file with the private key for etcd."""
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    """Certificates for gateways and workers."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector; empty: no export."""
+    sample_ratio: float = 1.0
+    """Share of traces that are exported."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are logged."""
+
+    def __post_init__(self) -> None:
+        for name in ("queue_limit", "lease_ttl_s", "worker_silence_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive", param=name)
+        for name in ("no_worker_grace_s", "gateway_grace_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative", param=name)
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError("port must be between 0 and 65535", param="port")
+        if not self.etcd_endpoints:
+            raise ConfigError("A scheduler needs etcd (--etcd-endpoints host:port).", param="etcd_endpoints")
+
+    def core_policy(self) -> Policy:
+        """The core's numbers: those that can be set, and the defaults of the others."""
+        return Policy(
+            queue_limit=self.queue_limit,
+            no_worker_grace_s=self.no_worker_grace_s,
+            gateway_grace_s=self.gateway_grace_s,
+        )
+
+    def links(self) -> LinkConfig:
+        """How streams to workers are kept."""
+        return LinkConfig(silence_s=self.worker_silence_s)
+
+    def etcd(self) -> EtcdConfig:
+        """How to reach etcd."""
+        return EtcdConfig(
+            endpoints=self.etcd_endpoints,
+            user=self.etcd_user,
+            password=self.etcd_password,
+            ca_file=self.etcd_ca_file,
+            cert_file=self.etcd_cert_file,
+            key_file=self.etcd_key_file,
+        )

@@ -1,0 +1,142 @@
+"""A scheduler's life: serve, campaign, lead for a while or for ever, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import secrets
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import grpc
+
+from llmos.clock import Clock
+from llmos.errors import LlmosError
+from llmos.etcd import EtcdClient
+from llmos.internal.v1 import registry_pb2, requests_pb2_grpc
+from llmos.rpc import RpcServer, open_channel
+from llmos.telemetry import Telemetry
+from llmos.v1 import fleet_pb2_grpc
+from scheduler.config import SchedulerConfig
+from scheduler.directory import SchedulerDirectory
+from scheduler.fleet_service import FleetService
+from scheduler.leadership import Leadership
+from scheduler.reign import Reign, ReignContext
+from scheduler.requests_service import RequestsService
+from scheduler.seat import ReignSeat
+from scheduler.span_ring import SpanRing
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 1.0
+_SPANS_S = 0.1
+
+
+class SchedulerProcess:
+    """One scheduler. `serve` is its whole life."""
+
+    def __init__(self, config: SchedulerConfig, clock: Clock, rng: random.Random) -> None:
+        self.id = config.id or f"scheduler-{secrets.token_hex(4)}"
+        self.port = 0
+        """Known once it serves."""
+        self.seat = ReignSeat(self._begin)
+        self._config = config
+        self._clock = clock
+        self._rng = rng
+        self._ring = SpanRing()
+        self._challenge = asyncio.Event()
+        self._telemetry = Telemetry(
+            "scheduler", self.id, clock=clock, otlp_endpoint=config.otlp_endpoint, sample_ratio=config.sample_ratio
+        )
+        self._etcd = EtcdClient(config.etcd(), clock, rng)
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set, then hand over to a standby. Raises SetupError, EtcdAuthFailed."""
+        try:
+            async with self._etcd:
+                await self._serve(stop)
+        finally:
+            await asyncio.to_thread(self._telemetry.shutdown, _GRACE_S)
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        config = self._config
+        server = RpcServer(config.host, config.port, tls=config.tls)
+        record = registry_pb2.SchedulerRecord(scheduler_id=self.id, host=socket.gethostname(), pid=os.getpid())
+        directory = SchedulerDirectory(self._etcd)
+        requests = RequestsService(self.seat, self._challenge.set)
+        fleet = FleetService(self.seat, directory, self._ring, record, self._clock)
+        server.add(requests_pb2_grpc.add_RequestsServicer_to_server, requests, "llmos.internal.v1.Requests")
+        server.add(fleet_pb2_grpc.add_FleetServicer_to_server, fleet, "llmos.v1.Fleet")
+        self.port = await server.start()
+        record.address = f"{config.host}:{self.port}"
+        leadership = Leadership(self._etcd, record, config.lease_ttl_s, self.seat)
+        try:
+            async with asyncio.TaskGroup() as group:
+                background = [
+                    group.create_task(leadership.run(), name="leadership"),
+                    group.create_task(self._heed_challenges(leadership), name="challenges"),
+                    group.create_task(directory.run(), name="directory"),
+                    group.create_task(self._collect_spans(), name="spans"),
+                    group.create_task(self.seat.failure(), name="reign-failure"),
+                ]
+                _announce(config.ready_file, self.id, self.port)
+                await stop.wait()
+                for task in background:
+                    task.cancel()
+        except ExceptionGroup as failures:
+            raise _first_typed(failures) from failures
+        finally:
+            await self.seat.close()
+            await server.stop(_GRACE_S)
+
+    def _begin(self, term: int) -> Reign:
+        context = ReignContext(
+            scheduler_id=self.id,
+            policy=self._config.core_policy(),
+            links=self._config.links(),
+            etcd=self._etcd,
+            connect=self._connect,
+            telemetry=self._telemetry,
+            keep_spans=self._ring.add,
+            refused=self._challenge.set,
+            clock=self._clock,
+            rng=self._rng,
+        )
+        return Reign(term, context)
+
+    def _connect(self, address: str) -> grpc.aio.Channel:
+        return open_channel(address, self._config.tls)
+
+    async def _heed_challenges(self, leadership: Leadership) -> None:
+        while True:
+            await self._challenge.wait()
+            self._challenge.clear()
+            await leadership.challenged()
+
+    async def _collect_spans(self) -> None:
+        while True:
+            self._ring.add(self._telemetry.drain())
+            await asyncio.sleep(_SPANS_S)
+
+
+def _first_typed(failures: ExceptionGroup[Exception]) -> Exception:
+    """What the person at the keyboard should see of a group: the typed error in it, if there is one."""
+    errors: Iterable[Exception] = failures.exceptions
+    for error in errors:
+        found = _first_typed(error) if isinstance(error, ExceptionGroup) else error
+        if isinstance(found, LlmosError):
+            return found
+    return failures
+
+
+def _announce(ready_file: Path | None, scheduler_id: str, port: int) -> None:
+    """Say that it serves, in the log and, at once as a whole, in the ready file."""
+    log.info("scheduler %s serves on port %d", scheduler_id, port)
+    if ready_file is not None:
+        draft = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
+        draft.write_text(json.dumps({"id": scheduler_id, "pid": os.getpid(), "port": port}), encoding="utf-8")
+        draft.replace(ready_file)

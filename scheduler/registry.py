@@ -1,0 +1,45 @@
+"""Keys and records in etcd, as the scheduler reads and writes them: protobuf's JSON, readable with etcdctl."""
+
+from __future__ import annotations
+
+import logging
+
+from google.protobuf import json_format
+
+from llmos.internal.v1 import registry_pb2
+
+log = logging.getLogger(__name__)
+
+WORKERS = "/llmos/v1/workers/"
+SCHEDULERS = "/llmos/v1/schedulers/"
+LEADER = "/llmos/v1/leader"
+
+
+def worker_record(key: str, value: bytes) -> registry_pb2.WorkerRecord | None:
+    """A worker's record; None, and a line in the log, if it is none."""
+    record = registry_pb2.WorkerRecord()
+    try:
+        json_format.Parse(value, record, ignore_unknown_fields=True)
+    except (json_format.ParseError, UnicodeDecodeError):
+        log.warning("the record at %s cannot be read; it is ignored", key)
+        return None
+    if record.worker_id != key.removeprefix(WORKERS) or not record.address:
+        log.warning("the record at %s names another worker or no address; it is ignored", key)
+        return None
+    return record
+
+
+def scheduler_record(value: bytes) -> registry_pb2.SchedulerRecord:
+    """A scheduler's record; an empty one if it cannot be read."""
+    record = registry_pb2.SchedulerRecord()
+    try:
+        json_format.Parse(value, record, ignore_unknown_fields=True)
+    except (json_format.ParseError, UnicodeDecodeError):
+        log.warning("a scheduler's record cannot be read; it is ignored")
+        return registry_pb2.SchedulerRecord()
+    return record
+
+
+def to_bytes(record: registry_pb2.SchedulerRecord) -> bytes:
+    """As it is stored."""
+    return json_format.MessageToJson(record, preserving_proto_field_name=True, indent=None).encode()

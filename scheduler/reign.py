@@ -1,0 +1,163 @@
+"""One leadership, from election to deposition: the core with its loop, its streams and its watch on the members."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+
+import grpc
+
+from llmos.clock import Clock
+from llmos.errors import EtcdError
+from llmos.etcd import EtcdClient
+from llmos.internal.v1 import requests_pb2, work_pb2
+from llmos.telemetry import Telemetry
+from llmos.v1 import fleet_pb2
+from scheduler import events
+from scheduler.commands import (
+    CloseStream,
+    Command,
+    Dial,
+    HangUp,
+    Order,
+    SendCatalogue,
+    SendFailure,
+    SendOutput,
+    StartAttempt,
+)
+from scheduler.core import Core
+from scheduler.gateways import GatewayDesk
+from scheduler.loop import Loop
+from scheduler.membership import Membership
+from scheduler.policy import Policy
+from scheduler.spans import StageSpans
+from scheduler.work_client import LinkConfig, LinkContext, WorkerLinks
+
+log = logging.getLogger(__name__)
+
+_ACKNOWLEDGE_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class ReignContext:
+    """What every reign of this process works with."""
+
+    scheduler_id: str
+    policy: Policy
+    links: LinkConfig
+    etcd: EtcdClient
+    connect: Callable[[str], grpc.aio.Channel]
+    telemetry: Telemetry
+    keep_spans: Callable[[Iterable[fleet_pb2.Span]], None]
+    refused: Callable[[], None]
+    """A peer has seen a higher term. Must not wait."""
+    clock: Clock
+    rng: random.Random
+
+
+class Reign:
+    """Started by `run`; everything ends with it. Implements `scheduler.loop.Carrier`."""
+
+    def __init__(self, term: int, context: ReignContext) -> None:
+        self.core = Core(context.scheduler_id, term, context.policy, context.clock.monotonic())
+        self.loop = Loop(self.core, self, context.clock)
+        welcome = requests_pb2.Welcome(term=term, scheduler_id=context.scheduler_id)
+        self.gateways = GatewayDesk(welcome, context.keep_spans)
+        self.workers = WorkerLinks(self._link_context(context))
+        self.leader_address = ""
+        """Who leads next, once that is known; gateways are told at the end."""
+        self._context = context
+        self._spans = StageSpans(context.telemetry)
+        self._membership = Membership(context.etcd, self.loop.post_now, context.rng)
+
+    @property
+    def term(self) -> int:
+        """The term that new dispatches carry."""
+        return self.core.state.term
+
+    def raise_term(self, term: int) -> None:
+        """This leader was elected again."""
+        if term > self.term:
+            self.loop.post_now(events.TermRaised(term))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, work in self._tasks():
+                    group.create_task(work, name=f"reign-{name}")
+        finally:
+            await asyncio.shield(self._end())
+
+    def _tasks(self) -> Iterable[tuple[str, Coroutine[None, None, None]]]:
+        yield "loop", self.loop.run()
+        yield "tick", self.loop.tick()
+        yield "members", self._watch_members()
+        yield "acknowledge", self._acknowledge()
+
+    async def _end(self) -> None:
+        await self.gateways.leave(requests_pb2.NotLeader(leader_address=self.leader_address))
+        await self.workers.close()
+        self._spans.abandon("not_leader")
+
+    async def _watch_members(self) -> None:
+        backoff = self._context.etcd.backoff()
+        while True:
+            try:
+                await self._membership.run()
+            except EtcdError as error:
+                log.error("members cannot be watched: %s", error.message)
+            await asyncio.sleep(backoff.next_s())
+
+    async def _acknowledge(self) -> None:
+        while True:
+            await asyncio.sleep(_ACKNOWLEDGE_S)
+            self.workers.acknowledge()
+
+    def _link_context(self, context: ReignContext) -> LinkContext:
+        return LinkContext(
+            scheduler_id=context.scheduler_id,
+            term=lambda: self.term,
+            connect=context.connect,
+            post=self.loop.post,
+            post_now=self.loop.post_now,
+            refused=context.refused,
+            keep_spans=context.keep_spans,
+            clock=context.clock,
+            rng=context.rng,
+            config=context.links,
+        )
+
+    # Carrier
+
+    def carry(self, command: Command) -> None:
+        """See `Carrier`."""
+        kind = type(command)
+        if kind is SendOutput:
+            assert isinstance(command, SendOutput)
+            self.gateways.output(command.stream_id, command.output)
+            return
+        self._spans.observe(command)
+        match command:
+            case StartAttempt():
+                self.workers.order(command.worker_id, work_pb2.Command(dispatch=command.dispatch))
+            case Order():
+                self.workers.order(command.worker_id, command.command)
+            case SendFailure():
+                self.gateways.failure(command.stream_id, command.failure)
+            case SendCatalogue():
+                self.gateways.catalogue(command.stream_id, command.catalogue)
+            case CloseStream():
+                self.gateways.close(command.stream_id)
+            case Dial():
+                self.workers.dial(command.worker_id, command.address)
+            case HangUp():
+                self.workers.hang_up(command.worker_id)
+
+    def flush(self) -> None:
+        """See `Carrier`."""
+        self.gateways.flush()
+        self.workers.flush()

@@ -1,0 +1,119 @@
+"""Stage spans of every attempt, opened and closed by the core's commands: queue, attempt, prefill, decode.
+
+The telemetry shell around the core. Attempts of one request are siblings under the gateway's span, joined by links.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from opentelemetry.trace import Span, SpanContext, SpanKind
+
+from llmos.internal.v1 import request_pb2
+from llmos.telemetry import REQUEST_ID, Telemetry, remote_context, trace_headers
+from scheduler.commands import AttemptOver, Command, FirstToken, Queued, RequestOver, StartAttempt
+
+
+@dataclass(slots=True)
+class _Open:
+    """Spans of one request that have not ended."""
+
+    request_id: str
+    model: str
+    tenant: str
+    parent: SpanContext | None
+    queue: Span | None = None
+    attempt: Span | None = None
+    stage: Span | None = None
+    earlier: list[SpanContext] = field(default_factory=list)
+
+
+class StageSpans:
+    """Follows the core's commands; owns the spans of live requests."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._open: dict[str, _Open] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def observe(self, command: Command) -> None:
+        """Take in a command before it is carried out. A dispatch gets the context of its attempt's span."""
+        if isinstance(command, Queued):
+            self._queued(command.request)
+        elif isinstance(command, StartAttempt):
+            self._started(command)
+        elif isinstance(command, FirstToken):
+            self._first_token(command.request_id)
+        elif isinstance(command, AttemptOver):
+            self._attempt_over(command)
+        elif isinstance(command, RequestOver):
+            self._request_over(command)
+
+    def abandon(self, reason: str) -> None:
+        """The reign is over: what is open here goes on elsewhere."""
+        for request_id in list(self._open):
+            self._attempt_over(AttemptOver(request_id, reason, 0))
+            self._request_over(RequestOver(request_id, reason))
+
+    def _queued(self, request: request_pb2.Request) -> None:
+        entry = self._open.get(request.request_id)
+        if entry is None:
+            parent = remote_context(request.trace.traceparent, request.trace.tracestate)
+            entry = _Open(request.request_id, request.model, request.tenant, parent)
+            self._open[request.request_id] = entry
+        if entry.queue is None:
+            entry.queue = self._start(entry, "queue", entry.parent)
+
+    def _started(self, command: StartAttempt) -> None:
+        entry = self._open.get(command.dispatch.request.request_id)
+        if entry is None:
+            return
+        if entry.queue is not None:
+            self._telemetry.finish(entry.queue)
+            entry.queue = None
+        entry.attempt = self._telemetry.start(
+            "attempt",
+            parent=entry.parent,
+            kind=SpanKind.CLIENT,
+            links=entry.earlier,
+            attributes={
+                REQUEST_ID: entry.request_id,
+                "gen_ai.request.model": entry.model,
+                "llmos.tenant": entry.tenant,
+                "llmos.attempt": command.dispatch.epoch.attempt,
+                "llmos.term": command.dispatch.epoch.term,
+                "llmos.worker": command.worker_id,
+            },
+        )
+        entry.earlier.append(entry.attempt.get_span_context())
+        entry.stage = self._start(entry, "prefill", entry.attempt.get_span_context())
+        command.dispatch.trace.traceparent, command.dispatch.trace.tracestate = trace_headers(entry.attempt)
+
+    def _first_token(self, request_id: str) -> None:
+        entry = self._open.get(request_id)
+        if entry is None or entry.attempt is None:
+            return
+        if entry.stage is not None:
+            self._telemetry.finish(entry.stage)
+        entry.stage = self._start(entry, "decode", entry.attempt.get_span_context())
+
+    def _attempt_over(self, command: AttemptOver) -> None:
+        entry = self._open.get(command.request_id)
+        if entry is None or entry.attempt is None:
+            return
+        if entry.stage is not None:
+            self._telemetry.finish(entry.stage, command.error)
+        entry.attempt.set_attribute("llmos.tokens", command.tokens)
+        self._telemetry.finish(entry.attempt, command.error)
+        entry.stage = entry.attempt = None
+
+    def _request_over(self, command: RequestOver) -> None:
+        entry = self._open.pop(command.request_id, None)
+        if entry is not None and entry.queue is not None:
+            self._telemetry.finish(entry.queue, command.error)
+
+    def _start(self, entry: _Open, name: str, parent: SpanContext | None) -> Span:
+        attributes = {REQUEST_ID: entry.request_id, "gen_ai.request.model": entry.model}
+        return self._telemetry.start(name, parent=parent, attributes=attributes)
