@@ -15,7 +15,7 @@ from llmos.errors import ConfigError, Conflict, MissingExtra
 from llmos.fleet.detach import start_detached
 from llmos.fleet.etcd_server import find_etcd
 from llmos.fleet.lock import already_runs
-from llmos.fleet.options import FleetOptions, free_memory, share_of, usable_cores
+from llmos.fleet.options import FleetOptions, free_memory, make_folders, share_of, usable_cores
 from llmos.fleet.plan import ServicePlan
 from llmos.fleet.shutdown import is_running
 from llmos.fleet.state import FleetState, read_state, remember_last_up, state_home
@@ -76,7 +76,7 @@ def _stored(names: str, steps: output.Steps) -> str:
 
 def serve_detached(options: FleetOptions, ask: Ask | None, steps: output.Steps) -> None:
     """Start the fleet in the background; return once it is ready and has answered."""
-    options.log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folders(options)
     state = start_detached(options, steps)
     steps.done()
     _announce(state, options, stop=f"llmos down --data-dir {options.data_dir}")

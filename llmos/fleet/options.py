@@ -70,6 +70,17 @@ class FleetOptions:
         return self.data_dir / "ready"
 
 
+def make_folders(options: FleetOptions) -> None:
+    """Make the data folder, for its owner alone, and what is in it. Raises ConfigError."""
+    try:
+        for folder in (options.data_dir, options.log_dir, options.ready_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use {options.data_dir} as data folder: {error.strerror}", param="data_dir"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """What one worker may use."""

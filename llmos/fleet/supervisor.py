@@ -18,7 +18,7 @@ from llmos.fleet import etcd_server
 from llmos.fleet.identity import identify
 from llmos.fleet.lock import FleetLock
 from llmos.fleet.member import RunningMember, all_ready
-from llmos.fleet.options import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HOST, FleetOptions
+from llmos.fleet.options import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, HOST, FleetOptions, make_folders
 from llmos.fleet.plan import Plan
 from llmos.fleet.probe import http_status
 from llmos.fleet.shutdown import clear_stale
@@ -59,7 +59,7 @@ class Supervisor:
         Raises Conflict if the data folder has a fleet, SetupError if a process does not come up, and what
         `on_ready` raises.
         """
-        _make_folders(self._options)
+        make_folders(self._options)
         with FleetLock(self._options.data_dir):
             clear_stale(self._options.data_dir)
             try:
@@ -225,13 +225,3 @@ def _edge_port(wanted: int | None, default: int, flag: str) -> int:
     if wanted and not etcd_server.is_free(wanted):
         raise ConfigError(f"port {wanted} on {HOST} is taken: choose another with {flag}, or 0 for any", param=flag)
     return wanted
-
-
-def _make_folders(options: FleetOptions) -> None:
-    try:
-        for folder in (options.data_dir, options.log_dir, options.ready_dir):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot use {options.data_dir} as data folder: {error.strerror}", param="data_dir"
-        ) from error
