@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,10 +34,16 @@ def find_binary(name: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((_LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that nobody listened on a moment ago.
+
+    It lies below the range from which systems pick ports themselves, so that it stays free while a server is down.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((_LOOPBACK, port))
+            return port
+    raise OSError("no free port on loopback")
 
 
 @functools.cache
