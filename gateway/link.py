@@ -62,8 +62,8 @@ class Receiver(Protocol):
         """Models changed."""
         ...
 
-    def on_frame(self, frame: requests_pb2.GatewayFrame, missed: bool) -> None:
-        """Output arrived. `missed`: frames before it were lost, so something of every request may be."""
+    def on_frame(self, frame: requests_pb2.GatewayFrame) -> None:
+        """Output arrived."""
         ...
 
 
@@ -100,7 +100,7 @@ class Link:
         self._lost_at: float | None = None
         self._sequence = 0
         self._counts = dict.fromkeys(
-            ("connects", "frames_corrupt", "frames_duplicate", "frames_missed", "frames_taken", "tries"), 0
+            ("connects", "frames_corrupt", "frames_duplicate", "frames_missed", "frames_taken", "restarts", "tries"), 0
         )
 
     @property
@@ -138,6 +138,11 @@ class Link:
         finish = requests_pb2.Finish(request_id=request_id, choice=choice, keep_until=keep_until)
         if self.connected:
             self._say(requests_pb2.ExchangeRequest(finish=finish))
+
+    def restart(self) -> None:
+        """Output was lost or damaged: open a new connection, which asks for all that is unfinished."""
+        self._counts["restarts"] += 1
+        self._broken.set()
 
     def leader_channel(self) -> grpc.aio.Channel:
         """The leader's channel, owned by the link. Raises Unavailable if there is none."""
@@ -269,11 +274,12 @@ class Link:
         if frame.sequence <= self._sequence:
             self._counts["frames_duplicate"] += 1
             return
-        missed = frame.sequence > self._sequence + 1
-        self._counts["frames_missed"] += frame.sequence - self._sequence - 1
+        if frame.sequence > self._sequence + 1:
+            self._counts["frames_missed"] += frame.sequence - self._sequence - 1
+            self.restart()
         self._counts["frames_taken"] += 1
         self._sequence = frame.sequence
-        receiver.on_frame(frame, missed)
+        receiver.on_frame(frame)
         self._outbox.acknowledge(frame.sequence)
         self._wake.set()
 
@@ -295,6 +301,5 @@ class Link:
 
     def _say(self, message: requests_pb2.ExchangeRequest) -> None:
         if not self._outbox.push(message):
-            # The stream takes nothing any more. A new one starts from what is unfinished.
-            self._broken.set()
+            self.restart()
         self._wake.set()

@@ -56,10 +56,8 @@ class SessionConfig:
     """Most bytes of unread events per stream; past it the stream is aborted."""
     max_request_s: float = 3600.0
     """Longest life of a request, whatever deadline its client names."""
-    ask_again_s: float = 10.0
-    """Pause before lost output is asked for once more; doubled each time."""
-    ask_again_times: int = 4
-    """So often is lost output asked for before the stream fails."""
+    gap_limit: int = 4
+    """So often in a row may a stream's output be lost or damaged before the stream fails."""
     prefix_salt: str = ""
     """Secret of this deployment that prefix hashes depend on; the same for all its gateways."""
 
@@ -100,7 +98,7 @@ class Sessions:
         self._telemetry = telemetry
         self._leader = leader
         self._rng = rng or random.SystemRandom()
-        self._limits = StreamLimits(config.buffer_bytes, config.ask_again_s, config.ask_again_times)
+        self._limits = StreamLimits(config.buffer_bytes, config.gap_limit)
         self._streams: dict[str, Stream] = {}
         self._named: dict[tuple[str, str], Stream] = {}
         self._preparing = 0
@@ -189,11 +187,8 @@ class Sessions:
         """See `Receiver`."""
         self._catalogue.replace(catalogue, term)
 
-    def on_frame(self, frame: requests_pb2.GatewayFrame, missed: bool) -> None:
+    def on_frame(self, frame: requests_pb2.GatewayFrame) -> None:
         """See `Receiver`."""
-        if missed:
-            for stream in list(self._streams.values()):
-                stream.missed()
         for output in frame.outputs:
             self._deliver(output)
         for failure in frame.failures:

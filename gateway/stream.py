@@ -39,6 +39,10 @@ class Uplink(Protocol):
         """End a choice early."""
         ...
 
+    def restart(self) -> None:
+        """Output was lost or damaged: open a new connection, which asks for all that is unfinished."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
@@ -46,10 +50,8 @@ class StreamLimits:
 
     buffer_bytes: int
     """Most bytes of events that wait for the reader, roughly."""
-    ask_again_s: float
-    """Pause before lost output is asked for once more; doubled each time."""
-    ask_again_times: int
-    """So often is lost output asked for before the stream fails."""
+    gap_limit: int
+    """So often in a row may output be lost or damaged before the stream fails."""
 
 
 class Stream:
@@ -85,10 +87,9 @@ class Stream:
         self._ready = asyncio.Event()
         self._ended = False
         self._error: LlmosError | None = None
-        self._missing: set[int] = set()
-        self._asked = 0
+        self._asked = False
+        self._failed_asks = 0
         self._deadline_timer: asyncio.TimerHandle | None = None
-        self._ask_timer: asyncio.TimerHandle | None = None
 
     @property
     def inner_id(self) -> str:
@@ -120,15 +121,15 @@ class Stream:
         return request
 
     def take(self, output: request_pb2.Output) -> Verdict:
-        """Add output from the fleet. Anything but the next piece changes nothing; a gap is asked for again."""
+        """Add output from the fleet. Anything but the next piece changes nothing; what is lost is asked for."""
         if self._ended:
             return Verdict.STALE
         taken = self.transcript.take(output)
         if taken.verdict in {Verdict.GAP, Verdict.CORRUPT}:
-            self._miss(output.choice)
+            self._distrust()
         if taken.delta is None:
             return taken.verdict
-        self._found(output.choice)
+        self._failed_asks = 0
         if taken.keep_until is not None:
             self._uplink.finish(self.inner_id, output.choice, taken.keep_until)
         self._put(taken.delta)
@@ -138,15 +139,9 @@ class Stream:
             self.abort(SlowReader("The stream was not read fast enough; resume it, or ask for less."), "slow_reader")
         return taken.verdict
 
-    def missed(self) -> None:
-        """Frames were lost on the way, with or without output of this request: ask for what follows."""
-        if not self._ended:
-            self._uplink.submit(self.unfinished())
-
     def reconnected(self) -> request_pb2.Request:
-        """The request for the next leader. Everything is asked for anew, so nothing counts as missing."""
-        self._missing.clear()
-        self._settle()
+        """The request for the next connection; everything that is missing is asked for with it."""
+        self._asked = False
         return self.unfinished()
 
     def fail(self, error: LlmosError, *, deliver: bool = True) -> None:
@@ -201,7 +196,6 @@ class Stream:
 
     def _end(self, error: LlmosError | None) -> None:
         self._ended = True
-        self._settle()
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
         self._ready.set()
@@ -212,32 +206,18 @@ class Stream:
             self._uplink.cancel(self.inner_id, "deadline")
             self.fail(DeadlineExceeded("The request's deadline passed before it was finished."))
 
-    def _miss(self, choice: int) -> None:
-        """Note that output of a choice is lost, and ask for it unless that has just been done."""
-        was_whole = not self._missing
-        self._missing.add(choice)
-        if was_whole:
-            self._ask()
-
-    def _found(self, choice: int) -> None:
-        self._missing.discard(choice)
-        if not self._missing:
-            self._settle()
-
-    def _ask(self) -> None:
-        self._asked += 1
-        if self._asked > self._limits.ask_again_times:
-            self._uplink.cancel(self.inner_id, "cancelled")
-            self.fail(Unavailable("The fleet lost a part of the answer; resume the stream.", retry_after_s=1.0))
+    def _distrust(self) -> None:
+        """Something is lost or damaged: ask for it on a new connection, a few times at most without progress."""
+        if self._asked:
             return
-        self._uplink.submit(self.unfinished())
-        pause = self._limits.ask_again_s * 2 ** (self._asked - 1)
-        self._ask_timer = asyncio.get_running_loop().call_later(pause, self._ask)
-
-    def _settle(self) -> None:
-        self._asked = 0
-        if self._ask_timer is not None:
-            self._ask_timer.cancel()
+        self._asked = True
+        self._failed_asks += 1
+        if self._failed_asks > self._limits.gap_limit:
+            self.abort(
+                Unavailable("The fleet lost a part of the answer; resume the stream.", retry_after_s=1.0), "cancelled"
+            )
+        else:
+            self._uplink.restart()
 
 
 def _size(event: Event) -> int:
