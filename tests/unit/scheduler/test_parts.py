@@ -9,8 +9,8 @@ from llmos.internal.v1 import registry_pb2, request_pb2, requests_pb2
 from llmos.v1 import fleet_pb2
 from scheduler import commands, events
 from scheduler.ledger import Allocation, Unfit, plan
-from scheduler.requests import Choice, LiveRequest, blocks_needed
 from scheduler.recent import Recent
+from scheduler.requests import Choice, LiveRequest, blocks_needed
 from scheduler.timers import Timers
 from scheduler.waiting import DrainRate, WaitingRoom
 from scheduler.workers import ModelSlot, WorkerPool
