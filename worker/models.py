@@ -42,8 +42,12 @@ def hold(backend: str, names: Sequence[str], store: Path | None) -> list[HeldMod
     """The models behind `--model`. Raises ModelNotFound for one that the store lacks, ConfigError for a bad name."""
     if backend == "echo":
         held = [echo_model(text) for text in names or ("echo",)]
-    else:
+    elif names:
         held = [_stored_model(name, Store(store)) for name in names]
+    else:
+        raise ConfigError(
+            "name the models to hold with --model; `llmos models ls` shows those in the store", param="model"
+        )
     if len({model.name for model in held}) < len(held):
         raise ConfigError("--model names a model twice", param="model")
     return held

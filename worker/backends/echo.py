@@ -192,8 +192,9 @@ class EchoBackend:
             now = self._clock.monotonic()
             if now < self._due_s:
                 return False
-        # After a pause the next tick is a full period away: there is no catching up.
-        self._due_s = max(self._due_s + self._period_s, now)
+        # A little late is made up for, so that the mean speed holds; a pause is not.
+        late = now - self._due_s < self._period_s
+        self._due_s = (self._due_s if late else now) + self._period_s
         return True
 
 

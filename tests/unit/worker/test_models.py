@@ -1,0 +1,84 @@
+"""What `--model` names become."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from llmos.errors import ConfigError, ModelNotFound, NotFound
+from worker.config import WorkerConfig
+from worker.models import CHUNK_BYTES, HeldModel, chunks, echo_model, find_blob, hold, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("40GiB", 40 << 30), ("24GB", 24 * 10**9), ("1.5 MiB", 3 << 19), ("7", 7), ("0B", 0)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "40 gigs", "1e9", "40GiB!"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_size(text)
+
+
+def test_an_echo_model_declares_its_weights() -> None:
+    model = echo_model("big=40GiB")
+    assert (model.name, model.record.weight_bytes) == ("big", 40 << 30)
+    assert model.engine.weight_bytes == 40 << 30
+    assert model.record.model.tokenizer_hash == ""
+    assert list(model.record.model.capabilities) == ["chat", "completion"]
+    assert (model.record.model.context_length, model.record.model.vocab_size) == (8192, 256)
+
+
+def test_echo_holds_one_model_unless_told_otherwise() -> None:
+    assert [model.name for model in hold("echo", (), None)] == ["echo"]
+    assert [model.name for model in hold("echo", ("a", "b=1GiB"), None)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("names", [("a", "a=1GiB"), ("=1GiB",)])
+def test_names_must_be_there_and_differ(names: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError):
+        hold("echo", names, None)
+
+
+def test_a_model_that_the_store_lacks_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound):
+        hold("torch", ("nobody",), tmp_path)
+
+
+def test_torch_needs_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        hold("torch", (), tmp_path)
+
+
+def test_blobs_come_in_chunks(tmp_path: Path) -> None:
+    content = bytes(range(256)) * (CHUNK_BYTES // 256) * 2 + b"end"
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    plain = echo_model("echo")
+    held = HeldModel(plain.record, plain.engine, {digest: file, "text": content})
+    for name in (digest, "text"):
+        pieces = list(chunks(find_blob([plain, held], name)))
+        assert [len(piece) for piece in pieces] == [CHUNK_BYTES, CHUNK_BYTES, 3]
+        assert b"".join(pieces) == content
+    with pytest.raises(NotFound):
+        find_blob([plain, held], "unknown")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lease_ttl_s": 0.0}, {"orphan_s": -1.0}, {"drain_s": -0.1}, {"port": 70_000}, {"memory_limit": -1}]
+)
+def test_bad_configuration_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        WorkerConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_no_endpoints_mean_no_registration() -> None:
+    assert WorkerConfig(etcd_endpoints=()).etcd() is None
+    assert WorkerConfig(etcd_password="secret", etcd_user="u").etcd() is not None
+    assert "secret" not in repr(WorkerConfig(etcd_password="secret", etcd_user="u"))

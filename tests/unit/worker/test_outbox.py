@@ -1,0 +1,142 @@
+"""Back-pressure without loss."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmos.internal.v1 import request_pb2
+from llmos.v1 import inference_pb2
+from worker.backend import Epoch
+from worker.outbox import PIECE_TOKENS, Outbox
+
+
+def piece(
+    index: int, *tokens: int, request_id: str = "a", choice: int = 0, attempt: int = 1, end: bool = False
+) -> request_pb2.Output:
+    return request_pb2.Output(
+        request_id=request_id,
+        epoch=request_pb2.Epoch(term=1, attempt=attempt),
+        choice=choice,
+        index=index,
+        token_ids=tokens,
+        logprobs=[request_pb2.LogprobEntry(token_id=token, logprob=-1.0) for token in tokens],
+        finish_reason=inference_pb2.FINISH_REASON_STOP if end else inference_pb2.FINISH_REASON_UNSPECIFIED,
+    )
+
+
+def everything(request_id: str, epoch: Epoch) -> bool:
+    return True
+
+
+def test_frames_are_counted_and_carry_what_is_pending() -> None:
+    box = Outbox()
+    box.add(piece(0, 65))
+    assert box.sendable
+    frame = box.take()
+    assert (frame.sequence, [output.index for output in frame.outputs]) == (1, [0])
+    assert not box.sendable
+    assert not box.empty
+    assert box.take().sequence == 2
+    box.acknowledge(1)
+    assert box.empty
+
+
+def test_pieces_merge_while_the_window_is_closed() -> None:
+    box = Outbox(window=2)
+    for index in range(2):
+        box.add(piece(index, 65 + index))
+        box.take()
+    for index in range(2, 500):
+        box.add(piece(index, index % 95 + 32, end=index == 499))
+    assert not box.sendable
+    assert list(box.take().outputs) == []
+    box.acknowledge(1)
+    (output,) = box.take().outputs
+    assert (output.index, len(output.token_ids), len(output.logprobs)) == (2, 498, 498)
+    assert output.finish_reason == inference_pb2.FINISH_REASON_STOP
+    assert [entry.token_id for entry in output.logprobs] == list(output.token_ids)
+
+
+def test_heartbeats_without_content_do_not_fill_the_window() -> None:
+    box = Outbox(window=2)
+    for _ in range(100):
+        box.take()
+    box.add(piece(0, 65))
+    assert box.sendable
+
+
+@pytest.mark.parametrize(
+    "following",
+    [piece(5, 66), piece(1, 66, choice=1), piece(1, 66, attempt=2), piece(1, 66, request_id="b")],
+    ids=["gap", "choice", "epoch", "request"],
+)
+def test_only_continuations_merge(following: request_pb2.Output) -> None:
+    box = Outbox()
+    box.add(piece(0, 65))
+    box.add(following)
+    assert len(box.take().outputs) == 2
+
+
+def test_pieces_and_frames_are_bounded() -> None:
+    box = Outbox(frame_bytes=10_000)
+    for index in range(3 * PIECE_TOKENS):
+        box.add(piece(index, 65))
+    box.add_failure(request_pb2.Failure(request_id="a", code="attempt_lost"))
+    frames = []
+    while box.sendable:
+        frames.append(box.take())
+    assert [len(frame.outputs[0].token_ids) for frame in frames] == [PIECE_TOKENS] * 3
+    # A failure ends the attempt for its receiver: nothing of the attempt may come after it.
+    assert [len(frame.failures) for frame in frames] == [0, 0, 1]
+
+
+def test_a_new_stream_gets_what_was_not_acknowledged_first() -> None:
+    box = Outbox()
+    for index in range(4):
+        box.add(piece(index, 65 + index))
+        box.take()
+    box.acknowledge(2)
+    box.add(piece(4, 69))
+    box.add_failure(request_pb2.Failure(request_id="z"))
+    box.attach(everything)
+    frame = box.take()
+    assert frame.sequence == 1
+    assert [(output.index, list(output.token_ids)) for output in frame.outputs] == [(2, [67, 68, 69])]
+    assert [failure.request_id for failure in frame.failures] == ["z"]
+
+
+def test_unacknowledged_failures_are_said_again() -> None:
+    box = Outbox()
+    box.add_failure(request_pb2.Failure(request_id="z"))
+    box.take()
+    box.attach(everything)
+    assert [failure.request_id for failure in box.take().failures] == ["z"]
+
+
+def test_cancelled_attempts_are_not_said_again() -> None:
+    box = Outbox()
+    box.add(piece(0, 65))
+    box.add(piece(0, 65, request_id="b"))
+    box.take()
+    box.attach(lambda request_id, epoch: request_id != "a")
+    assert [output.request_id for output in box.take().outputs] == ["b"]
+
+
+def test_drop_forgets_attempts_up_to_the_epoch() -> None:
+    box = Outbox()
+    box.add(piece(0, 65, attempt=1))
+    box.add(piece(0, 66, choice=1, attempt=2))
+    box.add(piece(0, 67, choice=2, attempt=3))
+    box.drop("a", Epoch(1, 2))
+    box.drop("unknown", Epoch(1, 2))
+    assert [output.epoch.attempt for output in box.take().outputs] == [3]
+
+
+def test_attempts_counts_sent_and_unsent_pieces() -> None:
+    box = Outbox()
+    box.add(piece(0, 65))
+    box.take()
+    box.add(piece(0, 65, request_id="b", attempt=4))
+    assert box.attempts() == {("a", Epoch(1, 1)), ("b", Epoch(1, 4))}
+    box.acknowledge(1)
+    assert box.attempts() == {("b", Epoch(1, 4))}
