@@ -214,12 +214,13 @@ async def _until_status(url: str, member: RunningMember) -> None:
 
 def _edge_ports(options: FleetOptions) -> tuple[int, int]:
     return (
-        _edge_port(options.http_port, DEFAULT_HTTP_PORT, "--http-port"),
-        _edge_port(options.grpc_port, DEFAULT_GRPC_PORT, "--grpc-port"),
+        edge_port(options.http_port, DEFAULT_HTTP_PORT, "--http-port"),
+        edge_port(options.grpc_port, DEFAULT_GRPC_PORT, "--grpc-port"),
     )
 
 
-def _edge_port(wanted: int | None, default: int, flag: str) -> int:
+def edge_port(wanted: int | None, default: int, flag: str) -> int:
+    """The port to listen on; 0: any. A given one that is taken raises ConfigError, the default one gives way."""
     if wanted is None:
         return default if etcd_server.is_free(default) else 0
     if wanted and not etcd_server.is_free(wanted):

@@ -38,10 +38,15 @@ class Shell:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("LLMOS_")}
         return {**kept, "XDG_STATE_HOME": str(self.home)}
 
-    def run(self, *arguments: str, timeout_s: float = 90, **more: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llmos.cli.main", *arguments]
+    def run(self, *arguments: str, text_in: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, env=self.environment(), capture_output=True, text=True, timeout=timeout_s, check=False, **more
+            [sys.executable, "-m", "llmos.cli.main", *arguments],
+            env={**self.environment(), **variables},
+            input=text_in,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -129,7 +134,7 @@ def test_generate_is_repeatable_and_traced(shared: tuple[Shell, FleetState]) -> 
 
 def test_chat_in_a_pipe(shared: tuple[Shell, FleetState]) -> None:
     shell, _ = shared
-    done = shell.run("chat", "--max-tokens", "5", "--seed", "1", input="one\ntwo\n")
+    done = shell.run("chat", "--max-tokens", "5", "--seed", "1", text_in="one\ntwo\n")
     assert done.returncode == 0, done.stderr
     assert [len(line) for line in done.stdout.splitlines()] == [5, 5]
 
@@ -198,8 +203,14 @@ def test_a_stream_outlives_its_worker(shell: Shell) -> None:
 
 
 def test_once_answers_and_leaves_nothing(shell: Shell) -> None:
-    ports = ("--http-port", "0", "--grpc-port", "0", "--data-dir", str(shell.data))
-    done = shell.run("up", "--backend", "echo", *ports, "--prompt", "Hello", "--once", "--max-tokens", "12")
+    keys = str(shell.home / "keys.json")
+    key = shell.ok("keys", "add", "--tenant", "me", "--file", keys).strip()
+    places = ("--http-port", "0", "--grpc-port", "0", "--data-dir", str(shell.data), "--keys-file", keys)
+    command = ("up", "--backend", "echo", *places, "--prompt", "Hello", "--once", "--max-tokens", "12")
+    refused = shell.run(*command)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.splitlines()[-1].startswith("llmos: ")
+    done = shell.run(*command, LLMOS_API_KEY=key)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) == 13
     assert read_state(shell.data) is None

@@ -137,14 +137,21 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
 
 
 @contextmanager
-def scripted_gateway() -> Iterator[ScriptedGateway]:
-    """Serves in threads of its own, so that a command's event loop can run in the test's."""
+def scripted_gateway(certificate: tuple[bytes, bytes] | None = None) -> Iterator[ScriptedGateway]:
+    """Serves in threads of its own, so that a command's event loop can run in the test's.
+
+    `certificate` is (key, certificate chain), PEM; None: no TLS.
+    """
     gateway = ScriptedGateway()
     with futures.ThreadPoolExecutor(4) as threads:
         server = grpc.server(threads)
         fleet_pb2_grpc.add_FleetServicer_to_server(_Fleet(gateway), server)
         inference_pb2_grpc.add_InferenceServicer_to_server(_Inference(gateway), server)
-        gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        if certificate is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([certificate]))
+        gateway.address = f"127.0.0.1:{port}"
         server.start()
         yield gateway
         server.stop(None).wait(10)

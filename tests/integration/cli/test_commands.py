@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from llmos.certs import make_certificates
 from llmos.cli import main
 from llmos.v1 import inference_pb2 as pb
 from tests.fakes.scripted_gateway import ScriptedGateway, scripted_gateway
@@ -210,6 +212,17 @@ def test_nobody_at_the_address(gateway: ScriptedGateway, terminal: Terminal, mon
     status, _, err = terminal.run("ps")
     assert status == 1
     assert "no gateway answers at 127.0.0.1:1" in err
+
+
+def test_tls_with_the_right_authority_only(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    ours, other = (make_certificates(tmp_path / name, [], 1, now) for name in ("ours", "other"))
+    with scripted_gateway((ours.key("server").read_bytes(), ours.certificate("server").read_bytes())) as gateway:
+        monkeypatch.setenv("LLMOS_ADDRESS", gateway.address)
+        for authority, expected in ((str(ours.ca), 0), (str(other.ca), 1), ("", 1), (str(tmp_path / "missing"), 1)):
+            monkeypatch.setenv("LLMOS_CA_FILE", authority)
+            assert terminal.run("nodes")[0] == expected
+        assert len(gateway.asked) == 1
 
 
 def test_completion_offers_what_there_is(gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from llmos.fleet.etcd_server import free_ports
 from llmos.fleet.identity import ProcessIdentity, descendants, identify, is_alive, send_signal, wait_gone
 from llmos.fleet.options import FleetOptions
 from llmos.fleet.state import FleetState, Role, read_state
-from llmos.fleet.supervisor import Supervisor
+from llmos.fleet.supervisor import Supervisor, edge_port
 from tests.fakes import scripted_service
 from tests.fakes.fleet import wait_for
 
@@ -205,6 +206,16 @@ def test_a_program_that_cannot_be_run(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == launch.NOT_STARTED
     assert "cannot run" in done.stderr
+
+
+def test_a_default_port_gives_way_and_a_given_one_does_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        assert edge_port(None, taken, "--http-port") == 0
+        with pytest.raises(ConfigError, match="--http-port"):
+            edge_port(taken, 1, "--http-port")
+    assert edge_port(None, taken, "--http-port") == taken
+    assert edge_port(0, taken, "--http-port") == 0
 
 
 def test_free_ports_differ() -> None:
