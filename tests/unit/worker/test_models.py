@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmos.errors import ConfigError, ModelNotFound, NotFound
+from llmos.store import Store, import_model
+from tests.fakes.models import TEMPLATE, write_model
 from worker.config import WorkerConfig
 from worker.models import CHUNK_BYTES, HeldModel, chunks, echo_model, find_blob, hold, parse_size
 
@@ -48,6 +50,25 @@ def test_names_must_be_there_and_differ(names: tuple[str, ...]) -> None:
 def test_a_model_that_the_store_lacks_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
         hold("torch", ("nobody",), tmp_path)
+
+
+def test_a_stored_model_shows_what_it_takes_and_serves_its_files(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    entry = import_model(store, str(write_model(tmp_path / "source")), name="tiny", environ={})
+    (held,) = hold("torch", ("tiny",), store.path)
+    model = held.record.model
+    assert (model.name, model.version, held.engine.version) == ("tiny", entry.version, entry.version)
+    assert (model.context_length, model.vocab_size, model.bos_token, model.eos_token) == (128, 32, "t1", "t2")
+    assert list(model.capabilities) == ["chat", "completion"]
+    # 2 layers, keys and values, 2 heads of 4 numbers, in fp32.
+    assert held.record.kv_bytes_per_token == 2 * 2 * 2 * 4 * 4
+    assert held.record.weight_bytes == (32 * 16 + 16) * 4
+    assert Path(held.engine.folder, "config.json").exists()
+    tokenizer = b"".join(chunks(find_blob([held], model.tokenizer_hash)))
+    template = b"".join(chunks(find_blob([held], model.chat_template_hash)))
+    assert hashlib.sha256(tokenizer).hexdigest() == model.tokenizer_hash
+    assert template.decode() == TEMPLATE
+    assert hashlib.sha256(template).hexdigest() == model.chat_template_hash
 
 
 def test_torch_needs_a_name(tmp_path: Path) -> None:

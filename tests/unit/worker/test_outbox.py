@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmos.internal.v1 import request_pb2
 from llmos.v1 import inference_pb2
@@ -140,3 +142,57 @@ def test_attempts_counts_sent_and_unsent_pieces() -> None:
     assert box.attempts() == {("a", Epoch(1, 1)), ("b", Epoch(1, 4))}
     box.acknowledge(1)
     assert box.attempts() == {("b", Epoch(1, 4))}
+
+
+STREAMS = [("a", 0), ("a", 1), ("b", 0)]
+ACTIONS = st.one_of(
+    st.tuples(st.just("produce"), st.integers(0, 2)),
+    st.tuples(st.just("send"), st.booleans()),
+    st.tuples(st.just("acknowledge"), st.integers(0, 3)),
+    st.tuples(st.just("break"), st.just(0)),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ACTIONS, max_size=120))
+def test_whatever_breaks_nothing_is_lost_or_out_of_order(actions: list[tuple[str, int]]) -> None:
+    """Frames sent into a broken stream may or may not arrive; the receiver takes only the next index."""
+    box = Outbox(window=3, frame_bytes=100)
+    produced = dict.fromkeys(STREAMS, 0)
+    received = dict.fromkeys(STREAMS, 0)
+    sequence = acknowledged = 0
+
+    def deliver(arrives: bool) -> None:
+        nonlocal sequence
+        frame = box.take()
+        if not arrives:
+            return
+        if frame.sequence == sequence + 1:
+            sequence = frame.sequence
+            for output in frame.outputs:
+                key = output.request_id, output.choice
+                assert output.index <= received[key], "a gap"
+                received[key] = max(received[key], output.index + len(output.token_ids))
+
+    def reattach() -> None:
+        nonlocal sequence, acknowledged
+        box.attach(everything)
+        sequence = acknowledged = 0
+
+    for action, value in actions:
+        if action == "produce":
+            key = STREAMS[value]
+            box.add(piece(produced[key], 65, request_id=key[0], choice=key[1]))
+            produced[key] += 1
+        elif action == "send":
+            deliver(bool(value))
+        elif action == "acknowledge":
+            acknowledged = max(acknowledged, sequence - value)
+            box.acknowledge(acknowledged)
+        else:
+            reattach()
+    reattach()
+    while not box.empty:
+        deliver(True)
+        box.acknowledge(sequence)
+    assert received == produced
