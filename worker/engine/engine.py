@@ -132,16 +132,19 @@ class Engine:
     def _advance(self, batch: Batch) -> None:
         """Note which positions have been computed; hand finished prompts to all choices."""
         prefilling = [run for run in self._running.values() if not run.prompt_done]
-        for run, choice, _ in batch.rows:
+        for run, choice, position in batch.rows:
             choice.computed += 1
-            if not run.prefilled:
-                run.prefill_tokens += 1
+            run.prefill_tokens += run.prefills(choice, position)
         for run in prefilling:
             if run.prompt_done:
                 run.fork(self._pool)
 
     def _prefill_done(self, run: Run) -> StageDone | None:
-        if run.prefilled or not run.prompt_done or any(run.pending(choice) for choice in run.choices.values()):
+        if (
+            run.prefilled
+            or not run.prompt_done
+            or any(run.prefills(choice, choice.computed) for choice in run.choices.values())
+        ):
             return None
         run.prefilled = True
         return self._stage(run, Stage.PREFILL, run.prefill_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmos.errors import SourceError, UnsupportedFeature
@@ -17,6 +19,8 @@ from worker.engine import attention
 from worker.engine.attention import Attention, LayerCall
 from worker.engine.kv import LayerShape
 from worker.engine.layers import TILE_ROWS, FixedRowLinear, steady_layers, unknown_weights
+
+log = logging.getLogger(__name__)
 
 DTYPE = torch.float32
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -80,16 +84,24 @@ def load(folder: Path, device: torch.device, context_length: int = 0) -> Decoder
 
 def _read(folder: Path) -> Any:
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPE,
             attn_implementation=attention.IMPLEMENTATION,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder.name} is not a decoder that transformers can load: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        log.warning("%s cannot be loaded: %s", folder, error)
+        raise SourceError("The model's folder holds no decoder that transformers can load.") from error
+    # transformers would go on with random numbers in their place.
+    if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise SourceError(
+            f"The model's files lack {len(missing)} weights that it needs, or hold them in another shape."
+        )
+    return model
 
 
 def _check_config(model: Any, config: Any) -> None:

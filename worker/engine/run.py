@@ -18,6 +18,8 @@ class Choice:
     number: int
     tokens: list[int]
     """Tokens of the answer so far, resumed ones included."""
+    resumed: int
+    """How many of them were there when the attempt came."""
     computed: int = 0
     """Positions, prompt included, whose keys and values are stored."""
     keep_until: int | None = None
@@ -34,7 +36,7 @@ class Run:
         self.prompt = list(attempt.prompt)
         self.stops = attempt.stop_token_ids | (frozenset() if attempt.ignore_eos else end_tokens)
         self.choices = {
-            number: Choice(number, list(attempt.resume.get(number, ())))
+            number: Choice(number, list(known := attempt.resume.get(number, ())), len(known))
             for number in range(attempt.choices)
             if number not in attempt.finished_choices
         }
@@ -90,6 +92,10 @@ class Run:
                 if len(self.prompt) % BLOCK_TOKENS:
                     pool.copy_block(self.leader.tail[0], choice.tail[0])
                 choice.computed = len(self.prompt)
+
+    def prefills(self, choice: Choice, position: int) -> bool:
+        """Whether a position was known when the attempt came."""
+        return position < len(self.prompt) + choice.resumed
 
     def pending(self, choice: Choice) -> int:
         """Known tokens of a choice that have not been computed."""
