@@ -44,6 +44,8 @@ class Leadership:
         self._lease_ttl_s = lease_ttl_s
         self._seat = seat
         self._lease: Lease | None = None
+        self._won: Lease | None = None
+        """The lease that the leader's key is under."""
         self._election: Election | None = None
         self._challenged = asyncio.Event()
         self.term = 0
@@ -52,7 +54,7 @@ class Leadership:
     @property
     def may_write_intent(self) -> bool:
         """Whether records that decide may be written to etcd now."""
-        return self.term > 0 and self._lease is not None and not self._lease.is_lost()
+        return self.term > 0 and self._won is not None and not self._won.is_lost()
 
     async def run(self) -> None:
         """Campaign and observe until cancelled; then leave, so that a standby takes over at once."""
@@ -95,6 +97,7 @@ class Leadership:
             self._challenged.clear()
             log.info("elected in term %d", term)
             self.term = term
+            self._won = lease
             await self._seat.elected(term)
             await self._until_displaced(lease)
 
@@ -133,6 +136,7 @@ class Leadership:
 
     async def _depose(self, leader_address: str) -> None:
         self.term = 0
+        self._won = None
         await self._seat.deposed(leader_address)
 
     async def _leave(self) -> None:

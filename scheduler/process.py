@@ -47,7 +47,10 @@ class SchedulerProcess:
         self._config = config
         self._clock = clock
         self._rng = rng
-        self._ring = SpanRing()
+        self.ring = SpanRing()
+        """Finished spans of the fleet."""
+        self.leadership: Leadership | None = None
+        """This scheduler's part in the election, while it serves."""
         self._challenge = asyncio.Event()
         self._telemetry = Telemetry(
             "scheduler", self.id, clock=clock, otlp_endpoint=config.otlp_endpoint, sample_ratio=config.sample_ratio
@@ -68,12 +71,12 @@ class SchedulerProcess:
         record = registry_pb2.SchedulerRecord(scheduler_id=self.id, host=socket.gethostname(), pid=os.getpid())
         directory = SchedulerDirectory(self._etcd)
         requests = RequestsService(self.seat, self._challenge.set)
-        fleet = FleetService(self.seat, directory, self._ring, record, self._clock)
+        fleet = FleetService(self.seat, directory, self.ring, record, self._clock)
         server.add(requests_pb2_grpc.add_RequestsServicer_to_server, requests, "llmos.internal.v1.Requests")
         server.add(fleet_pb2_grpc.add_FleetServicer_to_server, fleet, "llmos.v1.Fleet")
         self.port = await server.start()
         record.address = f"{config.host}:{self.port}"
-        leadership = Leadership(self._etcd, record, config.lease_ttl_s, self.seat)
+        leadership = self.leadership = Leadership(self._etcd, record, config.lease_ttl_s, self.seat)
         try:
             async with asyncio.TaskGroup() as group:
                 background = [
@@ -101,7 +104,7 @@ class SchedulerProcess:
             etcd=self._etcd,
             connect=self._connect,
             telemetry=self._telemetry,
-            keep_spans=self._ring.add,
+            keep_spans=self.ring.add,
             refused=self._challenge.set,
             clock=self._clock,
             rng=self._rng,
@@ -119,7 +122,7 @@ class SchedulerProcess:
 
     async def _collect_spans(self) -> None:
         while True:
-            self._ring.add(self._telemetry.drain())
+            self.ring.add(self._telemetry.drain())
             await asyncio.sleep(_SPANS_S)
 
 

@@ -48,7 +48,7 @@ class FakeWorker(work_pb2_grpc.WorkServicer):
         self._going.set()
         self._stream = 0
         self._server = RpcServer("127.0.0.1", 0, tls=tls)
-        self._lease: Lease | None = None
+        self.lease: Lease | None = None
 
     async def __aenter__(self) -> Self:
         self._server.add(work_pb2_grpc.add_WorkServicer_to_server, self, "llmos.internal.v1.Work")
@@ -69,17 +69,17 @@ class FakeWorker(work_pb2_grpc.WorkServicer):
 
     async def register(self, etcd: EtcdClient, ttl_s: float = 2.0) -> Lease:
         """Put the record under a lease, which is kept alive until it is closed."""
-        self._lease = await etcd.lease(ttl_s)
+        self.lease = await etcd.lease(ttl_s)
         value = json_format.MessageToJson(self.record(), preserving_proto_field_name=True).encode()
-        await etcd.put(f"/llmos/v1/workers/{self.id}", value, self._lease.id)
-        return self._lease
+        await etcd.put(f"/llmos/v1/workers/{self.id}", value, self.lease.id)
+        return self.lease
 
     async def kill(self) -> None:
         """Every connection is reset; the record stays until its lease is over."""
         self._going.set()
-        if self._lease is not None:
-            await self._lease.close()
-            self._lease = None
+        if self.lease is not None:
+            await self.lease.close()
+            self.lease = None
         await self._server.stop(0)
 
     def freeze(self) -> None:
