@@ -85,9 +85,10 @@ def serve_detached(options: FleetOptions, ask: Ask | None, steps: output.Steps) 
 
 
 def serve_here(options: FleetOptions, ask: Ask | None, *, once: bool, steps: output.Steps) -> None:
-    """Serve until Ctrl-C, or with `once` until the prompt is answered."""
+    """Serve until Ctrl-C, or with `once` until the prompt is answered. Raises KeyboardInterrupt if stopped before."""
     share = share_of(options.workers, usable_cores(), free_memory())
     supervisor = Supervisor(options, ServicePlan(options, share), steps)
+    done = asyncio.Event()
 
     async def serve() -> None:
         stop = asyncio.Event()
@@ -103,12 +104,15 @@ def serve_here(options: FleetOptions, ask: Ask | None, *, once: bool, steps: out
                 _announce(state, options, stop="Ctrl-C")
             if ask is not None:
                 await asyncio.to_thread(_answer, state, ask)
+            done.set()
             if once:
                 stop.set()
 
         await supervisor.run(stop, on_ready)
 
     asyncio.run(serve())
+    if not done.is_set():
+        raise KeyboardInterrupt
 
 
 def _answer(state: FleetState, ask: Ask) -> None:

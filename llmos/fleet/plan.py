@@ -8,6 +8,11 @@ from typing import Protocol
 
 from llmos.fleet.options import HOST, FleetOptions, Share
 
+GATEWAY_DRAIN_S = 5.0
+"""How long running requests get after SIGTERM; shorter than in a cluster, because somebody waits at the keyboard."""
+WORKER_DRAIN_S = 1.0
+"""Workers stop after the gateways, when nobody listens any more."""
+
 
 class Plan(Protocol):
     """What to run for each role. Tests plan scripts in place of the services."""
@@ -39,7 +44,14 @@ class ServicePlan:
         options, share = self._options, self._share
         command = [*self._service("worker", name), "--port", "0", "--etcd-endpoints", ",".join(etcd)]
         command += ["--backend", options.backend, "--model", options.model]
-        command += ["--threads", str(share.threads), "--memory-limit", str(share.memory_bytes)]
+        command += [
+            "--drain-s",
+            f"{WORKER_DRAIN_S:g}",
+            "--threads",
+            str(share.threads),
+            "--memory-limit",
+            str(share.memory_bytes),
+        ]
         if options.store is not None:
             command += ["--store", str(options.store)]
         if options.echo_tokens_per_second is not None:
@@ -48,7 +60,7 @@ class ServicePlan:
 
     def gateway(self, name: str, schedulers: Sequence[str], http_port: int, grpc_port: int) -> list[str]:
         command = [*self._service("gateway", name), "--schedulers", ",".join(schedulers)]
-        command += ["--http-port", str(http_port), "--grpc-port", str(grpc_port)]
+        command += ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--drain-s", f"{GATEWAY_DRAIN_S:g}"]
         if self._options.keys_file is not None:
             command += ["--keys-file", str(self._options.keys_file)]
         return command

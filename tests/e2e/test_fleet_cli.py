@@ -235,6 +235,19 @@ def test_in_the_foreground_it_serves_until_a_signal(shell: Shell) -> None:
     assert not any(is_alive(member) for member in processes)
 
 
+def test_a_signal_before_the_answer_is_no_success(shell: Shell) -> None:
+    places = ("--http-port", "0", "--grpc-port", "0", "--data-dir", str(shell.data))
+    slow = ("--echo-tokens-per-second", "1", "--max-tokens", "500")
+    process = shell.start("up", "--backend", "echo", *places, *slow, "--prompt", "Hello", "--once")
+    state = wait_for(lambda: (found := read_state(shell.data)) and found.phase == "ready" and found, "the fleet", 60)
+    assert isinstance(state, FleetState)
+    processes = family(state)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not any(is_alive(member) for member in processes)
+
+
 def test_a_fleet_that_cannot_start_says_why(shell: Shell) -> None:
     done = shell.run("up", "--detach", "--backend", "echo", "--etcd", "127.0.0.1:1", "--start-timeout", "8",
                      "--data-dir", str(shell.data))  # fmt: skip
