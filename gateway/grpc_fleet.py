@@ -55,7 +55,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             spans = await self._spans(name)
             if spans:
                 return pb.GetTraceResponse(spans=spans)
-        raise NotFound("There is no trace of that id any more, or not yet.", param="id")
+        raise NotFound(f"There is no trace of {request.id[:128]!r} any more, or not yet.", param="id")
 
     async def _spans(self, name: str) -> list[pb.Span]:
         try:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -17,12 +21,14 @@ why."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. `limits` belongs to the class: uvicorn makes the instances."""
+    """One connection. `limits` and `new_id` belong to the class, because uvicorn makes the instances: `bounded`."""
 
-    limits: ClassVar[HttpLimits] = HttpLimits()
+    limits: ClassVar[HttpLimits]
+    new_id: ClassVar[Callable[[], str]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._boundaries = 0
         self._head_bytes = 0
         self._in_head = True
         self._ignored_bytes = 0
@@ -45,9 +51,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse, unless the head has become too large."""
         if self.transport.is_closing():
             return
-        began_in_head = self._in_head
+        boundaries = self._boundaries
         super().data_received(data)
-        if not (began_in_head and self._in_head) or self.transport.is_closing():
+        if self._boundaries > boundaries or not self._in_head or self.transport.is_closing():
             return
         self._head_bytes += len(data)
         if self._head_bytes > self.limits.max_header_bytes:
@@ -60,13 +66,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self._ignored_bytes = 0
-        self.scope["state"]["cut"] = self.transport.abort
+        self.scope["state"]["cut"] = self._cut
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_overdue)
 
     def on_headers_complete(self) -> None:
         """A head is complete."""
         self._in_head = False
+        self._boundaries += 1
         self._stop_head_timer()
         super().on_headers_complete()
 
@@ -75,12 +82,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._ignored_bytes += len(body)
             if self._ignored_bytes > _MAX_IGNORED_BYTES:
-                self.transport.abort()
+                self._cut()
                 return
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The next byte begins a head."""
+        self._boundaries += 1
         super().on_message_complete()
         self._in_head = True
         self._head_bytes = 0
@@ -91,6 +99,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _head_overdue(self) -> None:
         self._head_timer = None
+        self._cut()
+
+    def _cut(self) -> None:
+        """Drop the connection with a reset, so that the kernel drops at once what the client did not take."""
+        if not self.transport.is_closing():
+            connection = self.transport.get_extra_info("socket")
+            with suppress(OSError):  # gone by itself in the meantime
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     def _stop_head_timer(self) -> None:
@@ -100,13 +116,20 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: LlmosError) -> None:
         """Answer without an application behind, and close."""
-        body = error_json(error, "")
+        request_id = type(self).new_id()
+        body = error_json(error, request_id)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
+            (b"x-request-id", request_id.encode()),
             *error_headers(error),
         ]
         lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
         self.transport.write(STATUS_LINE[error.http_status] + lines + b"\r\n" + body)
         self.transport.close()
+
+
+def bounded(limits: HttpLimits, new_id: Callable[[], str]) -> type[BoundedProtocol]:
+    """The protocol with these limits; `new_id` names what is refused before it is a request."""
+    return type("LimitedProtocol", (BoundedProtocol,), {"limits": limits, "new_id": staticmethod(new_id)})

@@ -96,7 +96,7 @@ class Fleet:
         return process
 
     def scheduler(self, *flags: str) -> Process:
-        return self.start("scheduler", "--etcd-endpoints", self.etcd.address, *flags)
+        return self.start("scheduler", "--port", "0", "--etcd-endpoints", self.etcd.address, *flags)
 
     def worker(self, *flags: str, model: str = "echo") -> Process:
         return self.start("worker", "--etcd-endpoints", self.etcd.address, "--model", model, *flags)
