@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ class WorkerConfig:
     id: str = ""
     """Name of this worker, unique per process start; empty: made up."""
     host: str = "127.0.0.1"
-    """Address to listen on, and the one that schedulers are told."""
+    """Address to listen on, and the one that schedulers are told. Other than loopback needs TLS."""
     port: int = 0
     """Port to listen on; 0: a free one."""
     ready_file: Path | None = None
@@ -73,6 +74,12 @@ class WorkerConfig:
                 raise ConfigError(f"{name} must not be negative", param=name)
         if not 0 <= self.port <= 65_535:
             raise ConfigError("port must be between 0 and 65535", param="port")
+        if not _is_loopback(self.host) and not self.tls.enabled:
+            raise ConfigError(
+                f"Listening on {self.host} needs TLS: give --tls-ca-file, --tls-cert-file and --tls-key-file "
+                "(`llmos certs DIR` makes them).",
+                param="tls",
+            )
 
     def etcd(self) -> EtcdConfig | None:
         """How to reach etcd; None: the worker is not to register."""
@@ -86,3 +93,10 @@ class WorkerConfig:
             cert_file=self.etcd_cert_file,
             key_file=self.etcd_key_file,
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -265,11 +265,13 @@ class WorkerCore:
         return [command]
 
     def _refusal(self, model: str) -> LlmosError | None:
+        """What is the worker's doing, and none of the request's, is a lost attempt: it moves on at no cost."""
         if self._draining:
-            return Unavailable("The worker takes nothing new.")
-        if not self._state.ready or not self._shelf.loaded(model):
-            return Unavailable(f"The model {model} is not loaded here.")
-        return None
+            return AttemptLost("The worker takes nothing new.")
+        if self._shelf.loaded(model) and self._state.ready:
+            return None
+        kind = AttemptLost if self._shelf.ordered(model) else Unavailable
+        return kind(f"The model {model} is not loaded here.")
 
     def _stop(self, request_id: str, epoch: Epoch) -> Iterable[work_pb2.Command]:
         running = self._table.get(request_id)
@@ -292,7 +294,7 @@ class WorkerCore:
     def _unload(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
         name = command.unload.model
         self._shelf.unload(name)
-        error = Unavailable(f"The model {name} was unloaded.")
+        error = AttemptLost(f"The model {name} was unloaded.")
         for running in [running for running in self._table.running if running.model == name]:
             self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
         return [command]
@@ -335,7 +337,7 @@ class WorkerCore:
             for command in commands:
                 if command.WhichOneof("order") == "dispatch":
                     request_id, epoch = command.dispatch.request.request_id, command.dispatch.epoch
-                    failure = _failure(request_id, wire.epoch_from_wire(epoch), error)
+                    failure = _failure(request_id, wire.epoch_from_wire(epoch), AttemptLost(error.message))
                     self._fail(request_id, wire.epoch_from_wire(epoch), failure)
 
     def _wake(self) -> None:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.1, 10.0
 _STEADY_S = 30.0
 """An engine that lived this long starts the backoff anew."""
+_FALSE_STARTS = 5
+"""Ends before the first sign of life after which starting again is given up."""
 _GRACE_S = 2.0
 _BUFFER_BYTES = 64 * 1024 * 1024
 """Commands that an engine may leave unread before it counts as hung for new ones."""
@@ -65,6 +67,7 @@ class EngineLink:
         self._child: _Child | None = None
         self.ready = asyncio.Event()
         """Set while an engine process waits for commands."""
+        self._was_ready = False
         self.restarts = 0
         """Engine processes that ended without being asked to."""
 
@@ -74,12 +77,12 @@ class EngineLink:
         return None if self._child is None else self._child.process.pid
 
     async def run(self) -> None:
-        """Keep an engine process running. Raises SetupError if the backend cannot exist here."""
+        """Keep an engine process running. Raises SetupError if the backend cannot exist here, or never starts."""
         backoff_s = _BACKOFF_FIRST_S
         while True:
             started = self._clock.monotonic()
             status = await self._live()
-            if status == EXIT_SETUP:
+            if status == EXIT_SETUP or (self.restarts >= _FALSE_STARTS and not self._was_ready):
                 raise SetupError(f"the {self._setup.backend} engine cannot start; the log above says why")
             self.restarts += 1
             if self._clock.monotonic() - started > _STEADY_S:
@@ -123,6 +126,7 @@ class EngineLink:
             response = work_pb2.AttachResponse.FromString(message)
             if response.HasField("report"):
                 self.ready.set()
+                self._was_ready = True
                 self._listener.engine_ready(response.report)
             else:
                 self._listener.engine_frame(response.frame)

@@ -37,6 +37,10 @@ class Shelf:
         state = self._states.get(name)
         return state is not None and state.state == LOADED
 
+    def ordered(self, name: str) -> bool:
+        """Whether the model is, or will be, loaded."""
+        return name in self._orders
+
     def all(self) -> list[fleet_pb2.NodeModel]:
         """Every model; `take_changes` begins from here."""
         self._changed.clear()

@@ -12,7 +12,9 @@ import psutil
 
 from llmos.errors import Unavailable
 from llmos.internal.v1 import work_pb2
+from llmos.store import Store, import_model
 from llmos.v1 import fleet_pb2
+from tests.fakes.models import write_model
 from tests.integration.worker.conftest import StartWorker
 from tests.integration.worker.processes import WorkerProcess, gone, until
 from tests.integration.worker.scheduler_client import SchedulerClient, cancel, dispatch, expected
@@ -77,7 +79,7 @@ async def test_sigterm_finishes_what_runs_and_takes_nothing_new(worker: WorkerPr
         await scheduler.until(lambda: scheduler.frames[-1].draining)
         scheduler.send(dispatch("late"))
         await scheduler.until(lambda: len(scheduler.failures) == 1)
-        assert (scheduler.failures[0].request_id, scheduler.failures[0].code) == ("late", "unavailable")
+        assert (scheduler.failures[0].request_id, scheduler.failures[0].code) == ("late", "attempt_lost")
         assert await scheduler.done("a") == [expected(60)]
         assert await worker.exit_status() == 0
         assert gone(engine)
@@ -124,17 +126,33 @@ async def test_a_model_that_does_not_fit_fails_with_a_reason(start_worker: Start
         assert await scheduler.done("a") == [expected(16)]
 
 
-async def test_an_engine_that_cannot_exist_ends_the_worker(tmp_path: Path) -> None:
+async def failing_worker(*flags: str, **environment: str) -> tuple[int | None, str]:
+    """Exit status and log of a worker that cannot start."""
+    command = ["-m", "worker", "--backend", "torch", "--etcd-endpoints", "", *flags]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "worker", "--backend", "torch", "--model", "no-such-model",
-        "--store", str(tmp_path), "--etcd-endpoints", "",
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    async with asyncio.timeout(30):
-        _, errors = await process.communicate()
-    assert process.returncode == 2
-    assert b"no-such-model" in errors
-    assert b"Traceback" not in errors
+        sys.executable, *command, stderr=asyncio.subprocess.PIPE, env={**os.environ, **environment}
+    )
+    async with asyncio.timeout(60):
+        _, log = await process.communicate()
+    assert b"Traceback" not in log
+    return process.returncode, log.decode()
+
+
+async def test_a_model_that_the_store_lacks_ends_the_worker(tmp_path: Path) -> None:
+    status, log = await failing_worker("--model", "no-such-model", "--store", str(tmp_path))
+    assert status == 2
+    assert "no-such-model" in log
+
+
+async def test_without_the_worker_extra_the_worker_says_what_to_install(tmp_path: Path) -> None:
+    import_model(Store(tmp_path / "store"), str(write_model(tmp_path / "source")), name="tiny", environ={})
+    shadow = tmp_path / "shadow" / "torch.py"
+    shadow.parent.mkdir()
+    shadow.write_text("raise ModuleNotFoundError('No module named torch', name='torch')\n")
+    path = os.pathsep.join([str(shadow.parent), *sys.path])
+    status, log = await failing_worker("--model", "tiny", "--store", str(tmp_path / "store"), PYTHONPATH=path)
+    assert status == 2
+    assert "pip install 'llmos[worker]'" in log
 
 
 async def test_a_cancel_storm_leaves_nothing_behind(start_worker: StartWorker) -> None:

@@ -1,8 +1,10 @@
-"""The engine process alone, at the end of a socket."""
+"""The engine process alone, at the end of a socket, and the link that keeps one running."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,8 +12,14 @@ import sys
 import threading
 
 import msgspec
+import pytest
 
+from llmos.clock import SystemClock
+from llmos.errors import SetupError, Unavailable
+from llmos.internal.v1 import work_pb2
+from tests.integration.worker.processes import gone
 from worker import pipe
+from worker.engine_link import EngineLink
 from worker.engine_process import EngineSetup
 
 SETUP = EngineSetup(backend="echo", threads=1, tokens_per_second=0.0, models=())
@@ -41,3 +49,74 @@ def test_the_end_of_the_socket_ends_an_engine_that_hangs() -> None:
     closer.start()
     closer.join(10)
     assert child.wait(timeout=30) == 0
+
+
+class Listener:
+    """Remembers what the link tells."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.news = asyncio.Event()
+
+    def engine_ready(self, report: work_pb2.WorkerReport) -> None:
+        self.told.append(report.numerics_fingerprint)
+        self.news.set()
+
+    def engine_frame(self, frame: work_pb2.WorkFrame) -> None:
+        self.told.append("frame")
+
+    def engine_lost(self, reason: str) -> None:
+        self.told.append(reason)
+        self.news.set()
+
+    async def hear(self) -> None:
+        async with asyncio.timeout(30):
+            await self.news.wait()
+        self.news.clear()
+
+
+async def test_the_link_starts_the_engine_again_and_ends_it_at_the_end() -> None:
+    listener = Listener()
+    link = EngineLink(SETUP, listener, clock=SystemClock(), rng=random.Random(7))
+    with pytest.raises(Unavailable):
+        link.send([])
+    running = asyncio.create_task(link.run())
+    await listener.hear()
+    first = link.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await listener.hear()
+    with pytest.raises(Unavailable):
+        link.send([])
+    await listener.hear()
+    second = link.pid
+    assert second is not None
+    assert listener.told == ["echo-1", "signal 9", "echo-1"]
+    assert link.restarts == 1
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await link.close()
+    assert gone(first)
+    assert gone(second)
+
+
+async def test_an_engine_that_never_starts_is_given_up() -> None:
+    broken = EngineSetup(backend="echo", threads=1, tokens_per_second=0.0, models=(), log_level="shout")
+    link = EngineLink(broken, Listener(), clock=SystemClock(), rng=random.Random(7))
+    with pytest.raises(SetupError):
+        await asyncio.wait_for(link.run(), 60)
+    assert link.restarts > 1
+
+
+async def test_an_engine_that_stands_still_is_killed_at_the_end() -> None:
+    listener = Listener()
+    link = EngineLink(SETUP, listener, clock=SystemClock(), rng=random.Random(7))
+    running = asyncio.create_task(link.run())
+    await listener.hear()
+    pid = link.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await link.close()
+    assert gone(pid)

@@ -194,7 +194,7 @@ def test_an_engine_that_takes_nothing_fails_the_dispatch() -> None:
     rig = Rig()
     rig.engine.refuses = True
     rig.send(dispatch())
-    assert [failure.code for failure in rig.core.next_frame().failures] == ["unavailable"]
+    assert [failure.code for failure in rig.core.next_frame().failures] == ["attempt_lost"]
     assert rig.running() == []
 
 
@@ -228,7 +228,7 @@ def test_a_lost_engine_loses_attempts_but_not_orders() -> None:
     assert {failure.code for failure in frame.failures} == {"attempt_lost"}
     assert [(model.name, model.state, model.free_blocks) for model in frame.models] == [("echo", LOADING, 0)]
     rig.send(dispatch("c"))
-    assert [failure.code for failure in rig.core.next_frame().failures] == ["unavailable"]
+    assert [failure.code for failure in rig.core.next_frame().failures] == ["attempt_lost"]
     rig.ready()
     assert rig.engine.orders[-1] == "load"
     rig.loaded()
@@ -282,7 +282,7 @@ def test_unload_fails_its_attempts() -> None:
     rig = Rig()
     rig.send(dispatch(), work_pb2.Command(unload=work_pb2.UnloadModel(model="echo")))
     frame = rig.core.next_frame()
-    assert [failure.code for failure in frame.failures] == ["unavailable"]
+    assert [failure.code for failure in frame.failures] == ["attempt_lost"]
     assert [model.state for model in frame.models] == [fleet_pb2.MODEL_STATE_AVAILABLE]
 
 
@@ -393,7 +393,7 @@ def test_draining_is_announced_once_and_refuses_new_attempts() -> None:
     assert rig.core.sendable
     frame = rig.core.next_frame()
     assert frame.draining
-    assert [failure.request_id for failure in frame.failures] == ["b"]
+    assert [(failure.request_id, failure.code) for failure in frame.failures] == [("b", "attempt_lost")]
     rig.send(acknowledged=frame.sequence)
     assert not rig.core.sendable
     assert not rig.core.idle

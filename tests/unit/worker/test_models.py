@@ -92,9 +92,18 @@ def test_blobs_come_in_chunks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lease_ttl_s": 0.0}, {"orphan_s": -1.0}, {"drain_s": -0.1}, {"port": 70_000}, {"memory_limit": -1}]
+    "fields",
+    [
+        {"lease_ttl_s": 0.0},
+        {"orphan_s": -1.0},
+        {"drain_s": -0.1},
+        {"port": 70_000},
+        {"memory_limit": -1},
+        {"host": "0.0.0.0"},
+        {"host": "worker-1"},
+    ],
 )
-def test_bad_configuration_is_refused(fields: dict[str, float]) -> None:
+def test_bad_configuration_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         WorkerConfig(**fields)  # type: ignore[arg-type]
 
