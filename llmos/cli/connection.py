@@ -12,8 +12,10 @@ import grpc
 
 from llmos.config import TlsConfig, environment
 from llmos.errors import ConfigError, Unavailable
+from llmos.fleet.identity import is_alive
+from llmos.fleet.options import HOST
 from llmos.fleet.shutdown import is_running
-from llmos.fleet.state import last_up, read_state, state_home
+from llmos.fleet.state import FleetState, last_up, read_state, state_home
 from llmos.rpc import CODE_KEY, error_from_rpc, open_channel
 from llmos.v1 import fleet_pb2_grpc, inference_pb2_grpc
 
@@ -61,6 +63,14 @@ def _local_address(data_dir: Path | None, environ: Mapping[str, str]) -> str:
         raise Unavailable(f"no fleet is running{where}: start one with `llmos up{hint}`")
     if not state.grpc_address:
         raise Unavailable(f"the fleet is not ready yet ({state.step or state.phase}): try again in a moment")
+    return _live_gateway(state)
+
+
+def _live_gateway(state: FleetState) -> str:
+    """Address of the first gateway that lives: any of them answers for the whole fleet."""
+    for member in state.members:
+        if member.role == "gateway" and "grpc_port" in member.ports and is_alive(member.process):
+            return f"{HOST}:{member.ports['grpc_port']}"
     return state.grpc_address
 
 

@@ -202,6 +202,26 @@ def test_a_stream_outlives_its_worker(shell: Shell) -> None:
     assert "ended" in (shell.data / "logs" / "supervisor.log").read_text()
 
 
+def test_the_fleet_outlives_its_first_gateway_and_its_leader(shell: Shell) -> None:
+    state = shell.up("--schedulers", "2", "--gateways", "2")
+    flags = ("--max-tokens", "10", "--seed", "3", "--data-dir", str(shell.data))
+    whole = shell.ok("generate", "Hello", *flags)
+    standing = {node["state"]: node for node in shell.json("nodes") if node["role"] == "scheduler"}
+    assert set(standing) == {"ready", "standby"}
+    for victim in (standing["ready"]["pid"], next(m.process.pid for m in state.members if m.name == "gateway-1")):
+        os.kill(victim, signal.SIGKILL)
+    assert shell.ok("generate", "Hello", *flags) == whole
+
+    def survivors() -> bool:
+        nodes = shell.json("nodes")
+        return [(n["role"], n["state"]) for n in nodes if n["role"] != "worker"] == [
+            ("scheduler", "ready"),
+            ("gateway", "ready"),
+        ]
+
+    wait_for(survivors, "the dead to leave the list")
+
+
 def test_once_answers_and_leaves_nothing(shell: Shell) -> None:
     keys = str(shell.home / "keys.json")
     key = shell.ok("keys", "add", "--tenant", "me", "--file", keys).strip()
