@@ -1,8 +1,9 @@
 """gRPC servers and channels as every llmos process opens them.
 
-Health and reflection services, mutual TLS, keep-alive, typed errors. Keep-alive: both ends ping every 5 s and give up
-after 2 s without an answer, because TCP takes minutes to notice a silent partition. Errors: a handler raises
-`LlmosError`; the interceptor turns it into a status with trailing metadata.
+Health and reflection services, mutual TLS, keep-alive, typed errors. Keep-alive runs on both ends, because TCP takes
+minutes to notice a silent partition; it is slower than the heartbeats on our own streams, so that a peer starved of
+processor time for some seconds keeps its connection. Errors: a handler raises `LlmosError`; the interceptor turns it
+into a status with trailing metadata.
 """
 
 from __future__ import annotations
@@ -29,22 +30,24 @@ CODE_KEY = "llmos-error-code"
 PARAM_KEY = "llmos-error-param"
 RETRY_KEY = "retry-after"
 
-_KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 2_000),
+_LIMITS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 ]
 _SERVER_OPTIONS = [
-    *_KEEPALIVE,
+    *_LIMITS,
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
 ]
 _CHANNEL_OPTIONS = [
-    *_KEEPALIVE,
+    *_LIMITS,
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),

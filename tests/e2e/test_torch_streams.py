@@ -139,12 +139,16 @@ def test_a_seeded_request_is_the_same_alone_and_among_fifteen(client: Client) ->
     assert crowded.text == alone.text
 
 
+def workers_in_use(fleet: Fleet) -> list[str]:
+    """The worker of each running request."""
+    return [row["worker"] for row in json.loads(fleet.cli("ps", "--json").stdout) if row["worker"]]
+
+
 def worker_of_most(fleet: Fleet) -> str:
     """The worker with most running requests, once both the streams and it are known."""
 
     def busiest() -> str:
-        rows = json.loads(fleet.cli("ps", "--json").stdout)
-        names = [row["worker"] for row in rows if row["worker"]]
+        names = workers_in_use(fleet)
         return max(names, key=names.count) if len(names) >= 8 else ""
 
     return wait_for(busiest, "eight streams to run")
@@ -169,5 +173,5 @@ def test_eight_streams_survive_kill_9_and_a_new_worker_is_used(fleet: Fleet, cli
     wait_for_workers(fleet, survivors | {joined.id})
     with ThreadPoolExecutor(8) as pool:
         streams = [pool.submit(client.stream, prompt(n), **wanted[n]) for n in range(8)]
-        wait_for(lambda: fleet.workers()[joined.id]["running"] > 0, "the new worker to be used")
+        wait_for(lambda: joined.id in workers_in_use(fleet), "the new worker to be used")
         assert [f.result().tokens for f in streams] == [answer.tokens for answer in undisturbed]
