@@ -38,8 +38,8 @@ test: lint ## every check and every test
 unit: $(INSTALLED) ## the tests that take milliseconds
 	$(BIN)/python -m pytest -q tests/unit
 
-faults: $(INSTALLED) ## the fault scenarios
-	$(BIN)/python -m pytest tests/faults
+faults: $(INSTALLED) ## the fault scenarios at full length
+	LLMOS_TEST_ETCD_OUTAGE_S=60 $(BIN)/python -m pytest tests/faults --timeout 300
 
 lint: $(INSTALLED) ## style, types, import contracts, protocol definitions
 	$(BIN)/ruff check .
