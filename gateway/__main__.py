@@ -148,9 +148,15 @@ class GatewayProcess:
             version=metadata.version("llmos"),
             open_metrics=config.open_metrics,
         )
-        app = build_app(api, clock=self._clock, new_id=partial(request_ids.generate, self._rng))
+        new_id = partial(request_ids.generate, self._rng)
         return HttpServer(
-            app, config.host, config.http_port, limits=config.limits, tls=config.tls, drain_s=config.drain_s
+            build_app(api, clock=self._clock, new_id=new_id),
+            config.host,
+            config.http_port,
+            limits=config.limits,
+            new_id=new_id,
+            tls=config.tls,
+            drain_s=config.drain_s,
         )
 
     def _announce(self, http_port: int, grpc_port: int) -> None:
@@ -195,7 +201,7 @@ def main() -> int:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, which takes half the time per token; asyncio's own where uvloop does not exist (Windows)."""
+    """uvloop's, the faster one; asyncio's own where uvloop does not exist (Windows)."""
     try:
         import uvloop
     except ImportError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from gateway.config import HttpLimits
-from gateway.http.attend import attended
+from gateway.http.attend import ClientGone, attended
 from gateway.http.errors import Headers, error_object, visible
 from gateway.http.merge import start_all
 from gateway.http.shapes import Shape
@@ -34,7 +35,7 @@ class Asked:
 
 
 class GenerationResponse:
-    """An ASGI response. Once the client is gone the generation is cancelled and ClientGone raised."""
+    """An ASGI response. Once the client is gone, or does not read, the generation is cancelled."""
 
     def __init__(self, engine: Engine, asked: Asked, shape: Shape, limits: HttpLimits) -> None:
         self._engine = engine
@@ -44,21 +45,23 @@ class GenerationResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises LlmosError until the status line is out; after that errors are events of the stream."""
-        await attended(self._answer(scope, send), receive)
-
-    async def _answer(self, scope: Scope, send: Send) -> None:
         asked = self._asked
-        generation = await start_all(
-            self._engine, asked.requests, asked.identity, request_id=asked.client_request_id, trace=asked.trace
-        )
-        scope["state"]["request_id"] = generation.request_id
+        generation = None
         try:
-            if asked.stream:
-                await self._stream(scope, generation, send)
-            else:
-                await self._whole(generation, send)
+            generation = await attended(
+                start_all(
+                    self._engine, asked.requests, asked.identity, request_id=asked.client_request_id, trace=asked.trace
+                ),
+                receive,
+            )
+            scope["state"]["request_id"] = generation.request_id
+            deliver = self._stream(scope, generation, send) if asked.stream else self._whole(generation, send)
+            await attended(deliver, receive)
+        except ClientGone:
+            log.debug("the client of request %s is gone", scope["state"]["request_id"])
         finally:
-            await generation.aclose()
+            if generation is not None:
+                await generation.aclose()
 
     async def _whole(self, generation: Generation, send: Send) -> None:
         deltas: dict[int, list[Delta]] = {}
@@ -81,16 +84,17 @@ class GenerationResponse:
         writer = SseWriter(send, self._limits, scope["state"]["cut"])
         try:
             await self._write_events(_complete(generation.events()), writer)
-        except SlowReader:
-            scope["state"]["cut"]()
-            raise
         except Exception as error:
             if not writer.started:
                 raise
+            if writer.is_cut:
+                log.info("request %s: its stream was not read", generation.request_id)
+                return
             shown = visible(error)
             if isinstance(shown, InternalError):
                 log.error("request %s broke in the middle of its stream", generation.request_id, exc_info=error)
-            await writer.finish(event(error_object(shown, generation.request_id)))
+            with suppress(SlowReader):  # then nobody reads the reason either, and the connection is cut
+                await writer.finish(event(error_object(shown, generation.request_id)))
         finally:
             await writer.close()
 

@@ -71,11 +71,11 @@ class MergedGeneration:
 
     async def aclose(self, reason: str = "client_gone") -> None:
         """See `Generation`."""
+        for part in self._parts:
+            await part.aclose(reason)
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
-        for part in self._parts:
-            await part.aclose(reason)
 
     async def _read(self, part: Generation, offset: int) -> None:
         try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from gateway.config import HttpLimits
-from gateway.http.protocol import BoundedProtocol
+from gateway.http.protocol import bounded
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
 
@@ -30,17 +31,17 @@ class HttpServer:
         port: int,
         *,
         limits: HttpLimits,
+        new_id: Callable[[], str],
         tls: TlsConfig | None = None,
         drain_s: float = 20.0,
     ) -> None:
         self._host = host
         self._port = port
         self._tls = tls or TlsConfig()
-        protocol = type("LimitedProtocol", (BoundedProtocol,), {"limits": limits})
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=protocol,
+                http=bounded(limits, new_id),
                 ws="none",
                 lifespan="off",
                 interface="asgi3",

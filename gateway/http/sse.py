@@ -43,6 +43,8 @@ class SseWriter:
         self._keeper: asyncio.Task[None] | None = None
         self.started = False
         """Whether the status line is out, so that an error can only be an event."""
+        self.is_cut = False
+        """Whether the connection was dropped because its client did not read."""
 
     async def start(self, headers: Headers) -> None:
         """Send the head and begin to keep the stream alive."""
@@ -75,6 +77,7 @@ class SseWriter:
             async with asyncio.timeout(self._limits.write_timeout_s):
                 await self._send(message)
         except TimeoutError:
+            self.is_cut = True
             self._cut()
             raise SlowReader("The stream was not read in time.") from None
         finally:

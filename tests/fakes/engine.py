@@ -108,6 +108,8 @@ class FakeEngine:
     request_ids: list[str] = field(default_factory=list)
     traces: list[TraceHeaders] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    began: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once a generation runs."""
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     async def generate(
@@ -123,6 +125,7 @@ class FakeEngine:
             raise script.refuse
         generation = FakeGeneration(request, script, request_id or f"fake-{next(self._numbers)}")
         self.generations.append(generation)
+        self.began.set()
         return generation
 
     async def cancel(self, request_id: str, identity: Identity) -> bool:
