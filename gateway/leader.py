@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from llmos.errors import FleetError, LlmosError, Unavailable
 from llmos.internal.v1 import requests_pb2, requests_pb2_grpc
@@ -37,6 +38,16 @@ def _typed_errors() -> Iterator[None]:
 
 def _is_internal(error: LlmosError) -> bool:
     return isinstance(error, FleetError) or type(error) is LlmosError
+
+
+async def answers(channel: grpc.aio.Channel, timeout_s: float) -> bool:
+    """Whether a process answers there within `timeout_s`, whatever it says. A frozen one doesn't; TCP can't tell."""
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    try:
+        await health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        return error.code() not in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
+    return True
 
 
 class LeaderClient:

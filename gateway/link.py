@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from gateway.leader import answers
 from gateway.outbox import Outbox
 from llmos.clock import Clock, SystemClock
 from llmos.errors import LlmosError, NotLeader, StaleTerm, Unavailable
@@ -35,13 +36,17 @@ class LinkConfig:
 
     schedulers: tuple[str, ...]
     """host:port of the schedulers; any one that lives can name the leader."""
-    hello_timeout_s: float = 2.0
+    hello_timeout_s: float = 3.0
     """Longest wait for a scheduler to answer that it leads, or who does."""
+    probe_every_s: float = 1.0
+    """Pause between two questions whether the leader still answers."""
+    probe_timeout_s: float = 4.0
+    """Longest wait for such an answer; past it the leader counts as frozen."""
     write_timeout_s: float = 10.0
     """Longest wait for the stream to take a message; past it the stream counts as lost."""
     backoff_min_s: float = 0.05
     """Shortest pause after every scheduler was tried in vain; jittered, doubled each time."""
-    backoff_max_s: float = 2.0
+    backoff_max_s: float = 0.5
     """Longest pause."""
     outbox_limit: int = 8192
     """Most messages that wait for the stream."""
@@ -69,6 +74,10 @@ class Receiver(Protocol):
 
 class _Stopped(Exception):
     """The scheduler ended the stream, or the link gave it up."""
+
+
+class _Frozen(Exception):
+    """The scheduler does not answer any more."""
 
 
 class Link:
@@ -184,9 +193,11 @@ class Link:
         except NotLeader as answer:
             self._hint = answer.leader_address
         except (LlmosError, _Stopped, TimeoutError, asyncio.InvalidStateError) as error:
-            log.info("scheduler %s: %s", address, error)
-        except grpc.aio.AioRpcError as error:
-            log.info("scheduler %s: %s", address, error.code().name)
+            log.debug("scheduler %s: %s", address, error)
+        except (_Frozen, grpc.aio.AioRpcError) as error:
+            log.debug("scheduler %s: %s", address, error.code().name if isinstance(error, grpc.RpcError) else error)
+            # The others are asked first: another one may lead by now, and a frozen one costs a whole hello timeout.
+            self._hint = "" if self._hint == address else self._hint
 
     async def _attend(self, address: str, receiver: Receiver) -> None:
         """Hold a stream to one scheduler for as long as it leads."""
@@ -200,7 +211,7 @@ class Link:
             # The leader is tried first after a short break, as it most often leads on.
             self._hint = address
             try:
-                await self._converse(call, receiver)
+                await self._converse(call, channel, receiver)
             finally:
                 self._end(receiver)
         finally:
@@ -232,16 +243,18 @@ class Link:
             self.submit(request)
 
     def _end(self, receiver: Receiver) -> None:
+        log.info("lost the leader of term %d", self._term)
         self._channel = None
         self._lost_at = self._clock.monotonic()
         self._outbox.reset()
         receiver.on_lost()
 
-    async def _converse(self, call: Any, receiver: Receiver) -> None:
-        """Read and write until either fails; the first failure ends both."""
+    async def _converse(self, call: Any, channel: grpc.aio.Channel, receiver: Receiver) -> None:
+        """Read, write and watch until one of them fails; the first failure ends all."""
         tasks = [
             asyncio.create_task(self._read(call, receiver), name="link-read"),
             asyncio.create_task(self._write(call), name="link-write"),
+            asyncio.create_task(self._watch(channel), name="link-watch"),
             asyncio.create_task(self._broken.wait(), name="link-broken"),
         ]
         try:
@@ -294,6 +307,12 @@ class Link:
                 async with asyncio.timeout(_SPANS_EVERY_S):
                     await self._wake.wait()
             self._wake.clear()
+
+    async def _watch(self, channel: grpc.aio.Channel) -> None:
+        while True:
+            if not await answers(channel, self._config.probe_timeout_s):
+                raise _Frozen("it does not answer any more")
+            await asyncio.sleep(self._config.probe_every_s)
 
     async def _send(self, call: Any, message: requests_pb2.ExchangeRequest) -> None:
         async with asyncio.timeout(self._config.write_timeout_s):

@@ -12,6 +12,7 @@ from llmos.errors import Overloaded, SlowReader, Unavailable
 from llmos.internal.v1 import request_pb2
 from tests.fakes.clock import ManualClock
 from tests.fakes.scheduler import LENGTH, FakeScheduler, output, resumed
+from tests.fakes.tcp_relay import TcpRelay
 from tests.integration.gateway_grpc.conftest import NewScheduler
 from tests.integration.gateway_grpc.gateway import WAIT_S, collect, ends, eventually, running, text_of, tokens_of
 
@@ -92,6 +93,25 @@ async def test_the_same_bytes_across_a_change_of_leader(new_scheduler: NewSchedu
         assert new.submits[0].sampling.seed == request.sampling.seed
         assert new.submits[0].token_ids == request.token_ids
         assert new.hellos[0].highest_term == 1
+
+
+async def test_a_leader_that_falls_silent_is_left_for_the_next_one(new_scheduler: NewScheduler) -> None:
+    frozen, frozen_address = await new_scheduler(term=1)
+    new, new_address = await new_scheduler(term=2, leads=False, answer=answer_all)
+    patience = {"hello_timeout_s": 0.5, "probe_every_s": 0.05, "probe_timeout_s": 0.5}
+    async with TcpRelay(frozen_address) as relay, running(relay.address, new_address, **patience) as gateway:
+        await gateway.ready()
+        stream = await gateway.chat(max_tokens=len(ANSWER.encode()))
+        name = (await frozen.next_submit()).request_id
+        frozen.send(output(name, 0, list(ANSWER.encode()[:3])))
+        events = stream.events()
+        head = await read(events, 2)
+        relay.fall_silent()
+        new.leads = True
+        async with asyncio.timeout(WAIT_S):
+            rest = [event async for event in events]
+        assert text_of([*head, *rest]) == ANSWER
+        assert gateway.link.term == 2
 
 
 async def test_a_lower_term_is_never_listened_to(new_scheduler: NewScheduler) -> None:
