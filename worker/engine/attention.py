@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,10 @@ IMPLEMENTATION = "llmos_paged"
 _SOFTMAX_ALIGN = 64
 """Softmax rows are padded to a multiple of this many elements; the vectorized sum then has no partial vector."""
 _GROUP_ELEMENTS = 1 << 20
-"""Scores that are computed together; bounds memory (index, score, weight: 24 bytes each) at long contexts."""
+"""Scores that are computed together; bounds memory (about 24 bytes each) at long contexts."""
+_CHEAP_ELEMENTS = 2048
+_PADDING_RATIO = 1.25
+"""Rows of a group may be padded by this factor together, and always up to `_CHEAP_ELEMENTS` per head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,93 +72,103 @@ class PagedAttention:
 
     def attend(self, layer: int, call: LayerCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Attention`."""
-        count, kv_heads = len(self._rows), call.shape.kv_heads
+        count = len(self._rows)
         self._pool.write(layer, self._targets, key.transpose(0, 1)[:count], value.transpose(0, 1)[:count])
         keys, values = self._pool.keys[layer].flatten(0, 1), self._pool.values[layer].flatten(0, 1)
-        queries = query.transpose(0, 1)[:count].flatten(0, 1)
+        queries = query.transpose(0, 1)
         out = query.new_zeros(query.shape[1], call.heads, call.shape.value_dim)
-        flat = out.view(-1, call.shape.value_dim)
-        for group in self._grouped(call.heads, kv_heads, call.window):
-            bags = slice(group.first_row * call.heads, group.last_row * call.heads)
-            flat[bags] = group.attend(queries[bags], keys, values, call)
+        for group in self._grouped(call, keys):
+            out.index_copy_(0, group.rows, group.attend(queries, keys, values, call))
         return out
 
-    def _grouped(self, heads: int, kv_heads: int, window: int | None) -> list[_Group]:
+    def _grouped(self, call: LayerCall, keys: Tensor) -> list[_Group]:
         # Layers of one geometry share the index; building it costs more than using it.
-        found = self._groups.get((heads, kv_heads, window))
+        geometry = (call.heads, call.shape.kv_heads, call.window)
+        found = self._groups.get(geometry)
         if found is None:
-            found = list(_groups(self._rows, heads, kv_heads, window))
-            self._groups[heads, kv_heads, window] = found
+            members = group_rows([_seen(row, call.window) for row in self._rows], _GROUP_ELEMENTS // call.heads)
+            found = [_group(self._rows, numbers, call, keys) for numbers in members]
+            self._groups[geometry] = found
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Bags of a run of rows: one bag for each (row, head), holding the row's keys in order of position."""
+    """Rows of similar length. Each (row, head) is a bag of `width` keys: the row's own in order, then padding."""
 
-    first_row: int
-    last_row: int
+    rows: Tensor
+    """Row numbers, int64 [rows]."""
     index: Tensor
-    """Which (slot, kv head) each score belongs to; int64 [scores]."""
-    offsets: Tensor
-    """Where each bag begins in `index`, and the end of the last; int64 [bags + 1]."""
-    padded: Tensor
-    """Where each score lies in the padded [bags, width] matrix; int64 [scores]."""
-    width: int
+    """Which (slot, kv head) each score belongs to; int64 [rows * heads, width]. Padding repeats the row's first key."""
+    pattern: Tensor
+    """Sparse [rows * heads, slots * kv_heads] matrix with these indices; its values are scratch."""
+    padding: Tensor
+    """Where a bag has no key; bool [rows, 1, width]."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, call: LayerCall) -> Tensor:
-        """[bags, key_dim] queries against [slots * kv_heads, dim] keys and values: [bags, value_dim]."""
-        bags = queries.shape[0]
-        pattern = torch.sparse_csr_tensor(
-            self.offsets,
-            self.index,
-            queries.new_zeros(self.index.shape[0]),
-            size=(bags, keys.shape[0]),
-            check_invariants=False,
-        )
-        product = torch.sparse.sampled_addmm(pattern, queries, keys.t(), beta=0.0, alpha=call.scaling)
-        scores = product.values()
+        """[step's rows, heads, dim] queries, [slots * kv_heads, dim] keys and values: [rows, heads, value_dim]."""
+        count, heads, width = self.rows.shape[0], call.heads, self.index.shape[1]
+        chosen = queries.index_select(0, self.rows).flatten(0, 1)
+        # The pattern takes the result: a fresh one would copy the index for every layer.
+        torch.sparse.sampled_addmm(self.pattern, chosen, keys.t(), beta=0.0, alpha=call.scaling, out=self.pattern)
+        scores = self.pattern.values().view(count, heads, width)
         if call.softcap is not None:
             scores = torch.tanh(scores / call.softcap) * call.softcap
-        dense = queries.new_full((bags * self.width,), -math.inf).index_copy_(0, self.padded, scores)
-        weights = dense.view(bags, self.width).softmax(-1).flatten().index_select(0, self.padded)
-        return nnf.embedding_bag(
-            self.index, values, self.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-        )
+        weights = scores.masked_fill(self.padding, -math.inf).softmax(-1).view(-1, width)
+        bags = nnf.embedding_bag(self.index, values, mode="sum", per_sample_weights=weights)
+        return bags.view(count, heads, -1)
 
 
-def _groups(rows: Sequence[KVRow], heads: int, kv_heads: int, window: int | None) -> Iterator[_Group]:
-    first, width = 0, 0
-    for number, row in enumerate(rows):
-        wider = max(width, -(-_seen(row, window) // _SOFTMAX_ALIGN) * _SOFTMAX_ALIGN)
-        if number > first and (number + 1 - first) * heads * wider > _GROUP_ELEMENTS:
-            yield _group(rows, first, number, width, heads, kv_heads, window)
-            first, wider = number, -(-_seen(row, window) // _SOFTMAX_ALIGN) * _SOFTMAX_ALIGN
-        width = wider
-    yield _group(rows, first, len(rows), width, heads, kv_heads, window)
+def group_rows(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Row numbers by group: similar lengths together, so that padding to the longest costs little. Pure.
+
+    A group has at most `limit` elements after padding, unless one row alone has more.
+    """
+    groups: list[list[int]] = []
+    needed = 0
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        width = _padded(lengths[number])
+        members = groups[-1] if groups else []
+        padded = (len(members) + 1) * width
+        fits = padded <= min(limit, max(_CHEAP_ELEMENTS, (needed + width) * _PADDING_RATIO))
+        if members and fits:
+            members.append(number)
+            needed += width
+        else:
+            groups.append([number])
+            needed = width
+    return groups
+
+
+def _padded(length: int) -> int:
+    return -(-length // _SOFTMAX_ALIGN) * _SOFTMAX_ALIGN
 
 
 def _seen(row: KVRow, window: int | None) -> int:
     return row.length if window is None else min(row.length, window)
 
 
-def _group(
-    rows: Sequence[KVRow], first: int, last: int, width: int, heads: int, kv_heads: int, window: int | None
-) -> _Group:
-    device = rows[first].slots.device
-    head_of = (torch.arange(heads, device=device) // (heads // kv_heads))[:, None]
-    counts = [_seen(row, window) for row in rows[first:last]]
-    index = torch.cat(
-        [
-            (row.slots[row.length - seen : row.length] * kv_heads + head_of).flatten()
-            for row, seen in zip(rows[first:last], counts, strict=True)
-        ]
+def _group(rows: Sequence[KVRow], numbers: Sequence[int], call: LayerCall, keys: Tensor) -> _Group:
+    heads, kv_heads, device = call.heads, call.shape.kv_heads, keys.device
+    counts = torch.tensor([_seen(rows[number], call.window) for number in numbers], device=device)
+    width = _padded(int(counts.max()))
+    slots = torch.stack([_bag(rows[number], call.window, width) for number in numbers])
+    head_of = torch.arange(heads, device=device) // (heads // kv_heads)
+    index = (slots[:, None] * kv_heads + head_of[:, None]).flatten(0, 1)
+    pattern = torch.sparse_csr_tensor(
+        torch.arange(index.shape[0] + 1, device=device) * width,
+        index.flatten(),
+        keys.new_zeros(index.numel()),
+        size=(index.shape[0], keys.shape[0]),
+        check_invariants=False,
     )
-    lengths = torch.tensor(counts, device=device).repeat_interleave(heads)
-    offsets = nnf.pad(lengths.cumsum(0), (1, 0))
-    starts = torch.arange(lengths.shape[0], device=device) * width
-    padded = torch.arange(index.shape[0], device=device) + (starts - offsets[:-1]).repeat_interleave(lengths)
-    return _Group(first, last, index, offsets, padded, width)
+    padding = torch.arange(width, device=device) >= counts[:, None, None]
+    return _Group(torch.tensor(numbers, device=device), index, pattern, padding)
+
+
+def _bag(row: KVRow, window: int | None, width: int) -> Tensor:
+    first = row.length - _seen(row, window)
+    return torch.cat([row.slots[first : row.length], row.slots[first].expand(width - row.length + first)])
 
 
 def paged_attention(

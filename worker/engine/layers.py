@@ -38,7 +38,7 @@ class FixedRowLinear(nn.Module):
         self.weight_bytes = weight.nbytes
         self._packed = weight.device.type == "cpu" and bool(torch._C._has_mkldnn)
         self._blocks = [
-            (first, self._pack(weight[first:last].detach()), None if bias is None else bias[first:last].detach())
+            (self._pack(weight[first:last].detach()), None if bias is None else bias[first:last].detach())
             for first, last in _column_blocks(weight)
         ]
 
@@ -54,25 +54,23 @@ class FixedRowLinear(nn.Module):
         count = rows.shape[0]
         if count % TILE_ROWS:
             rows = nnf.pad(rows, (0, 0, 0, -count % TILE_ROWS))
-        if rows.shape[0] == TILE_ROWS and len(self._blocks) == 1:
-            out = self._product(rows, *self._blocks[0][1:])
-        else:
-            out = self._tiled(rows)
+        if not count:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        out = _joined([self._tiled(rows, weight, bias) for weight, bias in self._blocks], dim=1)
         return out[:count].view(*x.shape[:-1], self.out_features)
 
-    def _tiled(self, rows: Tensor) -> Tensor:
-        out = rows.new_empty(rows.shape[0], self.out_features)
-        for first, weight, bias in self._blocks:
-            for start in range(0, rows.shape[0], TILE_ROWS):
-                tile = self._product(rows[start : start + TILE_ROWS], weight, bias)
-                out[start : start + TILE_ROWS, first : first + tile.shape[1]] = tile
-        return out
+    def _tiled(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _joined([self._product(tile, weight, bias) for tile in torch.split(rows, TILE_ROWS)], dim=0)
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._packed:
             return nnf.linear(rows, weight, bias)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         return product
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _column_blocks(weight: Tensor) -> Iterator[tuple[int, int]]:
