@@ -64,7 +64,9 @@ class Shape(ABC):
 
     def chunk(self, delta: Delta) -> Json:
         """One chunk of a stream."""
-        progress = self._progress.setdefault(delta.choice, ChoiceProgress())
+        progress = self._progress.get(delta.choice)
+        if progress is None:
+            progress = self._progress[delta.choice] = ChoiceProgress()
         progress.advance(delta)
         logprobs = self._logprobs_of(delta.logprobs, progress) if self._logprobs and delta.logprobs else None
         return self._envelope([self._chunk_choice(delta, logprobs)])

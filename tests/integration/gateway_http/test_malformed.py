@@ -47,54 +47,53 @@ async def test_nearly_malformed_bodies_are_served(serve: Serve) -> None:
         assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({}, 415),
-        ({"content-type": "text/plain"}, 415),
-        ({"content-type": "application/x-www-form-urlencoded"}, 415),
-        ({**JSON, "content-encoding": "gzip"}, 415),
-        ({**JSON, "x-request-id": "a b"}, 400),
-        ({**JSON, "x-request-id": "x" * 129}, 400),
-        ({**JSON, "x-request-timeout": "soon"}, 400),
-        ({**JSON, "x-request-timeout": "-1"}, 400),
-        ({**JSON, "x-big": "x" * 40_000}, 413),
-        ({"content-type": "application/json; charset=utf-8"}, 200),
-        ({**JSON, "x-request-timeout": "30"}, 200),
-    ],
-)
-async def test_headers(serve: Serve, headers: dict[str, str], status: int) -> None:
+HEADERS: list[tuple[dict[str, str], int]] = [
+    ({}, 415),
+    ({"content-type": "text/plain"}, 415),
+    ({"content-type": "application/x-www-form-urlencoded"}, 415),
+    ({**JSON, "content-encoding": "gzip"}, 415),
+    ({**JSON, "x-request-id": "a b"}, 400),
+    ({**JSON, "x-request-id": "x" * 129}, 400),
+    ({**JSON, "x-request-timeout": "soon"}, 400),
+    ({**JSON, "x-request-timeout": "-1"}, 400),
+    ({**JSON, "x-big": "x" * 40_000}, 413),
+    ({"content-type": "application/json; charset=utf-8"}, 200),
+    ({**JSON, "x-request-timeout": "30"}, 200),
+]
+
+
+async def test_headers(serve: Serve) -> None:
     server = await serve()
     body = b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}]}'
-    response = await server.http.post("/v1/chat/completions", content=body, headers=headers)
-    assert response.status_code == status
-    if status != 200:
-        assert_refused(response, headers)
+    for headers, status in HEADERS:
+        response = await server.http.post("/v1/chat/completions", content=body, headers=headers)
+        assert response.status_code == status, headers
+        if status != 200:
+            assert_refused(response, headers)
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/", 404),
-        ("GET", "/v1", 404),
-        ("POST", "/v1/responses", 404),
-        ("GET", "/v1/models/", 404),
-        ("GET", "/v1/chat/completions", 405),
-        ("DELETE", "/v1/completions", 405),
-        ("POST", "/v1/models", 405),
-        ("POST", "/health", 405),
-        ("OPTIONS", "/v1/chat/completions", 405),
-        ("GET", "/v1/models/%ff%00%2f..", 404),
-        ("GET", "/" + "x" * 20_000, 404),
-    ],
-)
-async def test_unknown_routes_and_methods(serve: Serve, method: str, path: str, status: int) -> None:
+ROUTES = [
+    ("GET", "/", 404),
+    ("GET", "/v1", 404),
+    ("POST", "/v1/responses", 404),
+    ("GET", "/v1/models/", 404),
+    ("GET", "/v1/chat/completions", 405),
+    ("DELETE", "/v1/completions", 405),
+    ("POST", "/v1/models", 405),
+    ("POST", "/health", 405),
+    ("OPTIONS", "/v1/chat/completions", 405),
+    ("GET", "/v1/models/%ff%00%2f..", 404),
+    ("GET", "/" + "x" * 20_000, 404),
+]
+
+
+async def test_unknown_routes_and_methods(serve: Serve) -> None:
     server = await serve()
-    response = await server.http.request(method, path)
-    assert response.status_code == status
-    assert_refused(response, path)
-    if status == 405:
-        assert response.headers["allow"]
+    for method, path, status in ROUTES:
+        response = await server.http.request(method, path)
+        assert response.status_code == status, (method, path)
+        assert_refused(response, path)
+        assert ("allow" in response.headers) == (status == 405)
 
 
 RAW_REQUESTS = [
@@ -112,15 +111,15 @@ RAW_REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("raw", RAW_REQUESTS, ids=range(len(RAW_REQUESTS)))
-async def test_bytes_that_are_barely_http(serve: Serve, raw: bytes) -> None:
+async def test_bytes_that_are_barely_http(serve: Serve) -> None:
     server = await serve()
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(raw)
-    writer.write_eof()
-    answer = await asyncio.wait_for(reader.read(), 10)
-    assert answer == b"" or answer.split(b" ", 2)[1].startswith(b"4"), answer
-    writer.close()
+    for raw in RAW_REQUESTS:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(raw)
+        writer.write_eof()
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert answer == b"" or answer.split(b" ", 2)[1].startswith(b"4"), (raw, answer)
+        writer.close()
     assert (await server.http.get("/health")).status_code == 200
 
 

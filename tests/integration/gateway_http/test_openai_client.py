@@ -163,23 +163,18 @@ REFUSALS: list[tuple[LlmosError, type[openai.APIStatusError], int, str]] = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "before output"])
-@pytest.mark.parametrize(("error", "kind", "status", "code"), REFUSALS)
-async def test_each_refusal_is_its_exception(
-    serve: Serve,
-    error: LlmosError,
-    kind: type[openai.APIStatusError],
-    status: int,
-    code: str,
-    late: bool,
-    stream: bool,
-) -> None:
-    server = await serve(Script(fail=error, fail_before_output=True) if late else Script(refuse=error))
-    with pytest.raises(kind) as caught:
-        await server.client.chat.completions.create(model="tiny", messages=HELLO, stream=stream)
-    assert (caught.value.status_code, caught.value.code) == (status, code)
-    assert caught.value.param == error.param
-    assert caught.value.request_id
+async def test_each_refusal_is_its_exception(serve: Serve, stream: bool) -> None:
+    """Whether the session refuses at once or the fleet does so before the first output."""
+    scripts: list[Script] = []
+    server = await serve(lambda request: scripts.pop())
+    for error, kind, status, code in REFUSALS:
+        for script in (Script(refuse=error), Script(fail=error, fail_before_output=True)):
+            scripts.append(script)
+            with pytest.raises(kind) as caught:
+                await server.client.chat.completions.create(model="tiny", messages=HELLO, stream=stream)
+            assert (caught.value.status_code, caught.value.code) == (status, code)
+            assert caught.value.param == error.param
+            assert caught.value.request_id
 
 
 async def test_a_bug_shows_nothing_of_itself(serve: Serve) -> None:
