@@ -50,7 +50,7 @@ async def launch(*flags: str) -> asyncio.subprocess.Process:
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    scheduler = FakeScheduler()
+    scheduler = FakeScheduler(answer=lambda self, request: self.send(output(request.request_id, 0, "ab")))
     address = await scheduler.start()
     started: list[asyncio.subprocess.Process] = []
 
@@ -96,9 +96,7 @@ async def test_running_streams_end_before_the_process_does(start: Start) -> None
     async with httpx.AsyncClient(base_url=gateway.url, timeout=WAIT_S) as http:
         await is_ready(http)
         async with http.stream("POST", "/v1/completions", json=BODY) as response:
-            submitted = asyncio.create_task(gateway.scheduler.next_submit())
-            request = await submitted
-            gateway.scheduler.send(output(request.request_id, 0, "ab"))
+            request = await gateway.scheduler.next_submit()
             lines = response.aiter_lines()
             while "ab" not in await anext(lines):
                 pass
@@ -116,8 +114,6 @@ async def test_streams_that_outlast_the_drain_end_with_an_error_event(start: Sta
     async with httpx.AsyncClient(base_url=gateway.url, timeout=WAIT_S) as http:
         await is_ready(http)
         async with http.stream("POST", "/v1/completions", json=BODY) as response:
-            request = await gateway.scheduler.next_submit()
-            gateway.scheduler.send(output(request.request_id, 0, "ab"))
             gateway.process.send_signal(signal.SIGTERM)
             lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "unavailable"
