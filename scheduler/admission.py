@@ -9,7 +9,7 @@ from scheduler.commands import CloseStream, Order, SendCatalogue, SendFailure
 from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted
 from scheduler.requests import STOP, LiveRequest, ModelKey, blocks_needed
 from scheduler.state import GatewayView, Outbox, State
-from scheduler.workers import HOPELESS, LOADED
+from scheduler.workers import HOPELESS
 
 
 def connected(state: State, event: events.GatewayConnected, now: float, out: Outbox) -> None:
@@ -130,12 +130,8 @@ def _check_size(state: State, request: request_pb2.Request, key: ModelKey) -> No
             f"Prompt and max_tokens make {tokens} tokens; the model's context is {model.context_length}.",
             param="max_tokens",
         )
-    totals = [
-        slot.total_blocks
-        for worker in state.workers.values()
-        if (slot := worker.slot_for(key)) is not None and slot.state == LOADED
-    ]
-    if totals and blocks_needed(request, request.choices) > max(totals):
+    largest = state.largest_slot(key)
+    if largest and blocks_needed(request, request.choices) > largest:
         raise PromptTooLong("No worker has memory for that many tokens; ask for fewer.", param="max_tokens")
 
 

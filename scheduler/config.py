@@ -33,6 +33,8 @@ class SchedulerConfig:
     """Seconds that a request waits while no connected worker could ever serve its model."""
     gateway_grace_s: float = 1.5
     """Seconds that requests outlive their gateway's stream, for it to come back and take them up."""
+    gateway_buffer_bytes: int = 16 * 1024 * 1024
+    """Most output that waits for a gateway which does not take it; past it its stream is closed."""
     worker_silence_s: float = 2.0
     """Seconds without a frame after which a worker counts as lost; they come every half second."""
     etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
@@ -57,7 +59,7 @@ class SchedulerConfig:
     """Least severe messages that are logged."""
 
     def __post_init__(self) -> None:
-        for name in ("queue_limit", "lease_ttl_s", "worker_silence_s"):
+        for name in ("queue_limit", "lease_ttl_s", "gateway_buffer_bytes", "worker_silence_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive", param=name)
         for name in ("no_worker_grace_s", "gateway_grace_s"):

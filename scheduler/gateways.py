@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 
+from llmos.errors import LlmosError, SlowReader
 from llmos.internal.v1 import request_pb2, requests_pb2
 from llmos.v1 import fleet_pb2
 from scheduler import events
 from scheduler.loop import Loop
-from scheduler.outflow import Outflow
+from scheduler.outflow import LIMIT_BYTES, Outflow
 
 log = logging.getLogger(__name__)
 
@@ -19,17 +21,19 @@ _LEAVE_S = 1.0
 
 
 class GatewayStream:
-    """One open stream. Its task is the handler's own: only cancelling that ends a write which is stuck."""
+    """One open stream. A write that is stuck cannot be ended from here: keep-alive ends it, or the peer reads on."""
 
-    def __init__(self, stream_id: int, node: fleet_pb2.Node, task: asyncio.Task[object] | None) -> None:
+    def __init__(self, stream_id: int, node: fleet_pb2.Node, outflow: Outflow) -> None:
         self.id = stream_id
         self.node = node
-        self.outflow = Outflow()
-        self.task = task
+        self.outflow = outflow
         self._catalogue: requests_pb2.Catalogue | None = None
         self._farewell: requests_pb2.ExchangeResponse | None = None
-        self._over = False
+        self._error: LlmosError | None = None
+        self._idle = False
         self._wake = asyncio.Event()
+        self.over = False
+        """Nothing more is sent, and nothing of what still arrives is heeded."""
 
     def wake(self) -> None:
         """There may be something to send."""
@@ -42,19 +46,28 @@ class GatewayStream:
 
     def end(self, farewell: requests_pb2.ExchangeResponse | None = None) -> None:
         """Say farewell, then close."""
-        self._over = True
-        self._farewell = farewell
-        self.wake()
+        if not self.over:
+            self.over = True
+            self._farewell = farewell
+            self.outflow = Outflow()
+            self.wake()
 
-    def abandon(self) -> None:
-        """Close a stream whose peer takes nothing any more."""
-        if self.task is not None:
-            self.task.cancel()
+    def fail(self, error: LlmosError) -> None:
+        """Close with an error; what was collected is dropped."""
+        self._error = error
+        self.end()
+
+    @property
+    def choking(self) -> bool:
+        """More waits than may, and it is the peer who holds it up."""
+        return self.outflow.overflowing and not (self._idle and self.outflow.open)
 
     async def next(self) -> requests_pb2.ExchangeResponse | None:
         """Wait for the next message; None at the end."""
         while True:
-            if self._over:
+            if self._error is not None:
+                raise self._error
+            if self.over:
                 farewell, self._farewell = self._farewell, None
                 return farewell
             if self._catalogue is not None:
@@ -63,19 +76,28 @@ class GatewayStream:
             frame = self.outflow.take()
             if frame is not None:
                 return requests_pb2.ExchangeResponse(frame=frame)
+            self._idle = True
             self._wake.clear()
             await self._wake.wait()
+            self._idle = False
 
 
 class GatewayDesk:
     """All gateways' streams of one leader. Owned by the reign; the loop's carrier writes to it."""
 
-    def __init__(self, welcome: requests_pb2.Welcome, keep_spans: Callable[[Iterable[fleet_pb2.Span]], None]) -> None:
+    def __init__(
+        self,
+        welcome: requests_pb2.Welcome,
+        keep_spans: Callable[[Iterable[fleet_pb2.Span]], None],
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> None:
+        self._limit_bytes = limit_bytes
         self._welcome = welcome
         self._keep_spans = keep_spans
         self._streams: dict[int, GatewayStream] = {}
         self._touched: set[GatewayStream] = set()
         self._ids = itertools.count(1)
+        self._empty = asyncio.Event()
         self.overflows = 0
         """Streams given up because their gateway did not take its output."""
 
@@ -105,26 +127,31 @@ class GatewayDesk:
         if stream is not None:
             stream.end()
 
-    def flush(self) -> None:
-        """Send what was collected; give up streams that have too much of it."""
+    def flush(self) -> list[int]:
+        """Send what was collected. Returns the streams that were given up because too much of it waits."""
+        choked: list[int] = []
         for stream in self._touched:
-            if stream.outflow.overflowing:
+            if stream.choking:
                 log.warning("gateway %s does not take its output; closing its stream", stream.node.id)
                 self.overflows += 1
-                stream.abandon()
+                del self._streams[stream.id]
+                stream.fail(SlowReader("The gateway did not take its output."))
+                choked.append(stream.id)
             else:
                 stream.wake()
         self._touched.clear()
+        return choked
 
     async def serve(
         self,
         hello: requests_pb2.GatewayHello,
         requests: AsyncIterator[requests_pb2.ExchangeRequest],
         loop: Loop,
-    ) -> AsyncIterator[requests_pb2.ExchangeResponse]:
+    ) -> AsyncGenerator[requests_pb2.ExchangeResponse, None]:
         """One stream's whole life, after its hello."""
-        stream = GatewayStream(next(self._ids), hello.node, asyncio.current_task())
+        stream = GatewayStream(next(self._ids), hello.node, Outflow(limit_bytes=self._limit_bytes))
         self._streams[stream.id] = stream
+        self._empty.clear()
         reader = asyncio.create_task(self._read(stream, requests, loop), name=f"gateway-{hello.node.id}")
         try:
             await loop.post(events.GatewayConnected(stream.id, hello.node))
@@ -133,28 +160,32 @@ class GatewayDesk:
             while (message := await stream.next()) is not None:
                 yield message
         finally:
-            del self._streams[stream.id]
+            self._streams.pop(stream.id, None)
             self._touched.discard(stream)
+            stream.end()
             loop.post_now(events.GatewayLost(stream.id))
             log.info("gateway %s disconnected", hello.node.id)
+            if not self._streams:
+                self._empty.set()
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
 
     async def leave(self, not_leader: requests_pb2.NotLeader) -> None:
-        """Tell every gateway that another scheduler leads, and close; streams that are stuck are cut."""
+        """Tell every gateway that another scheduler leads, and close."""
         for stream in self._streams.values():
             stream.end(requests_pb2.ExchangeResponse(not_leader=not_leader))
-        tasks = [stream.task for stream in self._streams.values() if stream.task is not None]
-        if tasks:
-            _, stuck = await asyncio.wait(tasks, timeout=_LEAVE_S)
-            for task in stuck:
-                task.cancel()
+        if self._streams:
+            with contextlib.suppress(TimeoutError):  # a stuck stream finds out when it gets on
+                async with asyncio.timeout(_LEAVE_S):
+                    await self._empty.wait()
 
     async def _read(
         self, stream: GatewayStream, requests: AsyncIterator[requests_pb2.ExchangeRequest], loop: Loop
     ) -> None:
         try:
             async for request in requests:
+                if stream.over:
+                    return
                 await self._said(stream, request, loop)
         finally:
             stream.end()

@@ -59,6 +59,7 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     for slot in worker.slots.values():
         slot.ordered = False
     models_changed(state, worker, event.report.models, now, out)
+    _order_loads(state, worker, out)
     refresh_catalogue(state, now, out)
     for running in event.report.running:
         _reconcile(state, worker, running, now, out)
@@ -90,6 +91,8 @@ def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> N
 
 def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
     del state.workers[worker.id]
+    for slot in worker.slots.values():
+        state.largest.pop(slot.key, None)
     out.append(HangUp(worker.id))
 
 
@@ -104,20 +107,25 @@ def models_changed(
     state: State, worker: WorkerView, said: Iterable[fleet_pb2.NodeModel], now: float, out: Outbox
 ) -> None:
     """Take over what a worker says of its models; order loads and tell gateways where that changes something."""
-    states_before = [slot.state for slot in worker.slots.values()]
+    changed = False
     for model in said:
         slot = worker.slots.get(model.name)
-        if slot is not None and slot.record.model.version == model.version:
-            slot.report(model)
-            state.room_changed(worker, slot)
-    if any(slot.state == AVAILABLE for slot in worker.slots.values()):
+        if slot is None or slot.key[1] != model.version:
+            continue
+        if (slot.state, slot.total_blocks) != (model.state, model.total_blocks):
+            changed = True
+            state.largest.pop(slot.key, None)
+        slot.report(model)
+        state.room_changed(worker, slot)
+    if changed:
         _order_loads(state, worker, out)
-    if states_before != [slot.state for slot in worker.slots.values()]:
         refresh_catalogue(state, now, out)
 
 
 def _order_loads(state: State, worker: WorkerView, out: Outbox) -> None:
     """Load what is available and fits. The plan depends on the record alone, so every leader makes the same one."""
+    if all(slot.state != AVAILABLE for slot in worker.slots.values()):
+        return
     for decision in plan(worker.record, state.policy.min_kv_tokens):
         slot = worker.slots[decision.model]
         if slot.state != AVAILABLE or slot.ordered:

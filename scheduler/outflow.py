@@ -29,6 +29,11 @@ class Outflow:
         return self._bytes > self._limit_bytes
 
     @property
+    def open(self) -> bool:
+        """Another frame may be sent."""
+        return self.unacknowledged < self._window
+
+    @property
     def unacknowledged(self) -> int:
         """Frames on their way."""
         return self._sequence - self._acknowledged
@@ -51,7 +56,7 @@ class Outflow:
 
     def take(self) -> requests_pb2.GatewayFrame | None:
         """The next frame; None if there is nothing to say or the window is closed."""
-        if not (self._outputs or self._failures) or self.unacknowledged >= self._window:
+        if not (self._outputs or self._failures) or not self.open:
             return None
         self._sequence += 1
         frame = requests_pb2.GatewayFrame(sequence=self._sequence)

@@ -14,10 +14,19 @@ from scheduler.requests import LiveRequest, ModelKey
 from scheduler.workers import WorkerPool, WorkerView
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request that looks for a worker."""
+
+    live: LiveRequest
+    blocks: int
+    """KV blocks to be set aside for it."""
+
+
 class CandidateSource(Protocol):
     """Names workers worth looking at, likeliest first."""
 
-    def candidates(self, live: LiveRequest) -> Iterable[WorkerView]:
+    def candidates(self, ask: Ask) -> Iterable[WorkerView]:
         """May repeat workers, and name ones that cannot take the request."""
         ...
 
@@ -25,7 +34,7 @@ class CandidateSource(Protocol):
 class Filter(Protocol):
     """Says who cannot take a request."""
 
-    def admits(self, live: LiveRequest, worker: WorkerView) -> bool:
+    def admits(self, ask: Ask, worker: WorkerView) -> bool:
         """Hard limits only; preferences are scores."""
         ...
 
@@ -33,7 +42,7 @@ class Filter(Protocol):
 class Scorer(Protocol):
     """Rates a worker that could take a request."""
 
-    def score(self, live: LiveRequest, worker: WorkerView) -> float:
+    def score(self, ask: Ask, worker: WorkerView) -> float:
         """Higher is better; 0 to 1 before weighting."""
         ...
 
@@ -41,7 +50,7 @@ class Scorer(Protocol):
 class Picker(Protocol):
     """Chooses among rated workers."""
 
-    def pick(self, live: LiveRequest, rated: Sequence[tuple[float, WorkerView]]) -> WorkerView:
+    def pick(self, ask: Ask, rated: Sequence[tuple[float, WorkerView]]) -> WorkerView:
         """`rated` is not empty."""
         ...
 
@@ -58,21 +67,22 @@ class Placement:
 
     def place(self, live: LiveRequest) -> WorkerView | None:
         """The worker to send `live` to now; None if it has to wait."""
-        rated = [(self._score(live, worker), worker) for worker in self._fitting(live)]
-        return self.picker.pick(live, rated) if rated else None
+        ask = Ask(live, live.blocks)
+        rated = [(self._score(ask, worker), worker) for worker in self._fitting(ask)]
+        return self.picker.pick(ask, rated) if rated else None
 
-    def _fitting(self, live: LiveRequest) -> list[WorkerView]:
+    def _fitting(self, ask: Ask) -> list[WorkerView]:
         fitting: dict[str, WorkerView] = {}
         for source in self.sources:
-            for worker in source.candidates(live):
-                if worker.id not in fitting and all(f.admits(live, worker) for f in self.filters):
+            for worker in source.candidates(ask):
+                if worker.id not in fitting and all(f.admits(ask, worker) for f in self.filters):
                     fitting[worker.id] = worker
                 if len(fitting) >= self.most:
                     return list(fitting.values())
         return list(fitting.values())
 
-    def _score(self, live: LiveRequest, worker: WorkerView) -> float:
-        return sum(weight * scorer.score(live, worker) for weight, scorer in self.scorers)
+    def _score(self, ask: Ask, worker: WorkerView) -> float:
+        return sum(weight * scorer.score(ask, worker) for weight, scorer in self.scorers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +106,12 @@ class Home:
 
     index: RoomIndex
 
-    def candidates(self, live: LiveRequest) -> Iterable[WorkerView]:
-        worker = self.index.workers.get(self.index.claims.get(live.id, ""))
+    def candidates(self, ask: Ask) -> Iterable[WorkerView]:
+        worker = self.index.workers.get(self.index.claims.get(ask.live.id, ""))
         return () if worker is None else (worker,)
 
-    def score(self, live: LiveRequest, worker: WorkerView) -> float:
-        return float(self.index.claims.get(live.id) == worker.id)
+    def score(self, ask: Ask, worker: WorkerView) -> float:
+        return float(self.index.claims.get(ask.live.id) == worker.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,57 +121,56 @@ class Roomy:
     index: RoomIndex
     count: int
 
-    def candidates(self, live: LiveRequest) -> Iterable[WorkerView]:
+    def candidates(self, ask: Ask) -> Iterable[WorkerView]:
         workers = self.index.workers
-        for worker_id in sorted(self.index.freed.get(live.key, ()))[: self.count]:
+        for worker_id in sorted(self.index.freed.get(ask.live.key, ()))[: self.count]:
             yield workers[worker_id]
-        pool = self.index.pools.get(live.key)
-        if pool is not None and live.key in self.index.looking:
+        pool = self.index.pools.get(ask.live.key)
+        if pool is not None and ask.live.key in self.index.looking:
             # More than will be scored: some may be too full for a large request.
-            for worker_id in pool.draw(4 * self.count, live.id):
+            for worker_id in pool.draw(4 * self.count, ask.live.id):
                 yield workers[worker_id]
 
 
 class HasRoom:
     """Capacity is never exceeded: the model is loaded, the worker takes work, enough blocks are free."""
 
-    def admits(self, live: LiveRequest, worker: WorkerView) -> bool:
-        slot = worker.slot_for(live.key)
+    def admits(self, ask: Ask, worker: WorkerView) -> bool:
+        slot = worker.slot_for(ask.live.key)
         if slot is None or not worker.usable:
             return False
-        blocks = live.blocks
-        return slot.fits(blocks, blocks if live.id in worker.unclaimed else 0)
+        return slot.fits(ask.blocks, ask.blocks if ask.live.id in worker.unclaimed else 0)
 
 
 class Untried:
     """A worker on which this request has not been lost before."""
 
-    def score(self, live: LiveRequest, worker: WorkerView) -> float:
-        return float(worker.id not in live.tried)
+    def score(self, ask: Ask, worker: WorkerView) -> float:
+        return float(worker.id not in ask.live.tried)
 
 
 class SameNumerics:
     """Continues with the same bytes; any worker does for a request without tokens."""
 
-    def score(self, live: LiveRequest, worker: WorkerView) -> float:
-        return float(not live.fingerprint or live.fingerprint == worker.fingerprint)
+    def score(self, ask: Ask, worker: WorkerView) -> float:
+        return float(not ask.live.fingerprint or ask.live.fingerprint == worker.fingerprint)
 
 
 class Headroom:
     """The share of KV blocks that stays free."""
 
-    def score(self, live: LiveRequest, worker: WorkerView) -> float:
-        slot = worker.slots[live.key[0]]
-        return max(0.0, slot.available - live.blocks) / max(1, slot.total_blocks)
+    def score(self, ask: Ask, worker: WorkerView) -> float:
+        slot = worker.slots[ask.live.key[0]]
+        return max(0.0, slot.available - ask.blocks) / max(1, slot.total_blocks)
 
 
 class BestThenSpread:
     """The best score; ties are spread by a hash of request and worker, so that equals share the load."""
 
-    def pick(self, live: LiveRequest, rated: Sequence[tuple[float, WorkerView]]) -> WorkerView:
+    def pick(self, ask: Ask, rated: Sequence[tuple[float, WorkerView]]) -> WorkerView:
         best = max(score for score, _ in rated)
         tied = [worker for score, worker in rated if score >= best - 1e-9]
-        return max(tied, key=lambda worker: zlib.crc32(f"{live.id}/{worker.id}".encode()))
+        return max(tied, key=lambda worker: zlib.crc32(f"{ask.live.id}/{worker.id}".encode()))
 
 
 def default_placement(index: RoomIndex, candidates: int) -> Placement:

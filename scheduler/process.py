@@ -101,6 +101,7 @@ class SchedulerProcess:
             scheduler_id=self.id,
             policy=self._config.core_policy(),
             links=self._config.links(),
+            gateway_buffer_bytes=self._config.gateway_buffer_bytes,
             etcd=self._etcd,
             connect=self._connect,
             telemetry=self._telemetry,

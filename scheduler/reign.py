@@ -48,6 +48,7 @@ class ReignContext:
     scheduler_id: str
     policy: Policy
     links: LinkConfig
+    gateway_buffer_bytes: int
     etcd: EtcdClient
     connect: Callable[[str], grpc.aio.Channel]
     telemetry: Telemetry
@@ -65,7 +66,7 @@ class Reign:
         self.core = Core(context.scheduler_id, term, context.policy, context.clock.monotonic())
         self.loop = Loop(self.core, self, context.clock)
         welcome = requests_pb2.Welcome(term=term, scheduler_id=context.scheduler_id)
-        self.gateways = GatewayDesk(welcome, context.keep_spans)
+        self.gateways = GatewayDesk(welcome, context.keep_spans, context.gateway_buffer_bytes)
         self.workers = WorkerLinks(self._link_context(context))
         self.leader_address = ""
         """Who leads next, once that is known; gateways are told at the end."""
@@ -159,5 +160,6 @@ class Reign:
 
     def flush(self) -> None:
         """See `Carrier`."""
-        self.gateways.flush()
+        for stream_id in self.gateways.flush():
+            self.loop.post_now(events.GatewayLost(stream_id))
         self.workers.flush()

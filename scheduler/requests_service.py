@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -39,8 +40,9 @@ class RequestsService(requests_pb2_grpc.RequestsServicer):
             not_leader = requests_pb2.NotLeader(leader_address=self._seat.leader_address)
             yield requests_pb2.ExchangeResponse(not_leader=not_leader)
             return
-        async for response in reign.gateways.serve(hello, request_iterator, reign.loop):
-            yield response
+        async with contextlib.aclosing(reign.gateways.serve(hello, request_iterator, reign.loop)) as responses:
+            async for response in responses:
+                yield response
 
     async def FetchBlob(  # noqa: N802 - the contract's name
         self,

@@ -58,6 +58,8 @@ class State:
     """Request id to the worker that reported to run it and has not been told otherwise."""
     nobody_since: dict[ModelKey, float] = field(default_factory=dict)
     """Since when no connected worker could ever serve a model that somebody waits for."""
+    largest: dict[ModelKey, int] = field(default_factory=dict)
+    """KV blocks of the largest loaded slot of each model; absent: not known since something changed."""
     catalogue: Catalogue = field(default_factory=Catalogue)
     timers: Timers = field(default_factory=Timers)
     drain: DrainRate = field(default_factory=DrainRate)
@@ -98,6 +100,14 @@ class State:
             self.pools[key].discard(worker_id)
         if key in self.freed:
             self.freed[key].discard(worker_id)
+
+    def largest_slot(self, key: ModelKey) -> int:
+        """KV blocks of the largest slot in which a model is loaded; 0 if it is nowhere."""
+        if key not in self.largest:
+            slots = (worker.slot_for(key) for worker in self.workers.values())
+            loaded = (slot.total_blocks for slot in slots if slot is not None and slot.state == LOADED)
+            self.largest[key] = max(loaded, default=0)
+        return self.largest[key]
 
     def room_taken(self, worker: WorkerView, slot: ModelSlot) -> None:
         """An attempt was just placed there."""

@@ -30,11 +30,11 @@ class ModelSlot:
     """Part of `held` that the worker's last word cannot reflect yet."""
     ordered: bool = False
     """A load order is on its way."""
+    key: ModelKey = field(init=False)
+    """Name and version."""
 
-    @property
-    def key(self) -> ModelKey:
-        """Name and version."""
-        return self.record.model.name, self.record.model.version
+    def __post_init__(self) -> None:
+        self.key = (self.record.model.name, self.record.model.version)
 
     @property
     def available(self) -> int:

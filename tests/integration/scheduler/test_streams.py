@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import request_pb2
 from llmos.v1 import inference_pb2
 from scheduler.process import SchedulerProcess
+from tests.fakes.certificates import make_authority
 from tests.fakes.contract import make_request, token
 from tests.fakes.gateway import FakeGateway
 from tests.fakes.worker import FakeWorker, worker_in
@@ -222,3 +224,35 @@ async def test_finish_reason_of_the_worker_reaches_the_gateway(scheduler: Schedu
         assert seen[-1].finish_reason == inference_pb2.FINISH_REASON_LENGTH
         assert {(output.epoch.term, output.epoch.attempt) for output in seen} == {(worker.terms[0], 1)}
         await asyncio.sleep(0)
+
+
+async def test_gateway_that_takes_nothing_is_cut_off_and_comes_back(
+    open_scheduler: OpenScheduler, etcd: EtcdClient
+) -> None:
+    async with (
+        open_scheduler(gateway_buffer_bytes=2_000) as scheduler,
+        worker_in(etcd, "w1", blocks=600, step_s=0.001),
+        FakeGateway("g1", [address(scheduler)]) as gateway,
+    ):
+        await gateway.ready()
+        gateway.acknowledging = False
+        clients = [await gateway.submit(make_request(f"r{i}", max_tokens=200)) for i in range(100)]
+        assert scheduler.seat.reign is not None
+        desk = scheduler.seat.reign.gateways
+        await until(lambda: desk.overflows > 0)
+        gateway.acknowledging = True
+        await gateway.ended(*clients, timeout_s=60)
+        assert [client.finished for client in clients] == [[True]] * 100
+
+
+async def test_everything_over_mutual_tls(open_scheduler: OpenScheduler, etcd: EtcdClient, tmp_path: Path) -> None:
+    tls = make_authority(tmp_path / "ca")
+    async with (
+        open_scheduler(tls=tls) as scheduler,
+        worker_in(etcd, "w1", tls=tls),
+        FakeGateway("g1", [address(scheduler)], tls=tls) as gateway,
+    ):
+        await gateway.ready()
+        client = await gateway.submit(make_request("r1", max_tokens=20))
+        await gateway.ended(client)
+        assert client.finished == [True]
