@@ -31,6 +31,8 @@ class HttpLimits:
     """Longest wait for a whole body."""
     write_timeout_s: float = 60.0
     """Longest wait for a client to take what was written; past it the connection is cut."""
+    refusal_wait_s: float = 4.0
+    """How long a stream's status line waits for the first output, so that a refusal by the fleet is a status."""
     keep_alive_s: float = 10.0
     """Silence in a stream after which a comment is sent, so that proxies keep it open."""
     idle_timeout_s: float = 75.0

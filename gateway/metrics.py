@@ -42,7 +42,10 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        registry = self.registry
+        self._add_genai(self.registry)
+        self._add_counts(self.registry)
+
+    def _add_genai(self, registry: CollectorRegistry) -> None:
         self.first_token = Histogram(
             "gen_ai_server_time_to_first_token_seconds",
             "From the request's arrival to its first output.",
@@ -71,27 +74,23 @@ class Metrics:
             buckets=_TOKENS,
             registry=registry,
         )
-        self.running = Gauge("llmos:num_requests_running", "Requests with output.", ["model_name"], registry=registry)
-        self.waiting = Gauge(
-            "llmos:num_requests_waiting", "Requests without output so far.", ["model_name"], registry=registry
-        )
-        self.prompt_tokens = Counter("llmos:prompt_tokens", "Prompt tokens.", ["model_name"], registry=registry)
-        self.cached_tokens = Counter(
-            "llmos:prompt_tokens_cached", "Prompt tokens found in a cache.", ["model_name"], registry=registry
-        )
-        self.generation_tokens = Counter(
-            "llmos:generation_tokens", "Generated tokens.", ["model_name"], registry=registry
-        )
-        self.success = Counter(
-            "llmos:request_success", "Finished choices.", ["model_name", "finished_reason"], registry=registry
-        )
-        self.failure = Counter(
-            "llmos:request_failure", "Requests that ended in an error.", ["model_name", "code"], registry=registry
-        )
-        self.http_requests = Counter(
-            "llmos:http_requests", "HTTP requests.", ["method", "route", "status"], registry=registry
-        )
-        self.http_active = Gauge("llmos:http_requests_active", "HTTP requests in progress.", registry=registry)
+
+    def _add_counts(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"llmos:{name}", text, labels, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"llmos:{name}", text, labels, registry=registry)
+
+        self.running = gauge("num_requests_running", "Requests with output.", "model_name")
+        self.waiting = gauge("num_requests_waiting", "Requests without output so far.", "model_name")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens.", "model_name")
+        self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens found in a cache.", "model_name")
+        self.generation_tokens = counter("generation_tokens", "Generated tokens.", "model_name")
+        self.success = counter("request_success", "Finished choices.", "model_name", "finished_reason")
+        self.failure = counter("request_failure", "Requests that ended in an error.", "model_name", "code")
+        self.http_requests = counter("http_requests", "HTTP requests.", "method", "route", "status")
+        self.http_active = gauge("http_requests_active", "HTTP requests in progress.")
 
     def watch(self, prefix: str, read: Callable[[], Mapping[str, int]], *, gauges: Iterable[str] = ()) -> None:
         """Show another part's counters as `llmos:{prefix}_{name}` whenever somebody asks."""

@@ -117,7 +117,7 @@ class GenerationResponse:
         that a refusal by the fleet (overload, say) is still a status and no event."""
         first: asyncio.Future[Event] = asyncio.ensure_future(anext(events))
         try:
-            await asyncio.wait({first}, timeout=self._limits.keep_alive_s)
+            await asyncio.wait({first}, timeout=self._limits.refusal_wait_s)
             if not first.done():
                 await writer.start(headers)
             return await first

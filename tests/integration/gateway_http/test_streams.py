@@ -89,9 +89,22 @@ async def test_a_stream_that_just_stops_is_an_error(serve: Serve) -> None:
     assert whole.status_code == 500
 
 
+async def test_an_error_after_a_long_wait_is_an_event(serve: Serve) -> None:
+    hold = asyncio.Event()
+    script = Script(hold_start=hold, fail=Unavailable("no leader"), fail_before_output=True)
+    server = await serve(script, limits=HttpLimits(refusal_wait_s=0.05))
+    async with server.http.stream("POST", "/v1/chat/completions", json=BODY) as response:
+        assert response.status_code == 200
+        hold.set()
+        text = "".join([part async for part in response.aiter_text()])
+    assert json.loads(events(text)[-1]["data"])["error"]["code"] == "unavailable"
+
+
 async def test_silence_is_filled_with_comments_that_openais_client_passes_over(serve: Serve) -> None:
     hold, hold_start = asyncio.Event(), asyncio.Event()
-    server = await serve(Script(hold=hold, hold_start=hold_start), limits=HttpLimits(keep_alive_s=0.05))
+    server = await serve(
+        Script(hold=hold, hold_start=hold_start), limits=HttpLimits(keep_alive_s=0.05, refusal_wait_s=0.05)
+    )
     async with server.http.stream("POST", "/v1/chat/completions", json=BODY) as response:
         seen, parts = "", response.aiter_text()
         for release in (hold_start, hold):
