@@ -216,6 +216,7 @@ async def test_cancel_reaches_a_request_of_another_gateway(new_scheduler: NewSch
     ]
     async with running(address) as gateway:
         await gateway.ready()
+        assert not (await call(gateway.inference.Cancel, pb.CancelRequest(request_id="bob/mine"))).was_running
         assert (await call(gateway.inference.Cancel, pb.CancelRequest(request_id="mine"))).was_running
     assert scheduler.killed == ["alice/mine~0123abcd"]
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from gateway.catalogue import Catalogue
 from gateway.types import GenerationRequest, Params, TraceHeaders, Turn
 from llmos.config import TlsConfig
 from llmos.errors import InvalidRequest, ModelNotFound, Unavailable, UnsupportedFeature
+from llmos.internal.v1 import requests_pb2
 from llmos.rpc import open_channel
 from tests.fakes.certificates import make_authority
 from tests.fakes.scheduler import STOP, echo_model, output
@@ -84,6 +86,23 @@ async def test_models_come_and_go_with_the_catalogue(new_scheduler: NewScheduler
             await start(gateway, chat("x", model="echo"))
         with pytest.raises(UnsupportedFeature):
             await start(gateway, chat("x", model="new"))
+
+
+async def test_an_older_catalogue_changes_nothing() -> None:
+    async def fetch(blob_hash: str) -> bytes:
+        raise Unavailable(blob_hash)
+
+    catalogue = Catalogue(fetch)
+
+    def push(term: int, revision: int) -> list[str]:
+        model = echo_model(f"{term}.{revision}")
+        catalogue.replace(requests_pb2.Catalogue(revision=revision, models=[model]), term)
+        return [served.name for served in catalogue.models()]
+
+    assert push(1, 5) == ["1.5"]
+    assert push(1, 4) == ["1.5"]
+    assert push(2, 1) == ["2.1"]
+    assert push(1, 6) == ["2.1"]
 
 
 async def test_models_are_made_ready_before_they_are_asked_for(new_scheduler: NewScheduler) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.session import SessionConfig
 from gateway.types import Delta, Event
-from llmos.errors import Overloaded, SlowReader, Unavailable
+from llmos.errors import DeadlineExceeded, Overloaded, SlowReader, Unavailable
 from llmos.internal.v1 import request_pb2
 from tests.fakes.clock import ManualClock
 from tests.fakes.scheduler import LENGTH, FakeScheduler, output, resumed
@@ -281,6 +281,30 @@ async def test_without_a_leader_streams_end_in_a_typed_error(new_scheduler: NewS
         clock.advance(1)
         with pytest.raises(Unavailable):
             await gateway.chat()
+
+
+async def test_a_leader_that_comes_back_in_time_ends_the_grace(new_scheduler: NewScheduler) -> None:
+    scheduler, address = await new_scheduler()
+    async with running(address, session=SessionConfig(leader_grace_s=0.01)) as gateway:
+        await gateway.ready()
+        stream = await gateway.chat(max_tokens=1)
+        name = (await scheduler.next_submit()).request_id
+        gateway.sessions.on_lost()
+        assert [request.request_id for request in gateway.sessions.on_connected(1)] == [name]
+        await asyncio.sleep(0.03)  # longer than the grace
+        scheduler.send(output(name, 0, "a", finish=LENGTH))
+        assert text_of(await collect(stream)) == "a"
+
+
+async def test_a_deadline_ends_the_stream_and_the_computation(new_scheduler: NewScheduler) -> None:
+    scheduler, address = await new_scheduler()
+    async with running(address, session=SessionConfig(max_request_s=0.05)) as gateway:
+        await gateway.ready()
+        stream = await gateway.chat()
+        with pytest.raises(DeadlineExceeded):
+            await collect(stream)
+        await scheduler.until(lambda: scheduler.cancels)
+        assert scheduler.cancels[0].reason == "deadline"
 
 
 async def test_before_the_first_leader_requests_are_refused(new_scheduler: NewScheduler) -> None:

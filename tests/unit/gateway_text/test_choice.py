@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.text.choice import ChoiceText
@@ -59,6 +59,18 @@ def test_what_is_delivered_early_is_never_taken_back(text: str, stops: list[str]
         assert whole.startswith(delivered)
         if matcher.matched:
             return
+
+
+@example("abé", ["abé", "b"], [])
+@given(TEXT, STOPS, st.lists(st.integers(0, 60), max_size=6))
+def test_pieces_of_many_characters_change_nothing(text: str, stops: list[str], cuts: list[int]) -> None:
+    matcher, got = StopMatcher(stops), ""
+    edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    for left, right in itertools.pairwise(edges):
+        if not matcher.matched:
+            got += matcher.push(text[left:right])
+    got += "" if matcher.matched else matcher.flush()
+    assert (got, matcher.matched) == expected(text, stops)
 
 
 @given(TEXT, TEXT, STOPS)
