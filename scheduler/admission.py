@@ -6,7 +6,7 @@ from llmos.errors import Cancelled, InvalidRequest, LlmosError, ModelNotFound, O
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from scheduler import events, takeover
 from scheduler.commands import CloseStream, Order, SendCatalogue, SendFailure
-from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted
+from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted, forget_claim
 from scheduler.requests import STOP, LiveRequest, ModelKey, blocks_needed
 from scheduler.state import GatewayView, Outbox, State
 from scheduler.workers import HOPELESS
@@ -161,6 +161,8 @@ def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) ->
     state.tombstones.put(event.request_id, event.reason, now)
     if live is not None:
         discard(state, live, event.reason or "cancelled", out)
+    else:
+        forget_claim(state, event.request_id, out, tell=True)
 
 
 def killed(state: State, event: events.Killed, now: float, out: Outbox) -> None:
@@ -169,6 +171,8 @@ def killed(state: State, event: events.Killed, now: float, out: Outbox) -> None:
     state.tombstones.put(event.request_id, "killed", now)
     if live is not None:
         fail(state, live, Cancelled("The request was cancelled by an operator."), out)
+    else:
+        forget_claim(state, event.request_id, out, tell=True)
 
 
 def choice_finished(state: State, event: events.ChoiceFinished, now: float, out: Outbox) -> None:

@@ -35,7 +35,7 @@ class SchedulerConfig:
     """Seconds that requests outlive their gateway's stream, for it to come back and take them up."""
     gateway_buffer_bytes: int = 16 * 1024 * 1024
     """Most output that waits for a gateway which does not take it; past it its stream is closed."""
-    worker_silence_s: float = 2.0
+    worker_silence_s: float = 1.75
     """Seconds without a frame after which a worker counts as lost; they come every half second."""
     etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
     """host:port of etcd's members."""

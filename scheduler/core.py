@@ -22,7 +22,7 @@ class Core:
     """One leader's reign: begins with an election, ends when somebody shows a higher term."""
 
     def __init__(self, scheduler_id: str, term: int, policy: Policy, now: float) -> None:
-        self.state = State(scheduler_id, term, policy)
+        self.state = State(scheduler_id, term, policy, elected_at=now)
         self.state.timers.at(now + policy.settle_s, events.Settled())
         self.state.timers.at(now + dispatch.SWEEP_S, events.Sweep())
 

@@ -20,6 +20,8 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
         return
 
     def start(live: LiveRequest) -> bool:
+        if live.request.resume and not state.settled:
+            return False  # the worker that runs it may be about to say so
         worker = state.placement.place(live)
         if worker is None:
             return False

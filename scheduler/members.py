@@ -13,6 +13,8 @@ from scheduler.lifecycle import forget_claim, migrate
 from scheduler.state import Outbox, State
 from scheduler.workers import AVAILABLE, ModelSlot, WorkerView
 
+_SETTLE_AGAIN_S = 0.25
+
 
 def registered(state: State, event: events.WorkerRegistered, now: float, out: Outbox) -> None:
     """A record appeared or changed: make sure that its worker is dialled."""
@@ -168,7 +170,12 @@ def settle(state: State, event: events.Settled, now: float, out: Outbox) -> None
     """From now on a model that nobody has reported does not exist. Gateways get their first catalogue."""
     if state.settled:
         return
+    silent = any(not worker.attachments for worker in state.workers.values())
+    if silent and now < state.elected_at + state.policy.settle_limit_s:
+        state.timers.at(now + _SETTLE_AGAIN_S, event)
+        return
     state.settled = True
+    state.looking.update(state.waiting.keys())
     _publish(state, out)
     admission.unpark(state, now, out)
 

@@ -16,7 +16,9 @@ class Policy:
     gateway_grace_s: float = 1.5
     """Seconds that requests outlive their gateway's stream, for it to come back and take them up."""
     settle_s: float = 1.0
-    """Seconds after the election, and after a worker's report, before what nobody claims is cancelled."""
+    """Seconds that gateways and workers have to come after an election; what a worker runs is kept for them as long."""
+    settle_limit_s: float = 3.0
+    """The same while registered workers have not reported yet: one of them may be dead."""
     tombstone_ttl_s: float = 120.0
     """Seconds that a cancelled id refuses to start. Workers remember epochs of ended attempts as long."""
     tombstone_limit: int = 262_144

@@ -37,6 +37,7 @@ class State:
     policy: Policy
     members_listed: bool = False
     """All workers that were registered at the election have been announced."""
+    elected_at: float = 0.0
     now: float = 0.0
     """Time of the event that is being handled."""
     settled: bool = False

@@ -1,7 +1,7 @@
 """Streams to workers: dial, say hello, read frames into events, write orders once per tick, notice when they die.
 
 A killed worker's stream ends at once (RST or EOF). A frozen or cut-off one falls silent: frames come every 500 ms, so
-that two seconds without one mean it is lost; TCP would take minutes.
+that almost two seconds without one mean it is lost; TCP would take minutes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from scheduler import events
 
 log = logging.getLogger(__name__)
 
+_STALL_S = 0.5
+"""A longer delay of this process's own loop says nothing about workers."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:
@@ -32,9 +35,9 @@ class LinkConfig:
 
     hello_timeout_s: float = 3.0
     """Longest wait for a worker's report."""
-    silence_s: float = 2.0
+    silence_s: float = 1.75
     """A stream without a frame for this long is lost."""
-    watch_s: float = 0.25
+    watch_s: float = 0.1
     """How often silence is looked for."""
     backoff_min_s: float = 0.05
     """Shortest pause before dialling again; jittered, doubled each time."""
@@ -210,7 +213,7 @@ class WorkLink:
         while True:
             await asyncio.sleep(config.watch_s)
             now = clock.monotonic()
-            if self._busy or now - last > 4 * config.watch_s:
+            if self._busy or now - last > config.watch_s + _STALL_S:
                 self._heard_at = now
             last = now
             if now - self._heard_at > config.silence_s:
