@@ -38,8 +38,8 @@ class Catalogue:
         return self._read(self._layout.name(name))
 
     def imported(self, key: str) -> str | None:
-        """The version that an import key points to, or None."""
-        return self._read(self._layout.imported(key))
+        """The version that an import key points to; None if there is none, or the key is damaged."""
+        return self._imported(self._layout.imported(key))
 
     def manifest(self, version: str) -> Manifest | None:
         """The manifest of a version in full, or None. Raises `StoreCorrupt` if it does not match its hash."""
@@ -118,7 +118,7 @@ class Catalogue:
         """Delete import keys whose version is gone. Returns the hashes of all blobs that versions refer to."""
         versions = set(self.versions())
         for path in list(self._layout.imports.glob("[!.]*.json")):
-            if self._read(path) not in versions:
+            if self._imported(path) not in versions:
                 path.unlink()
         entries = [self.manifest(version) for version in versions]
         return {file.sha256 for entry in entries if entry is not None for file in entry.files}
@@ -128,6 +128,11 @@ class Catalogue:
         return ModelNotFound(
             f"The model store has no '{asked[:96]}'. It has: {known}. `llmos models import` adds a model."
         )
+
+    def _imported(self, path: Path) -> str | None:
+        with contextlib.suppress(StoreCorrupt):  # it only saves a conversion: the next import writes it anew
+            return self._read(path)
+        return None
 
     def _write(self, path: Path, version: str) -> None:
         files.write_atomic(path, msgspec.json.encode(Pointer(version)))

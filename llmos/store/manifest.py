@@ -7,6 +7,7 @@ import hashlib
 import msgspec
 
 from llmos.errors import StoreCorrupt
+from llmos.store.layout import DIGEST
 
 PROVENANCE = frozenset({"name", "version", "source", "license", "created_unix_s"})
 """Fields that say where a version came from; the same bytes from elsewhere are the same version."""
@@ -84,11 +85,19 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes, version: str) -> Manifest:
-    """Parse and check. Raises `StoreCorrupt` if the content does not hash to `version`."""
+    """Parse and check. Raises `StoreCorrupt` if the content does not hash to `version`, or is made to do harm."""
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StoreCorrupt(f"The manifest of version {version[:12]} cannot be read: {error}.") from error
     if manifest.version != version or version_of(manifest) != version:
         raise StoreCorrupt(f"The manifest of version {version[:12]} does not match its hash; import the model again.")
+    if not all(_is_sound(file) for file in manifest.files):
+        raise StoreCorrupt(f"The manifest of version {version[:12]} names a file that cannot be in a store.")
     return manifest
+
+
+def _is_sound(file: ManifestFile) -> bool:
+    """Anybody can seal a manifest: a transfer must not write outside of its folder because one says so."""
+    plain = file.path not in ("", ".", "..") and not any(char in "/\\\0" for char in file.path)
+    return plain and DIGEST.fullmatch(file.sha256) is not None and file.size >= 0

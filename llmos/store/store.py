@@ -101,7 +101,9 @@ class Store:
         target = self._layout.model(entry.version)
         if not folders.laid_out(entry, target):
             with self._lock():
-                folders.lay_out(entry, target, self._blobs)
+                # Whoever was first may be loading from the folder already.
+                if not folders.laid_out(entry, target):
+                    folders.lay_out(entry, target, self._blobs)
         return target
 
     def commit(self, entry: Manifest, folder: Path, *, name: str | None = None, key: str | None = None) -> Manifest:

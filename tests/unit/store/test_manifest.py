@@ -70,6 +70,22 @@ def test_a_changed_manifest_is_refused(old: bytes, new: bytes) -> None:
         decode(data.replace(old, new, 1), ENTRY.version)
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        *({"path": path} for path in ("../outside", "/etc/passwd", "a/b", "..", "", "a\\b")),
+        *({"sha256": digest} for digest in ("../" + "a" * 61, "A" * 64)),
+        {"size": -1},
+    ],
+    ids=str,
+)
+def test_a_manifest_whose_files_would_lie_elsewhere_is_refused(file: dict[str, object]) -> None:
+    honest = ManifestFile(path="config.json", sha256="b" * 64, size=1)
+    entry = seal(msgspec.structs.replace(ENTRY, files=(msgspec.structs.replace(honest, **file),)))
+    with pytest.raises(StoreCorrupt, match="file"):
+        decode(encode(entry), entry.version)
+
+
 def test_a_manifest_under_another_version_is_refused() -> None:
     with pytest.raises(StoreCorrupt):
         decode(encode(ENTRY), "0" * 64)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from llmos.errors import ModelNotFound, SourceError, StoreBusy, StoreCorrupt
-from llmos.store import Manifest, Store, import_model
+from llmos.store import Manifest, Store, folders, import_model
+from llmos.store.blobs import Blobs
+from llmos.store.layout import Layout
+from llmos.store.manifest import seal
 from tests.fakes.clock import ManualClock
 from tests.fakes.models import model_files, write_model
 
@@ -216,11 +222,59 @@ def test_a_transfer_refuses_wrong_bytes_and_resumes(store: Store, tmp_path: Path
 
 
 def test_a_transfer_refuses_a_manifest_that_lies(store: Store, tmp_path: Path) -> None:
-    import msgspec
-
     entry = msgspec.structs.replace(add(store, tmp_path, "one"), layers=99)
     with pytest.raises(StoreCorrupt):
         Store(tmp_path / "other").receive(entry, store.read_blob)
+
+
+def test_a_transfer_writes_nowhere_else(store: Store, tmp_path: Path) -> None:
+    entry = add(store, tmp_path, "one")
+    (first, *rest) = entry.files
+    strayed = seal(
+        msgspec.structs.replace(entry, files=(msgspec.structs.replace(first, path="../../../strayed"), *rest))
+    )
+    other = Store(tmp_path / "other")
+    with pytest.raises(StoreCorrupt, match="file"):
+        other.receive(strayed, store.read_blob)
+    assert not list(tmp_path.rglob("strayed*"))
+
+
+class TellingClock(ManualClock):
+    """Says when somebody begins to wait for a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+
+    def monotonic(self) -> float:
+        self.asked.set()
+        return super().monotonic()
+
+
+def test_two_that_lay_a_model_out_at_once_share_one_folder(store: Store, tmp_path: Path) -> None:
+    entry = add(store, tmp_path, "one")
+    clock = TellingClock()
+    slow = Store(store.path, clock=clock)
+    with ThreadPoolExecutor(1) as pool:
+        with store._lock():
+            waiting = pool.submit(slow.materialize, entry)
+            assert clock.asked.wait(10)
+            folders.lay_out(entry, store.path / "models" / entry.version, Blobs(Layout(store.path)))
+            before = (store.path / "models" / entry.version).stat().st_ino
+        assert waiting.result(10).stat().st_ino == before, "somebody may be loading from it already"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"version": 1}'])
+def test_a_damaged_import_key_only_costs_the_import(store: Store, tmp_path: Path, content: bytes) -> None:
+    entry = add(store, tmp_path, "one")
+    (store.path / "imports").mkdir(exist_ok=True)
+    key = store.path / "imports" / "key.json"
+    key.write_bytes(content)
+    assert store.find_import("key") is None
+    add(store, tmp_path, "two", b"\1")
+    store.remove("two")
+    assert not key.exists()
+    assert store.resolve("one") == entry
 
 
 def test_removal_waits_for_a_commit_only_as_long_as_it_may(store: Store, tmp_path: Path) -> None:
