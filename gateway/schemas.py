@@ -31,6 +31,9 @@ TokenIds = Annotated[list[UInt32], Meta(max_length=MAX_TOKEN_IDS)]
 
 ChatRole = Literal["system", "developer", "user", "assistant", "tool"]
 
+LEAST_REPETITION_PENALTY = 0.0099
+"""A little below the promised 0.01, which gRPC's float32 rounds down."""
+
 
 class StreamOptions(Struct, kw_only=True, frozen=True):
     """How a stream is delivered."""
@@ -75,7 +78,7 @@ class GenerationBody(Struct, kw_only=True, frozen=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=LEAST_REPETITION_PENALTY, le=10)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     seed: int | None = None
     stop: StopText | Annotated[list[StopText], Meta(max_length=4)] | None = None

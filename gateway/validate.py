@@ -293,7 +293,7 @@ def _params(body: GenerationBody, max_tokens: int | None, logprobs: int | None) 
         min_p=body.min_p or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=_positive(body.repetition_penalty, "repetition_penalty"),
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}),
         seed=_seed(body.seed),
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),

@@ -27,7 +27,7 @@ Model = Annotated[
     ),
 ]
 HttpPort = Annotated[int | None, typer.Option(help="Port of the HTTP API; by default 8000, or a free one.")]
-GrpcPort = Annotated[int | None, typer.Option(help="Port of the gRPC API; by default 50051, or a free one.")]
+GrpcPort = Annotated[int | None, typer.Option(help="Port of the gRPC API; by default 8001, or a free one.")]
 Etcd = Annotated[str, typer.Option(help="host:port of an existing etcd, comma-separated; by default one is started.")]
 Detach = Annotated[bool, typer.Option(help="Serve in the background; return once the fleet is ready.")]
 UpDataDir = Annotated[

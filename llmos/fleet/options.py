@@ -13,7 +13,7 @@ from llmos.errors import ConfigError
 
 HOST = "127.0.0.1"
 DEFAULT_HTTP_PORT = 8000
-DEFAULT_GRPC_PORT = 50051
+DEFAULT_GRPC_PORT = 8001
 _MEMORY_SHARE = 0.9
 _MOST_PROCESSES = 64
 _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
@@ -40,7 +40,7 @@ class FleetOptions:
     http_port: int | None = None
     """Port of the HTTP API; None: 8000, or a free one if that is taken."""
     grpc_port: int | None = None
-    """Port of the public gRPC API; None: 50051, or a free one if that is taken."""
+    """Port of the public gRPC API; None: 8001, or a free one if that is taken."""
     etcd: tuple[str, ...] = ()
     """host:port of an existing etcd cluster; empty: start one."""
     keys_file: Path | None = None

@@ -154,7 +154,7 @@ class GenerationParams(google.protobuf.message.Message):
     frequency_penalty: builtins.float
     """Lowers logits by the count of earlier occurrences in the output, -2 to 2."""
     repetition_penalty: builtins.float
-    """Divides positive logits of tokens in prompt and output, above 0 to 10. Default 1."""
+    """Divides positive logits of tokens in prompt and output, 0.01 to 10. Default 1."""
     seed: builtins.int
     """Same seed, same model version, same answer. Unset: drawn by the gateway and reported."""
     min_tokens: builtins.int

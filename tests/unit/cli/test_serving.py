@@ -20,7 +20,7 @@ def ready_state() -> FleetState:
     me = identify(os.getpid())
     assert me is not None
     return FleetState(
-        phase="ready", supervisor=me, http_url="http://127.0.0.1:8000", grpc_address="127.0.0.1:50051", models=("m",)
+        phase="ready", supervisor=me, http_url="http://127.0.0.1:8000", grpc_address="127.0.0.1:8001", models=("m",)
     )
 
 
