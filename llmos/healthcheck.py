@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from llmos.config import TlsConfig, load
+from llmos.fleet.probe import http_status
 from llmos.rpc import open_channel
 
 TIMEOUT_S = 2.0
@@ -40,15 +39,6 @@ async def grpc_serves(address: str, tls: TlsConfig) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def http_serves(url: str) -> bool:
-    """Whether a GET of `url` answers 200 within two seconds."""
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - the scheme is checked by main
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
-
-
 def main(argv: list[str]) -> int:
     """Check the one target in `argv`."""
     if len(argv) != 1 or not argv[0].startswith(("grpc://", "http://")):
@@ -56,7 +46,7 @@ def main(argv: list[str]) -> int:
         return 2
     target = argv[0]
     if target.startswith("http://"):
-        return 0 if http_serves(target) else 1
+        return 0 if http_status(target, TIMEOUT_S) == 200 else 1
     config = load(HealthcheckConfig, "healthcheck")
     return 0 if asyncio.run(grpc_serves(target.removeprefix("grpc://"), config.tls)) else 1
 

@@ -20,6 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from llmos.addresses import host_port
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError, DeadlineExceeded, LlmosError, NotLeader, Unauthenticated, Unavailable, from_code
 
@@ -40,6 +41,7 @@ _SERVER_OPTIONS = [
     *_LIMITS,
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
@@ -48,10 +50,14 @@ _CHANNEL_OPTIONS = [
     *_LIMITS,
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # grpc 1.71 does not notice a frozen peer by the line above alone; by this one it does.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.use_local_subchannel_pool", 1),
+    # gRPC takes http_proxy from the environment; what stands there is for the world outside, not for our own services.
+    ("grpc.enable_http_proxy", 0),
 ]
 
 
@@ -178,7 +184,7 @@ class RpcServer:
         require_client_cert: bool = True,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
-        self._address = f"{host}:{port}"
+        self._address = host_port(host, port)
         self._tls = tls or TlsConfig()
         self._require_client_cert = require_client_cert
         self._server = grpc.aio.server(interceptors=[_ErrorInterceptor(), *interceptors], options=_SERVER_OPTIONS)

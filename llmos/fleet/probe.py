@@ -1,4 +1,4 @@
-"""One HTTP GET on loopback, with a deadline and no proxy."""
+"""One HTTP GET of our own services, with a deadline and no proxy."""
 
 from __future__ import annotations
 

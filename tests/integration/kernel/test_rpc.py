@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from llmos.addresses import host_port
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError, InternalError, Overloaded, Unavailable
 from llmos.rpc import RpcServer, error_from_rpc, open_channel
@@ -104,6 +106,39 @@ async def test_health_follows_set_serving_and_reflection_names_services(server: 
         )
         answer = await info.read()
         assert NAME in {service.name for service in answer.list_services_response.service}
+
+
+async def test_no_proxy_stands_between_services(server: RpcServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert (await chat(server.port, "m")).model == "m"
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+async def test_ipv6_loopback(host: str) -> None:
+    if not has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    server = RpcServer(host, 0)
+    server.add(inference_pb2_grpc.add_InferenceServicer_to_server, Scripted(), NAME)
+    try:
+        address = host_port(host, await server.start())
+        async with open_channel(address) as channel:
+            answer = await inference_pb2_grpc.InferenceStub(channel).Chat(
+                inference_pb2.ChatRequest(model="m"), timeout=5
+            )
+        assert answer.model == "m"
+    finally:
+        await server.stop(0)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 async def test_a_taken_port_is_a_config_error(server: RpcServer) -> None:
