@@ -11,10 +11,10 @@ import random
 import secrets
 import socket
 import sys
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
+from llmos.addresses import host_port
 from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
 from llmos.etcd import EtcdClient
@@ -64,10 +64,10 @@ class WorkerProcess:
         server = RpcServer(config.host, config.port, tls=config.tls)
         server.add(work_pb2_grpc.add_WorkServicer_to_server, WorkService(core, held), "llmos.internal.v1.Work")
         try:
-            async with _supervised(link, core, stop):
+            async with _beside(stop, link.run(), _tick(core)):
                 if await _first(link.ready, stop):
                     await server.start()
-                    async with self._registered(server.port, capacity, held):
+                    async with self._registered(server.port, capacity, held, stop):
                         _announce(config.ready_file, self._id, server.port)
                         await stop.wait()
                         await self._drain(core)
@@ -85,44 +85,43 @@ class WorkerProcess:
             await asyncio.sleep(_POLL_S)
 
     @contextlib.asynccontextmanager
-    async def _registered(self, port: int, capacity: fleet_pb2.Capacity, held: list[HeldModel]) -> AsyncIterator[None]:
+    async def _registered(
+        self, port: int, capacity: fleet_pb2.Capacity, held: list[HeldModel], stop: asyncio.Event
+    ) -> AsyncIterator[None]:
         etcd = self._config.etcd()
         if etcd is None:
             yield
             return
         record = registry_pb2.WorkerRecord(
             worker_id=self._id,
-            address=f"{self._config.host}:{port}",
+            address=host_port(self._config.host, port),
             host=socket.gethostname(),
             pid=os.getpid(),
             backend=self._config.backend,
             capacity=capacity,
             models=[model.record for model in held],
             pool=self._config.pool,
-            started_unix_s=int(time.time()),
+            started_unix_s=self._clock.unix_ns() // 10**9,
         )
         async with EtcdClient(etcd, self._clock, self._rng) as client:
             registration = Registration(client, record, lease_ttl_s=self._config.lease_ttl_s, rng=self._rng)
-            task = asyncio.create_task(registration.run(), name="registration")
-            try:
+            async with _beside(stop, registration.run()):
                 yield
-            finally:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
-async def _supervised(link: EngineLink, core: WorkerCore, stop: asyncio.Event) -> AsyncIterator[None]:
-    """Run the engine and the core's clock beside the block. An engine that cannot exist sets `stop`, then raises."""
-    engine = asyncio.create_task(link.run(), name="engine-link")
-    engine.add_done_callback(lambda _: stop.set())
-    ticker = asyncio.create_task(_tick(core), name="tick")
+async def _beside(stop: asyncio.Event, *works: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run what never ends by itself beside the block. One that ends all the same sets `stop`, and is raised after it:
+    a worker without its engine, its clock or its registration must not live on unnoticed."""
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(lambda _: stop.set())
     try:
         yield
     finally:
-        ticker.cancel()
-        engine.cancel()
-        results = await asyncio.gather(engine, ticker, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
     for result in results:
         if isinstance(result, Exception):
             raise result

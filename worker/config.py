@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llmos.addresses import is_loopback, is_wildcard
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
 from llmos.etcd import EtcdConfig
@@ -74,7 +74,12 @@ class WorkerConfig:
                 raise ConfigError(f"{name} must not be negative", param=name)
         if not 0 <= self.port <= 65_535:
             raise ConfigError("port must be between 0 and 65535", param="port")
-        if not _is_loopback(self.host) and not self.tls.enabled:
+        if is_wildcard(self.host) and self.etcd_endpoints:
+            raise ConfigError(
+                f"No schedulers can connect to {self.host}: give the address at which they reach this worker.",
+                param="host",
+            )
+        if not is_loopback(self.host) and not self.tls.enabled:
             raise ConfigError(
                 f"Listening on {self.host} needs TLS: give --tls-ca-file, --tls-cert-file and --tls-key-file "
                 "(`llmos certs DIR` makes them).",
@@ -93,10 +98,3 @@ class WorkerConfig:
             cert_file=self.etcd_cert_file,
             key_file=self.etcd_key_file,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -20,7 +20,8 @@ _WORKSPACE_BYTES = 256 * 1024 * 1024
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)")
+_MOST_BYTES = 2**60
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2] not in _UNITS:
         raise ConfigError(f"'{text}' is not a size; write it as 40GiB or 24GB", param="model")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if size > _MOST_BYTES:
+        raise ConfigError(f"'{text}' is more than any machine has", param="model")
+    return size
 
 
 def _stored_model(name: str, store: Store) -> HeldModel:

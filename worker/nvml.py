@@ -62,6 +62,8 @@ def list_gpus(library: ModuleType) -> list[Gpu]:
             )
             for handle in handles
         ]
+    except library.NVMLError:
+        return []
     finally:
         library.nvmlShutdown()
 

@@ -22,7 +22,7 @@ class SchedulerStream:
     def __init__(self, term: int) -> None:
         self._term = term
         self._wake = asyncio.Event()
-        self._error: LlmosError | None = None
+        self._error: Exception | None = None
         self._over = False
 
     @property
@@ -38,8 +38,8 @@ class SchedulerStream:
         """See `Stream`."""
         self.end(error)
 
-    def end(self, error: LlmosError | None) -> None:
-        """The stream is over: because the scheduler closed it, or with an error."""
+    def end(self, error: Exception | None) -> None:
+        """The stream is over: because the scheduler closed it, or with an error; the first one counts."""
         self._error = self._error or error
         self._over = True
         self._wake.set()
@@ -99,7 +99,8 @@ class WorkService(work_pb2_grpc.WorkServicer):
         try:
             async for request in requests:
                 self._core.receive(request, stream)
-        except LlmosError as error:
+        except Exception as error:
+            # `turn` raises it: a refusal, or a bug, which must not look like an orderly end.
             stream.end(error)
         finally:
             stream.end(None)

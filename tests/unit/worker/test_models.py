@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmos.config import TlsConfig
 from llmos.errors import ConfigError, ModelNotFound, NotFound
 from llmos.store import Store, import_model
 from tests.fakes.models import TEMPLATE, write_model
@@ -21,7 +22,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "40 gigs", "1e9", "40GiB!"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "40 gigs", "1e9", "40GiB!", "99999999TiB", "9" * 400])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_size(text)
@@ -106,6 +107,16 @@ def test_blobs_come_in_chunks(tmp_path: Path) -> None:
 def test_bad_configuration_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         WorkerConfig(**fields)  # type: ignore[arg-type]
+
+
+TLS = TlsConfig(Path("/ca"), Path("/cert"), Path("/key"))
+
+
+def test_an_address_that_nobody_can_be_told_is_refused() -> None:
+    with pytest.raises(ConfigError, match="schedulers"):
+        WorkerConfig(host="0.0.0.0", tls=TLS)
+    assert WorkerConfig(host="0.0.0.0", tls=TLS, etcd_endpoints=()).host
+    assert WorkerConfig(host="worker-1", tls=TLS).host
 
 
 def test_no_endpoints_mean_no_registration() -> None:

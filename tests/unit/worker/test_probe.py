@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -125,6 +126,13 @@ def test_nvml_lists_cards_whatever_text_it_speaks() -> None:
 
 def test_a_driver_that_does_not_answer_is_no_card() -> None:
     assert nvml.list_gpus(cast(ModuleType, FakeNvml([], broken=True))) == []
+
+
+def test_a_driver_that_gives_up_half_way_is_no_card() -> None:
+    library = FakeNvml([("GPU-1", "New", 24 * GIB)])
+    library.nvmlDeviceGetMemoryInfo = Mock(side_effect=library.NVMLError("not supported"))  # type: ignore[method-assign]
+    assert nvml.list_gpus(cast(ModuleType, library)) == []
+    assert library.closed
 
 
 @pytest.mark.parametrize(
