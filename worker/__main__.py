@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 
+from llmos import cgroups
 from llmos.addresses import host_port
 from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
@@ -153,10 +154,9 @@ def _probe(config: WorkerConfig) -> Probe:
 
 
 def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return EngineSetup(
         backend=config.backend,
-        threads=config.threads or cores,
+        threads=config.threads or cgroups.whole_cores(cgroups.read()),
         tokens_per_second=config.echo_tokens_per_second,
         models=tuple(model.engine for model in held),
         log_level=config.log_level,

@@ -31,7 +31,7 @@ class WorkerConfig:
     store: Path | None = None
     """Folder of the model store; unset: the user's."""
     threads: int = 0
-    """Threads that compute; 0: one per processor that may be used."""
+    """Threads that compute; 0: one per processor that may be used, within the quota of its control groups."""
     memory_limit: int = 0
     """Bytes of main memory that it may use; 0: what the host and its control groups allow."""
     probe_recording: Path | None = None

@@ -7,7 +7,6 @@ replays with `--probe-recording FILE`.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from typing import Protocol
 import psutil
 from google.protobuf import json_format
 
+from llmos import cgroups
 from llmos.errors import ConfigError
 from llmos.v1 import fleet_pb2
-from worker import cgroups, nvml
+from worker import nvml
 
 MODEL_SHARE = 0.9
 """Of the main memory that the worker may use; the rest is for its processes."""
@@ -48,7 +48,6 @@ class HostProbe:
         limits = self.limits()
         bounds = [psutil.virtual_memory().total, limits.memory_bytes, self.memory_limit]
         memory = min(bound for bound in bounds if bound)
-        cores = min(float(_usable_cores()), limits.cpu_cores or float("inf"))
         cpu = fleet_pb2.Device(
             id="cpu",
             kind=fleet_pb2.DEVICE_KIND_CPU,
@@ -56,7 +55,10 @@ class HostProbe:
             memory_bytes=int(memory * MODEL_SHARE),
         )
         return fleet_pb2.Capacity(
-            devices=[cpu], cpu_cores=cores, memory_bytes=memory, disk_bytes=_free_disk(self.disk_path)
+            devices=[cpu],
+            cpu_cores=cgroups.usable_cores(limits),
+            memory_bytes=memory,
+            disk_bytes=_free_disk(self.disk_path),
         )
 
 
@@ -108,10 +110,6 @@ def local_probe(disk_path: Path, *, memory_limit: int = 0, gpus_first: bool = Tr
 def record(capacity: fleet_pb2.Capacity) -> str:
     """A recording's text: protobuf's JSON."""
     return json_format.MessageToJson(capacity, preserving_proto_field_name=True, indent=2) + "\n"
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor_name() -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
+from llmos import cgroups
 from llmos.errors import ConfigError
 
 HOST = "127.0.0.1"
@@ -16,7 +16,6 @@ DEFAULT_HTTP_PORT = 8000
 DEFAULT_GRPC_PORT = 8001
 _MEMORY_SHARE = 0.9
 _MOST_PROCESSES = 64
-_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +94,11 @@ def share_of(workers: int, cores: int, free_bytes: int) -> Share:
 
 
 def usable_cores() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that this process can keep busy, within the quota of its control groups; at least 1."""
+    return cgroups.whole_cores(cgroups.read())
 
 
 def free_memory() -> int:
-    """Bytes of main memory free now, within the limit of this process's control group."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = _CGROUP_MEMORY.read_text(encoding="ascii").strip()
-    except OSError:
-        return free
-    return min(free, int(limit)) if limit.isdecimal() else free
+    """Bytes of main memory free now, within the limit of this process's control groups."""
+    free = int(psutil.virtual_memory().available)
+    return min(free, cgroups.read().memory_bytes or free)

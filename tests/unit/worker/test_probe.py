@@ -11,10 +11,10 @@ from unittest.mock import Mock
 import psutil
 import pytest
 
+from llmos.cgroups import Limits
 from llmos.errors import ConfigError
 from llmos.v1 import fleet_pb2
-from worker import cgroups, nvml
-from worker.cgroups import Limits
+from worker import nvml
 from worker.nvml import Gpu
 from worker.probe import MODEL_SHARE, HostProbe, NvmlProbe, RecordedProbe, main
 
@@ -152,55 +152,3 @@ def test_cuda_visible_devices_chooses(value: str | None, shown: list[str]) -> No
     cards = [Gpu(uuid, "x", GIB) for uuid in ("GPU-aa", "GPU-ab", "GPU-b")]
     environ = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
     assert [gpu.uuid for gpu in nvml.visible(cards, environ)] == shown
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text + "\n")
-    return root
-
-
-def test_cgroup_v2_takes_the_tightest_parent(tmp_path: Path) -> None:
-    root = tree(
-        tmp_path / "fs",
-        {
-            "pod/memory.max": str(4 * GIB),
-            "pod/cpu.max": "150000 100000",
-            "pod/worker/memory.max": "max",
-            "pod/worker/cpu.max": "max 100000",
-        },
-    )
-    membership = tree(tmp_path, {"cgroup": "0::/pod/worker"}) / "cgroup"
-    assert cgroups.read(root, membership) == Limits(4 * GIB, 1.5)
-
-
-def test_cgroup_v1_in_a_container_reads_the_mounted_root(tmp_path: Path) -> None:
-    root = tree(
-        tmp_path / "fs",
-        {
-            "memory/memory.limit_in_bytes": str(2 * GIB),
-            "cpu/cpu.cfs_quota_us": "50000",
-            "cpu/cpu.cfs_period_us": "100000",
-        },
-    )
-    text = "4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n0::/"
-    membership = tree(tmp_path, {"cgroup": text}) / "cgroup"
-    assert cgroups.read(root, membership) == Limits(2 * GIB, 0.5)
-
-
-def test_cgroup_v1_without_limits(tmp_path: Path) -> None:
-    root = tree(
-        tmp_path / "fs",
-        {
-            "memory/memory.limit_in_bytes": "9223372036854771712",
-            "cpu/cpu.cfs_quota_us": "-1",
-            "cpu/cpu.cfs_period_us": "100000",
-        },
-    )
-    membership = tree(tmp_path, {"cgroup": "4:memory:/\n2:cpu:/"}) / "cgroup"
-    assert cgroups.read(root, membership) == Limits()
-
-
-def test_no_control_groups_at_all(tmp_path: Path) -> None:
-    assert cgroups.read(tmp_path, tmp_path / "none") == Limits()

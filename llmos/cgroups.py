@@ -5,6 +5,7 @@ See the kernel's `cgroup-v2.rst` and `cgroup-v1/`. A limit of a parent group bin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,17 @@ def read(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/sel
             for folder in _upwards(root / "cpu", path):
                 cores.extend(_quota_v1(folder))
     return Limits(min(memory, default=0), min(cores, default=0.0))
+
+
+def usable_cores(limits: Limits) -> float:
+    """Processors that this process can keep busy: those that it may run on, within its groups' quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(float(allowed), limits.cpu_cores or float("inf"))
+
+
+def whole_cores(limits: Limits) -> int:
+    """Threads that can compute at once without waiting for each other; at least 1."""
+    return max(1, int(usable_cores(limits)))
 
 
 def _upwards(base: Path, path: str) -> Iterator[Path]:
