@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import tomllib
@@ -185,7 +186,10 @@ def _scalar(value: object, hint: Any) -> object:
         raise TypeError
     if hint is str and not isinstance(value, str):
         raise TypeError
-    return hint(value)
+    converted = hint(value)
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError(str(value))
+    return converted
 
 
 def _boolean(value: object) -> bool:

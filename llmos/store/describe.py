@@ -16,6 +16,8 @@ from llmos.store.tensors import Tensor, main_dtype, read_header
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 DEFAULT_CONTEXT = 2048
 """For the few models whose config does not bound their positions."""
+LARGEST_NUMBER = 2**31 - 1
+"""Of any dimension of a model; products of a few of them still fit what travels."""
 
 Json = Mapping[str, Any]
 
@@ -55,11 +57,15 @@ def describe(
 def chat_template(folder: Path) -> str:
     """The model's chat template: chat_template.jinja, chat_template.json or tokenizer_config.json, in this order."""
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError("chat_template.jinja of the source is not text in UTF-8.") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = (_object(folder, name) or {}).get("chat_template")
         if isinstance(found, list):  # several named ones: [{"name": ..., "template": ...}]
-            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+            named = (entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default")
+            found = next(named, {}).get("template")
         if isinstance(found, str):
             return found
     return ""
@@ -67,14 +73,14 @@ def chat_template(folder: Path) -> str:
 
 def _demand(config: Json, tensors: Sequence[Tensor]) -> dict[str, Any]:
     """What must be known to place the model; sizes are upper bounds for models that use less in some layers."""
-    text = {**config, **(config.get("text_config") or {})}
+    text = {**config, **_text_config(config)}
     hidden, heads = _number(text, "hidden_size", "n_embd", "d_model"), _number(text, "num_attention_heads", "n_head")
     layers = _number(text, "num_hidden_layers", "n_layer")
     kv_heads = _number(text, "num_key_value_heads", default=heads)
     head_dim = _number(text, "head_dim", default=hidden // heads)
     dtype = main_dtype(tensors)
     return {
-        "architecture": (config.get("architectures") or [""])[0],
+        "architecture": _architecture(config),
         "model_type": str(config.get("model_type", "")),
         "layers": layers,
         "kv_heads": kv_heads,
@@ -89,13 +95,28 @@ def _demand(config: Json, tensors: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
+def _text_config(config: Json) -> Json:
+    """The decoder's part of the config of a model that has others, too."""
+    found = config.get("text_config") or {}
+    if not isinstance(found, dict):
+        raise SourceError("config.json has a 'text_config' that is no object.")
+    return found
+
+
+def _architecture(config: Json) -> str:
+    names = config.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise SourceError("config.json has 'architectures' that are no list of names.")
+    return names[0]
+
+
 def _number(config: Json, *keys: str, default: int | None = None) -> int:
     """The first of the keys that holds a positive integer; the largest of a list of them (one per layer)."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
             value = max(value)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and 0 < value <= LARGEST_NUMBER:
             return value
     if default is None:
         raise SourceError(f"config.json has no positive '{keys[0]}': not a decoder that llmos knows.")
@@ -114,12 +135,14 @@ def _special_token(folder: Path, key: str) -> str:
 
 def _eos_token_ids(folder: Path, config: Json) -> tuple[int, ...]:
     """As transformers' `generate` takes them: generation_config.json wins over config.json."""
-    for holder in (_object(folder, "generation_config.json") or {}, config, config.get("text_config") or {}):
+    for holder in (_object(folder, "generation_config.json") or {}, config, _text_config(config)):
         value = holder.get("eos_token_id")
         if isinstance(value, int):
             return (value,)
         if isinstance(value, list) and value:
-            return tuple(int(item) for item in value)
+            if not all(isinstance(item, int) for item in value):
+                raise SourceError("The source has an 'eos_token_id' that is no token id.")
+            return tuple(value)
     return ()
 
 

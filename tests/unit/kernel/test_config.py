@@ -56,6 +56,8 @@ def test_text_becomes_the_fields_type() -> None:
     [
         {"LLMOS_SAMPLE_PROT": "1"},
         {"LLMOS_SAMPLE_PORT": "many"},
+        {"LLMOS_SAMPLE_RATIO": "nan"},
+        {"LLMOS_SAMPLE_RATIO": "inf"},
         {"LLMOS_SAMPLE_BACKEND": "x"},
         {"LLMOS_SAMPLE_VERBOSE": "2"},
     ],

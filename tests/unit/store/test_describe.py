@@ -134,3 +134,34 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, content: str) -> 
 def test_a_config_without_a_needed_number_is_refused(tmp_path: Path, key: str, value: object) -> None:
     with pytest.raises(SourceError, match=key):
         describe_folder(with_config(tmp_path, {**CONFIG, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {**CONFIG, "text_config": "yes"}),
+        ("config.json", {**CONFIG, "architectures": 7}),
+        ("config.json", {**CONFIG, "architectures": [7]}),
+        ("config.json", {**CONFIG, "hidden_size": 2**70}),
+        ("generation_config.json", {"eos_token_id": [None]}),
+        ("generation_config.json", {"eos_token_id": ["x"]}),
+    ],
+    ids=["text_config", "architectures", "architecture", "vast", "no end token", "end token in letters"],
+)
+def test_values_of_the_wrong_type_are_refused(tmp_path: Path, name: str, content: dict[str, Any]) -> None:
+    write_model(tmp_path, without=["chat_template.jinja"])
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(SourceError):
+        describe_folder(tmp_path)
+
+
+def test_templates_without_names_are_none(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ["x", {"name": "rag"}]}))
+    assert chat_template(tmp_path) == ""
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(SourceError, match="chat_template"):
+        describe_folder(tmp_path)
