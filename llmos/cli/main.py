@@ -29,9 +29,8 @@ app.command("ps")(ps.ps)
 app.command("kill")(kill.kill)
 app.command("trace")(trace.trace)
 app.command("certs")(certs.certs)
-app.add_typer(keys.app, name="keys", help="API keys: make, list, remove.")
 app.add_typer(models.app, name="models", help="The model store: list, show, import, remove.")
-app.add_typer(keys.app, name="keys", help="API keys of a gateway.")
+app.add_typer(keys.app, name="keys", help="API keys: make, list, remove.")
 
 
 @app.command("version")
@@ -41,7 +40,8 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point. Typed errors become one line on stderr and exit status 1; wrong usage exits with 2."""
+    """Entry point. Typed errors, and what the system refuses, become one line on stderr and exit status 1; wrong usage
+    exits with 2."""
     try:
         app()
     except KeyboardInterrupt:
@@ -53,9 +53,12 @@ def main() -> None:
     except Exception as problem:
         from llmos.errors import LlmosError
 
-        if not isinstance(problem, LlmosError):
+        if isinstance(problem, LlmosError):
+            output.error(problem.message)
+        elif isinstance(problem, OSError) and problem.strerror:
+            output.error(f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror)
+        else:
             raise
-        output.error(problem.message)
         sys.exit(EXIT_FAILED)
 
 

@@ -59,7 +59,7 @@ def note(line: str) -> None:
 
 def error(message: str) -> None:
     """An error in one line on stderr."""
-    note(f"llmos: {' '.join(message.split())}")
+    note(f"llmos: {printable(' '.join(message.split()))}")
 
 
 def printable(text: str) -> str:

@@ -57,12 +57,11 @@ def prepare(options: FleetOptions, steps: output.Steps) -> FleetOptions:
         find_etcd(environment().get("PATH"))
     if options.backend == "echo":
         return replace(options, model=options.model or ECHO_MODEL)
-    return replace(options, model=_stored(options.model or DEFAULT_NAME, steps))
+    return replace(options, model=_stored(options.model or DEFAULT_NAME, Store(options.store), steps))
 
 
-def _stored(names: str, steps: output.Steps) -> str:
+def _stored(names: str, store: Store, steps: output.Steps) -> str:
     """`names` as they are, once each is known to be in the store."""
-    store = Store()
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name == DEFAULT_NAME:

@@ -50,6 +50,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return Terminal(monkeypatch, capsys)
 
 
+def test_what_the_system_refuses_is_one_line(terminal: Terminal) -> None:
+    status, out, err = terminal.run("keys", "add", "--tenant", "acme", "--file", "/dev/null/folder/keys.json")
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "Not a directory" in err
+    assert "/dev/null/folder" in err
+
+
 def test_nodes_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
     status, out, _ = terminal.run("nodes", "--json")
     assert status == 0

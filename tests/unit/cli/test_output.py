@@ -32,8 +32,8 @@ def test_text_for_a_pipe_is_left_alone(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == "a\x1bb"
 
 
-def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    output.error("first\n  second")
+def test_an_error_is_one_line_and_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    output.error("first\n  \x1bsecond")
     assert capsys.readouterr().err == "llmos: first second\n"
 
 

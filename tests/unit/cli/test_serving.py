@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from llmos.cli import output
+from llmos.cli import output, serving
 from llmos.cli.serving import prepare, usage_text
 from llmos.errors import ConfigError, Conflict, MissingExtra, ModelNotFound
 from llmos.fleet import etcd_server
 from llmos.fleet.identity import identify
 from llmos.fleet.options import FleetOptions
 from llmos.fleet.state import FleetState, write_state
+from llmos.store import Store, import_model
+from tests.fakes.models import write_model
 
 
 def ready_state() -> FleetState:
@@ -54,6 +56,17 @@ def test_a_model_that_is_not_in_the_store(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("LLMOS_STORE", str(tmp_path / "store"))
     with pytest.raises(ModelNotFound, match="llmos models import"):
         prepare(FleetOptions(data_dir=tmp_path, model="nosuch"), output.Steps())
+
+
+def test_a_model_is_looked_for_in_the_store_that_the_workers_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMOS_STORE", str(tmp_path / "other"))
+    monkeypatch.setattr(serving, "_EXTRAS", ())
+    store = Store(tmp_path / "store")
+    import_model(store, str(write_model(tmp_path / "source")), name="tiny", environ={})
+    options = FleetOptions(data_dir=tmp_path, model="tiny", store=store.path)
+    assert prepare(options, output.Steps()).model == "tiny"
 
 
 def test_a_keys_file_that_is_not_there(tmp_path: Path) -> None:
