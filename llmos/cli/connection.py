@@ -44,7 +44,9 @@ class Connection:
 def find_target(data_dir: Path | None, environ: Mapping[str, str] | None = None) -> Target:
     """The fleet of `data_dir`, else LLMOS_ADDRESS, else the last `up`. Raises Unavailable or ConfigError."""
     environ = environment() if environ is None else environ
-    key = environ.get("LLMOS_API_KEY", "")
+    key = environ.get("LLMOS_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("LLMOS_API_KEY holds characters that no key has: set it to one line of `llmos keys add`")
     ca_file = environ.get("LLMOS_CA_FILE", "")
     address = environ.get("LLMOS_ADDRESS", "")
     if data_dir is None and address:

@@ -44,9 +44,7 @@ def generate(
     answer = asyncio.run(_ask(find_target(data_dir), model, text, settings, raw, show=stream and not as_json))
     if as_json:
         output.print_json(answer.as_json())
-    elif stream:
-        output.write("\n")
-    else:
+    elif not stream:
         output.write(f"{answer.text}\n")
 
 
@@ -97,11 +95,16 @@ async def _ask(target: Target, model: str, text: str, settings: Settings, raw: b
     from llmos.cli.connection import connect
 
     answer = Answer()
-    async with connect(target) as fleet, aclosing(await _events(fleet, model, text, settings, raw)) as events:
-        async for event in events:
-            piece = answer.add(event)
-            if show and piece:
-                output.write(piece)
+    try:
+        async with connect(target) as fleet, aclosing(await _events(fleet, model, text, settings, raw)) as events:
+            async for event in events:
+                piece = answer.add(event)
+                if show and piece:
+                    output.write(piece)
+    finally:
+        if show and answer.text:
+            # An answer that breaks off ends its line too: what follows is an error, or the shell's prompt.
+            output.write("\n")
     return answer
 
 

@@ -40,8 +40,8 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point. Typed errors, and what the system refuses, become one line on stderr and exit status 1; wrong usage
-    exits with 2."""
+    """Entry point. Typed errors, what the system refuses, and input that is no text become one line on stderr and exit
+    status 1; wrong usage exits with 2."""
     try:
         app()
     except KeyboardInterrupt:
@@ -57,6 +57,8 @@ def main() -> None:
             output.error(problem.message)
         elif isinstance(problem, OSError) and problem.strerror:
             output.error(f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror)
+        elif isinstance(problem, UnicodeError):
+            output.error("the input is not UTF-8 text: convert it first, for example with `iconv`")
         else:
             raise
         sys.exit(EXIT_FAILED)

@@ -7,16 +7,18 @@ import importlib.util
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from llmos.cli import output, progress
 from llmos.cli.answer import stream_answer
 from llmos.config import environment
-from llmos.errors import ConfigError, Conflict, MissingExtra
+from llmos.errors import ConfigError, Conflict, MissingExtra, Unavailable
 from llmos.fleet.detach import start_detached
 from llmos.fleet.etcd_server import find_etcd
 from llmos.fleet.lock import already_runs
-from llmos.fleet.options import FleetOptions, free_memory, make_folders, share_of, usable_cores
+from llmos.fleet.options import DEFAULT_HTTP_PORT, FleetOptions, free_memory, make_folders, share_of, usable_cores
 from llmos.fleet.plan import ServicePlan
+from llmos.fleet.probe import accepts
 from llmos.fleet.shutdown import is_running
 from llmos.fleet.state import FleetState, read_state, remember_last_up, state_home
 from llmos.fleet.supervisor import Supervisor
@@ -24,6 +26,9 @@ from llmos.store import Store
 from llmos.store.default import DEFAULT_NAME, ensure_default
 
 ECHO_MODEL = "echo"
+_ETCD_TIMEOUT_S = 3.0
+# So that the first answer to a curious line comes within seconds on a laptop.
+_EXAMPLE_TOKENS = 64
 _EXTRAS = (("gateway", "starlette", "The gateway"), ("worker", "torch", "The torch backend"))
 
 
@@ -53,11 +58,18 @@ def prepare(options: FleetOptions, steps: output.Steps) -> FleetOptions:
     for extra, module, purpose in _EXTRAS:
         if (extra != "worker" or options.backend == "torch") and importlib.util.find_spec(module) is None:
             raise MissingExtra(extra, purpose)
-    if not options.etcd:
+    if options.etcd:
+        _expect_etcd(options.etcd)
+    else:
         find_etcd(environment().get("PATH"))
     if options.backend == "echo":
         return replace(options, model=options.model or ECHO_MODEL)
     return replace(options, model=_stored(options.model or DEFAULT_NAME, Store(options.store), steps))
+
+
+def _expect_etcd(endpoints: tuple[str, ...]) -> None:
+    if not any(accepts(endpoint, _ETCD_TIMEOUT_S) for endpoint in endpoints):
+        raise Unavailable(f"no etcd answers at {', '.join(endpoints)}: see that it runs and that --etcd is right")
 
 
 def _stored(names: str, store: Store, steps: output.Steps) -> str:
@@ -112,6 +124,8 @@ def serve_here(options: FleetOptions, ask: Ask | None, *, once: bool, steps: out
     asyncio.run(serve())
     if not done.is_set():
         raise KeyboardInterrupt
+    if not once:
+        output.note("stopped the fleet")
 
 
 def _answer(state: FleetState, ask: Ask) -> None:
@@ -123,6 +137,8 @@ def _answer(state: FleetState, ask: Ask) -> None:
 
 def _announce(state: FleetState, options: FleetOptions, *, stop: str) -> None:
     remember_last_up(state_home(environment()), options.data_dir)
+    if options.http_port is None and urlsplit(state.http_url).port != DEFAULT_HTTP_PORT:
+        output.note(f"port {DEFAULT_HTTP_PORT} is taken: this fleet has another; --http-port chooses one")
     output.note(usage_text(state, has_keys=options.keys_file is not None, logs=options.log_dir, stop=stop))
 
 
@@ -132,7 +148,8 @@ def usage_text(state: FleetState, *, has_keys: bool, logs: Path, stop: str) -> s
     key = "YOUR-KEY" if has_keys else "any"
     header = f" -H 'authorization: Bearer {key}'" if has_keys else ""
     message = '{"role": "user", "content": "Hello"}'
-    body = f'{{"model": "{model}", "messages": [{message}]}}'
+    body = f'{{"model": "{model}", "messages": [{message}], "max_tokens": {_EXAMPLE_TOKENS}}}'
+    call = f'model="{model}", messages=[{message}], max_tokens={_EXAMPLE_TOKENS}'
     return f"""
 llmos serves {", ".join(state.models)}
   HTTP  {base}
@@ -144,5 +161,5 @@ llmos serves {", ".join(state.models)}
 
   from openai import OpenAI
   client = OpenAI(base_url="{base}", api_key="{key}")
-  print(client.chat.completions.create(model="{model}", messages=[{message}]).choices[0].message.content)
+  print(client.chat.completions.create({call}).choices[0].message.content)
 """

@@ -1,9 +1,12 @@
-"""One HTTP GET of our own services, with a deadline and no proxy."""
+"""Whether something answers: one HTTP GET of our own services, or a bare connection; with a deadline and no proxy."""
 
 from __future__ import annotations
 
 import http.client
+import socket
 from urllib.parse import urlsplit
+
+from llmos.errors import ConfigError
 
 
 def http_status(url: str, timeout_s: float) -> int | None:
@@ -17,3 +20,15 @@ def http_status(url: str, timeout_s: float) -> int | None:
         return None
     finally:
         connection.close()
+
+
+def accepts(address: str, timeout_s: float) -> bool:
+    """Whether anything at host:port takes a TCP connection in time. Raises ConfigError if it is no host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"'{address}' is no host:port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except (OSError, OverflowError):
+        return False
+    return True

@@ -177,6 +177,29 @@ def test_generate_reads_standard_input(gateway: ScriptedGateway, terminal: Termi
     assert gateway.asked[0].messages[0].content == "from a pipe"
 
 
+@pytest.mark.parametrize("arguments", [("generate", "\udcff"), ("kill", "\udcff")])
+def test_input_that_is_no_text_is_one_line(
+    gateway: ScriptedGateway, terminal: Terminal, arguments: tuple[str, ...]
+) -> None:
+    status, out, err = terminal.run(*arguments)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "not UTF-8" in err
+
+
+class BreaksOff(list[str]):
+    """Pieces of an answer whose gateway fails after the first."""
+
+    def __iter__(self) -> Iterator[str]:
+        yield self[0]
+        raise ConnectionError
+
+
+def test_an_answer_that_breaks_off_ends_its_line(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.pieces = BreaksOff(["Par", "is"])
+    status, out, err = terminal.run("generate", "x")
+    assert (status, out, err.count("\n")) == (1, "Par\n", 1)
+
+
 def test_a_typed_error_is_one_line(gateway: ScriptedGateway, terminal: Terminal) -> None:
     assert terminal.run("generate", "x", "--max-tokens", "13") == (1, "", "llmos: the queue is full\n")
 

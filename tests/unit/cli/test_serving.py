@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from llmos.cli import output, serving
 from llmos.cli.serving import prepare, usage_text
-from llmos.errors import ConfigError, Conflict, MissingExtra, ModelNotFound
+from llmos.errors import ConfigError, Conflict, MissingExtra, ModelNotFound, Unavailable
 from llmos.fleet import etcd_server
 from llmos.fleet.identity import identify
 from llmos.fleet.options import FleetOptions
@@ -39,6 +40,23 @@ def test_usage_shows_a_curl_line_and_three_lines_of_python() -> None:
 def test_usage_names_the_key_where_keys_are_needed() -> None:
     text = usage_text(ready_state(), has_keys=True, logs=Path("/l"), stop="Ctrl-C")
     assert text.count("YOUR-KEY") == 2
+
+
+def test_usage_asks_for_a_short_answer() -> None:
+    text = usage_text(ready_state(), has_keys=False, logs=Path("/l"), stop="Ctrl-C")
+    assert '"max_tokens": 64' in text
+    assert "max_tokens=64" in text
+
+
+def test_an_etcd_that_does_not_answer_is_found_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        options = FleetOptions(data_dir=tmp_path, backend="echo", etcd=("127.0.0.1:1", address))
+        assert prepare(options, output.Steps()).etcd == options.etcd
+    with pytest.raises(Unavailable, match=f"no etcd answers at {address}"):
+        prepare(FleetOptions(data_dir=tmp_path, backend="echo", etcd=(address,)), output.Steps())
+    with pytest.raises(ConfigError, match="no host:port"):
+        prepare(FleetOptions(data_dir=tmp_path, backend="echo", etcd=("localhost",)), output.Steps())
 
 
 def test_echo_needs_no_model(tmp_path: Path) -> None:

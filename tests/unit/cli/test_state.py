@@ -114,3 +114,9 @@ def test_a_fleet_that_still_starts_says_so(tmp_path: Path) -> None:
 def test_an_address_without_port_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="host:port"):
         find_target(None, {"LLMOS_ADDRESS": "somewhere"})
+
+
+def test_a_key_from_a_file_may_end_its_line_but_not_hold_two() -> None:
+    assert find_target(None, {"LLMOS_ADDRESS": "h:1", "LLMOS_API_KEY": "k\n"}).api_key == "k"
+    with pytest.raises(ConfigError, match="llmos keys add"):
+        find_target(None, {"LLMOS_ADDRESS": "h:1", "LLMOS_API_KEY": "a\nb"})
