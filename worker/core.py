@@ -112,6 +112,7 @@ class WorkerCore:
         log.info("scheduler %s attached, term %d", request.commands[0].hello.scheduler_id, request.term)
         report = self._report()
         self._obey(request.commands[1:])
+        self._wake_if_sendable()
         return report
 
     def receive(self, request: work_pb2.AttachRequest, stream: Stream) -> None:
@@ -121,8 +122,7 @@ class WorkerCore:
             return
         self._outbox.acknowledge(request.acknowledged)
         self._obey(request.commands)
-        if self.sendable:
-            self._wake()
+        self._wake_if_sendable()
 
     def detach(self, stream: Stream) -> None:
         """A stream ended. Attempts go on; see `tick`."""
@@ -164,6 +164,7 @@ class WorkerCore:
         frame.draining = self._announced_drain = self._draining
         frame.models.extend(self._shelf.take_changes())
         frame.spans.extend(self._spans.drain())
+        self._wake_if_sendable()
         return frame
 
     # From the engine
@@ -186,8 +187,7 @@ class WorkerCore:
             self._take_output(output)
         for failure in frame.failures:
             self._fail(failure.request_id, wire.epoch_from_wire(failure.epoch), failure)
-        if self.sendable:
-            self._wake()
+        self._wake_if_sendable()
 
     def engine_lost(self, reason: str) -> None:
         """See `EngineListener`. Attempts die with the engine; the scheduler places them anew."""
@@ -261,7 +261,7 @@ class WorkerCore:
         self._spans.begin(dispatch)
         if not running.open_choices:
             self._complete(running)
-            return []
+            return [] if older is None else [_cancel(older)]
         return [command]
 
     def _refusal(self, model: str) -> LlmosError | None:
@@ -279,8 +279,7 @@ class WorkerCore:
         if not self._table.cancel(request_id, epoch, self._clock.monotonic()) or running is None:
             return []
         self._spans.end(request_id, running.epoch, "cancelled")
-        order = work_pb2.CancelAttempt(request_id=request_id, epoch=wire.epoch_to_wire(running.epoch))
-        return [work_pb2.Command(cancel=order)]
+        return [_cancel(running)]
 
     def _finish(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
         finish = command.finish
@@ -308,8 +307,7 @@ class WorkerCore:
         if output.index != running.next_index(output.choice):
             error = AttemptLost("The engine left a gap in its output.")
             self._fail(output.request_id, epoch, _failure(output.request_id, epoch, error))
-            cancel = work_pb2.CancelAttempt(request_id=output.request_id, epoch=output.epoch)
-            self._to_engine([work_pb2.Command(cancel=cancel)])
+            self._to_engine([_cancel(running)])
             return
         complete = self._table.advance(output)
         self._outbox.add(output)
@@ -340,9 +338,18 @@ class WorkerCore:
                     failure = _failure(request_id, wire.epoch_from_wire(epoch), AttemptLost(error.message))
                     self._fail(request_id, wire.epoch_from_wire(epoch), failure)
 
+    def _wake_if_sendable(self) -> None:
+        if self.sendable:
+            self._wake()
+
     def _wake(self) -> None:
         if self._stream is not None:
             self._stream.wake()
+
+
+def _cancel(running: Running) -> work_pb2.Command:
+    order = work_pb2.CancelAttempt(request_id=running.request_id, epoch=wire.epoch_to_wire(running.epoch))
+    return work_pb2.Command(cancel=order)
 
 
 def _failure(request_id: str, epoch: Epoch, error: LlmosError) -> request_pb2.Failure:

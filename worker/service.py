@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
@@ -46,11 +47,10 @@ class SchedulerStream:
 
     async def turn(self) -> bool:
         """Wait for something to send, or the next heartbeat. False at the end; raises the error that ended it."""
-        try:
+        # Both may come at once: at a heartbeat, too, an ended stream must not take a frame that another one counts.
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._wake.wait()
-        except TimeoutError:
-            return True
         self._wake.clear()
         if self._error is not None:
             raise self._error

@@ -50,6 +50,16 @@ def test_a_replaced_attempt_says_nothing_more() -> None:
     assert rig.core.counts["late"] == 1
 
 
+def test_an_attempt_replaced_by_a_finished_one_is_stopped() -> None:
+    rig = Rig()
+    rig.send(dispatch())
+    again = dispatch(attempt=2)
+    again.dispatch.request.resume.add(choice=0, token_ids=[65], finished=True)
+    rig.send(again)
+    assert rig.engine.orders[-1] == "cancel"
+    assert rig.running() == []
+
+
 def test_cancel_drops_what_was_not_sent_and_closes_the_span() -> None:
     rig = Rig()
     rig.send(dispatch())

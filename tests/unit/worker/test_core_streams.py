@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmos.errors import FleetError, InvalidRequest, LlmosError, StaleTerm, Unavailable
-from llmos.internal.v1 import work_pb2
+from llmos.internal.v1 import request_pb2, work_pb2
 from tests.unit.worker.rig import FakeStream, Rig, batch, cancel, dispatch, hello
 
 
@@ -53,6 +53,35 @@ def test_the_report_names_what_runs_and_what_was_not_acknowledged() -> None:
     rig.output(0, request_id="done", end=True)
     rig.core.next_frame()
     assert rig.running() == [("done", 1), ("runs", 1)]
+
+
+def test_what_waits_for_a_stream_does_not_wait_for_its_heartbeat() -> None:
+    rig = Rig()
+    rig.send(dispatch())
+    rig.core.detach(rig.stream)
+    rig.output(0)
+    fresh = FakeStream()
+    rig.core.attach(batch(hello()), fresh)
+    assert fresh.wakes == 1
+    assert [output.index for output in rig.core.next_frame().outputs] == [0]
+    assert fresh.wakes == 1, "nothing is left"
+
+
+def test_what_one_frame_cannot_hold_goes_with_the_next_at_once() -> None:
+    rig = Rig()
+    rig.send(dispatch(choices=2))
+    rig.core.detach(rig.stream)
+    long = [65] * (5 * 1024 * 1024)
+    for choice in (0, 1):
+        epoch = request_pb2.Epoch(term=1, attempt=1)
+        vast = request_pb2.Output(request_id="a", epoch=epoch, choice=choice, token_ids=long)
+        rig.core.engine_frame(work_pb2.WorkFrame(outputs=[vast]))
+    fresh = FakeStream()
+    rig.core.attach(batch(hello()), fresh)
+    assert [output.choice for output in rig.core.next_frame().outputs] == [0]
+    assert fresh.wakes == 2
+    assert [output.choice for output in rig.core.next_frame().outputs] == [1]
+    assert fresh.wakes == 2
 
 
 def test_a_new_stream_hears_again_what_was_not_acknowledged() -> None:
