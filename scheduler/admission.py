@@ -74,7 +74,7 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
         raise Overloaded("Too many requests are waiting; try again later.", retry_after_s=pause)
     parked_key = (request.model, request.model_version)
     live = LiveRequest.accept(request, gateway_id, event.stream_id, key or parked_key, now)
-    live.attempts = state.last_attempts.get(live.id, now) or 0
+    live.attempts = live.attempts_before = state.last_attempts.get(live.id, now) or 0
     home = state.workers.get(state.claims.get(live.id, ""))
     if request.resume and home is not None:
         live.fingerprint = home.fingerprint

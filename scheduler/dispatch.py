@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmos.errors import Unavailable
 from scheduler.commands import StartAttempt
-from scheduler.events import Sweep
+from scheduler.events import DeadlinePassed, Event, Sweep
 from scheduler.lifecycle import fail, forget_claim
 from scheduler.members import refresh_catalogue
 from scheduler.requests import Attempt, LiveRequest, ModelKey
@@ -12,6 +12,8 @@ from scheduler.state import Outbox, State
 from scheduler.workers import HOPELESS, WorkerView
 
 SWEEP_S = 1.0
+_SPARE_TIMERS = 64
+"""So many pointless timers are not worth a walk over all."""
 
 
 def place_waiting(state: State, now: float, out: Outbox) -> None:
@@ -29,7 +31,7 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
         return True
 
     for key in sorted(state.freed.keys() | state.looking):
-        state.drain.count(now, state.waiting.admit(key, start))
+        state.drain.count(now, state.waiting.admit(key, start, state.reach(key)))
     state.freed.clear()
     state.looking.clear()
 
@@ -50,6 +52,8 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     """Once a second: end requests that no worker is left for, forget models that are gone, look once more."""
     state.timers.at(now + SWEEP_S, Sweep())
     refresh_catalogue(state, now, out)
+    _give_up_stranded(state, now, out)
+    _forget_deadlines(state)
     waited_for = state.waiting.keys()
     for key in list(state.nobody_since):
         if key not in waited_for:
@@ -66,6 +70,27 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
             fail(state, live, _nobody(), out)
 
 
+def _give_up_stranded(state: State, now: float, out: Outbox) -> None:
+    """End what has been too large for every usable worker for long; let the rest be looked at again."""
+    since = {live.id: state.stranded_since.get(live.id, now) for live in state.waiting.stranded()}
+    state.stranded_since = since
+    for request_id, began in since.items():
+        if now - began >= state.policy.no_worker_grace_s:
+            fail(state, state.requests[request_id], _too_large(), out)
+    state.waiting.recall()
+
+
+def _forget_deadlines(state: State) -> None:
+    """Most requests end long before their deadline; their timers must not pile up until then."""
+    live = state.requests
+
+    def pointless(event: Event) -> bool:
+        return isinstance(event, DeadlinePassed) and event.request_id not in live
+
+    if len(state.timers) > 2 * len(live) + _SPARE_TIMERS:
+        state.timers.drop(pointless)
+
+
 def _served(state: State, key: ModelKey) -> bool:
     """A connected worker has the model, or may come to have it."""
     for worker in state.workers.values():
@@ -77,3 +102,7 @@ def _served(state: State, key: ModelKey) -> bool:
 
 def _nobody() -> Unavailable:
     return Unavailable("No worker serves the model at present; try again later.", retry_after_s=5.0)
+
+
+def _too_large() -> Unavailable:
+    return Unavailable("No worker has memory for that many tokens at present; ask for fewer.", retry_after_s=5.0)

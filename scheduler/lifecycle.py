@@ -82,7 +82,7 @@ def migrate(state: State, live: LiveRequest, reason: str, out: Outbox, *, tell: 
     drop_attempt(state, live, reason, out, tell=tell)
     if finish_exhausted(state, live, out):
         return
-    if live.attempts >= state.policy.max_attempts:
+    if live.attempts - live.attempts_before >= state.policy.max_attempts:
         fail(state, live, Unavailable("The request was moved between workers too often; try again."), out)
         return
     enqueue(state, live, out)

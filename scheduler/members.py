@@ -58,6 +58,7 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     worker.attachments += 1
     worker.step_at = now
     worker.fingerprint = event.report.numerics_fingerprint
+    state.standing_changed(worker)
     for slot in worker.slots.values():
         slot.ordered = False
     models_changed(state, worker, event.report.models, now, out)
@@ -81,6 +82,7 @@ def detached(state: State, event: events.WorkerDetached, now: float, out: Outbox
 
 def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> None:
     worker.connected = False
+    state.standing_changed(worker)
     for request_id in worker.unclaimed:
         state.claims.pop(request_id, None)
     worker.unclaimed.clear()
@@ -93,14 +95,14 @@ def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> N
 
 def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
     del state.workers[worker.id]
-    for slot in worker.slots.values():
-        state.largest.pop(slot.key, None)
+    state.standing_changed(worker)
     out.append(HangUp(worker.id))
 
 
 def set_draining(state: State, worker: WorkerView, draining: bool) -> None:
     """A worker empties itself, or has changed its mind."""
     worker.draining = draining
+    state.standing_changed(worker)
     for slot in worker.slots.values():
         state.room_changed(worker, slot)
 
@@ -116,10 +118,10 @@ def models_changed(
             continue
         if (slot.state, slot.total_blocks) != (model.state, model.total_blocks):
             changed = True
-            state.largest.pop(slot.key, None)
         slot.report(model)
         state.room_changed(worker, slot)
     if changed:
+        state.standing_changed(worker)
         _order_loads(state, worker, out)
         refresh_catalogue(state, now, out)
 

@@ -47,9 +47,10 @@ class Choice:
     def append(self, tokens: Sequence[int], logprobs: Sequence[request_pb2.LogprobEntry]) -> None:
         """Remember output; what a later attempt or a returning gateway needs."""
         self.tokens.extend(tokens)
-        if logprobs:
+        if len(logprobs) == len(tokens):  # a last word without tokens included
             self.logprobs.extend(logprobs)
         else:
+            self.logprobs.clear()
             self.logprobs_from = len(self.tokens)
 
     def truncate(self, length: int) -> None:
@@ -101,7 +102,9 @@ class LiveRequest:
     choices: list[Choice]
     attempt: Attempt | None = None
     attempts: int = 0
-    """Attempts begun in this term's core."""
+    """Number of the last attempt begun; the count goes on where an earlier request of the same id ended."""
+    attempts_before: int = 0
+    """The count at its beginning."""
     retries: int = 0
     tried: set[str] = field(default_factory=set)
     """Workers that an attempt was lost or failed on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmos.v1 import fleet_pb2
@@ -61,6 +62,10 @@ class State:
     """Since when no connected worker could ever serve a model that somebody waits for."""
     largest: dict[ModelKey, int] = field(default_factory=dict)
     """KV blocks of the largest loaded slot of each model; absent: not known since something changed."""
+    reachable: dict[ModelKey, int] = field(default_factory=dict)
+    """The same, of workers that may be given new work now."""
+    stranded_since: dict[str, float] = field(default_factory=dict)
+    """Waiting requests that are too large for every such worker, as of the last sweep."""
     catalogue: Catalogue = field(default_factory=Catalogue)
     timers: Timers = field(default_factory=Timers)
     drain: DrainRate = field(default_factory=DrainRate)
@@ -102,15 +107,30 @@ class State:
         if key in self.freed:
             self.freed[key].discard(worker_id)
 
+    def standing_changed(self, worker: WorkerView) -> None:
+        """A worker came or went, or its slots changed in state or size."""
+        for slot in worker.slots.values():
+            self.largest.pop(slot.key, None)
+            self.reachable.pop(slot.key, None)
+
     def largest_slot(self, key: ModelKey) -> int:
         """KV blocks of the largest slot in which a model is loaded; 0 if it is nowhere."""
         if key not in self.largest:
-            slots = (worker.slot_for(key) for worker in self.workers.values())
-            loaded = (slot.total_blocks for slot in slots if slot is not None and slot.state == LOADED)
-            self.largest[key] = max(loaded, default=0)
+            self.largest[key] = _largest(self.workers.values(), key)
         return self.largest[key]
+
+    def reach(self, key: ModelKey) -> int:
+        """KV blocks beyond which no usable worker could hold a request, even if it had nothing else to do."""
+        if key not in self.reachable:
+            self.reachable[key] = _largest((worker for worker in self.workers.values() if worker.usable), key)
+        return self.reachable[key]
 
     def room_taken(self, worker: WorkerView, slot: ModelSlot) -> None:
         """An attempt was just placed there."""
         if slot.available <= 0:
             self.lost_room(worker.id, slot.key)
+
+
+def _largest(workers: Iterable[WorkerView], key: ModelKey) -> int:
+    slots = (worker.slot_for(key) for worker in workers)
+    return max((slot.total_blocks for slot in slots if slot is not None and slot.state == LOADED), default=0)

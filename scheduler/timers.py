@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from scheduler.events import Event
 
 
 class Timers:
-    """Events by the time they are due. Nothing is ever removed early: a handler finds out that its reason is gone."""
+    """Events by the time they are due. One whose reason is gone may stay: its handler finds out."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Event]] = []
         self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
 
     def at(self, when: float, event: Event) -> None:
         """Deliver `event` once `now` has reached `when`."""
@@ -24,3 +27,8 @@ class Timers:
         """Take out what is due, in order of time, then of arrival."""
         while self._heap and self._heap[0][0] <= now:
             yield heapq.heappop(self._heap)[2]
+
+    def drop(self, pointless: Callable[[Event], bool]) -> None:
+        """Forget events that would change nothing; linear in their number."""
+        self._heap = [item for item in self._heap if not pointless(item[2])]
+        heapq.heapify(self._heap)

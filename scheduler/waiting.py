@@ -31,13 +31,19 @@ class _Entry:
     gone: bool = False
 
 
+_Item = tuple[float, int, _Entry]
+
+
 class WaitingRoom:
     """Order: earliest due first (EDF over class patience), then arrival. A request is in it at most once."""
 
     def __init__(self, lookahead: int, bypass_limit: int) -> None:
         self._lookahead = lookahead
         self._bypass_limit = bypass_limit
-        self._heaps: dict[ModelKey, list[tuple[float, int, _Entry]]] = {}
+        self._heaps: dict[ModelKey, list[_Item]] = {}
+        self._stranded: dict[ModelKey, dict[str, _Item]] = {}
+        """Too large for every worker at present: they neither hold the others up nor are looked at each time."""
+        self._reach: dict[ModelKey, float] = {}
         self._entries: dict[str, _Entry] = {}
         self._gone: dict[ModelKey, int] = {}
         self._serial = 0
@@ -53,12 +59,22 @@ class WaitingRoom:
         return len(self._heaps.get(key, ())) <= self._lookahead
 
     def keys(self) -> list[ModelKey]:
-        """Model versions that somebody waits for."""
-        return list(self._heaps)
+        """Model versions that somebody waits for, in order of name."""
+        return sorted(self._heaps.keys() | self._stranded.keys())
 
     def waiting_for(self, key: ModelKey) -> Iterator[LiveRequest]:
         """Everybody who waits for a model version, in no order."""
-        return (entry.live for _, _, entry in self._heaps.get(key, []) if not entry.gone)
+        items = [*self._heaps.get(key, ()), *self._stranded.get(key, {}).values()]
+        return (entry.live for _, _, entry in items if not entry.gone)
+
+    def stranded(self) -> list[LiveRequest]:
+        """Those that no worker could hold when they were last looked at."""
+        return [entry.live for items in self._stranded.values() for _, _, entry in items.values()]
+
+    def recall(self) -> None:
+        """Look at the stranded ones again, next time."""
+        for key in list(self._stranded):
+            self._recall(key)
 
     def push(self, live: LiveRequest) -> None:
         """Begin to wait."""
@@ -72,27 +88,38 @@ class WaitingRoom:
         entry = self._entries.pop(live.id, None)
         if entry is None:
             return False
+        stranded = self._stranded.get(live.key, {})
+        if stranded.pop(live.id, None) is not None:
+            if not stranded:
+                del self._stranded[live.key]
+            return True
         entry.gone = True
         self._gone[live.key] = self._gone.get(live.key, 0) + 1
         if self._gone[live.key] * 2 > len(self._heaps[live.key]):
             self._compact(live.key)
         return True
 
-    def admit(self, key: ModelKey, start: Callable[[LiveRequest], bool]) -> int:
+    def admit(self, key: ModelKey, start: Callable[[LiveRequest], bool], reach: float = math.inf) -> int:
         """Offer the most urgent requests to `start`, which says whether it took one. Returns how many it took.
 
         Looks a few places past one that does not fit, so that a large request does not idle the fleet; one that was
-        overtaken too often is not overtaken any more.
+        overtaken too often is not overtaken any more. Requests of more than `reach` KV blocks fit nowhere, whoever else
+        ends: they step aside until the reach grows or they are recalled.
         """
-        heap = self._heaps.get(key, [])
-        passed: list[tuple[float, int, _Entry]] = []
+        if reach > self._reach.get(key, 0):
+            self._recall(key)
+        self._reach[key] = reach
+        heap = self._heaps.get(key, []) if reach else []
+        passed: list[_Item] = []
         taken = 0
         while heap and len(passed) < self._lookahead:
             item = heapq.heappop(heap)
             entry = item[2]
             if entry.gone:
                 continue
-            if start(entry.live):
+            if entry.live.blocks > reach:
+                self._stranded.setdefault(key, {})[entry.live.id] = item
+            elif start(entry.live):
                 taken += 1
                 del self._entries[entry.live.id]
                 for _, _, other in passed:
@@ -103,9 +130,13 @@ class WaitingRoom:
                 break
         for item in passed:
             heapq.heappush(heap, item)
-        if not heap:
+        if reach and not heap:
             self._heaps.pop(key, None)
         return taken
+
+    def _recall(self, key: ModelKey) -> None:
+        for item in self._stranded.pop(key, {}).values():
+            heapq.heappush(self._heaps.setdefault(key, []), item)
 
     def _compact(self, key: ModelKey) -> None:
         """Forget entries that are gone; they are at least half of the heap, so that the cost is spread."""
