@@ -53,10 +53,10 @@ async def choose_model(fleet: Connection, name: str) -> pb.ServedModel:
 
 
 async def stream_chat(
-    fleet: Connection, model: str, messages: Sequence[pb.Message], settings: Settings
+    fleet: Connection, model: str, messages: Sequence[pb.Message], settings: Settings, resume: pb.Resume | None = None
 ) -> AsyncGenerator[Event, None]:
-    """Events of the answer to a conversation; leaving early cancels it."""
-    request = pb.StreamChatRequest(model=model, messages=messages, params=settings.params())
+    """Events of the answer to a conversation, or the rest of them after `resume`; leaving early cancels it."""
+    request = pb.StreamChatRequest(model=model, messages=messages, params=settings.params(), resume=resume)
     call = fleet.inference.StreamChat(request, metadata=fleet.metadata, timeout=settings.timeout_s)
     try:
         async for event in call:
@@ -66,10 +66,10 @@ async def stream_chat(
 
 
 async def stream_completion(
-    fleet: Connection, model: str, text: str, settings: Settings
+    fleet: Connection, model: str, text: str, settings: Settings, resume: pb.Resume | None = None
 ) -> AsyncGenerator[Event, None]:
-    """Events of the continuation of a text; leaving early cancels it."""
-    request = pb.StreamCompleteRequest(model=model, text=text, params=settings.params())
+    """Events of the continuation of a text, or the rest of them after `resume`; leaving early cancels it."""
+    request = pb.StreamCompleteRequest(model=model, text=text, params=settings.params(), resume=resume)
     call = fleet.inference.StreamComplete(request, metadata=fleet.metadata, timeout=settings.timeout_s)
     try:
         async for event in call:

@@ -75,6 +75,8 @@ class ScriptedGateway:
         self.keys: list[str] = []
         self.models = [inference_pb2.ServedModel(name="m", version="v", capabilities=["chat", "completion"])]
         self.pieces = ["Par", "is"]
+        self.breaks = 0
+        """So many streams break off after at most one more piece, as if the gateway had died."""
         self.may_finish = threading.Event()
         """Streams wait for this after their pieces."""
         self.may_finish.set()
@@ -127,8 +129,13 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
             context.set_trailing_metadata(extra)
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
         yield event(start=inference_pb2.StreamStart(request_id="r1", model="m", model_version="v", seed=5))
-        for index, piece in enumerate(self._gateway.pieces):
+        held = sum(len(choice.token_ids) for choice in request.resume.choices)
+        rest = list(enumerate(self._gateway.pieces))[held:]
+        for index, piece in rest[:1] if self._gateway.breaks else rest:
             yield event(delta=inference_pb2.Delta(index=index, text=piece, token_ids=[index]))
+        if self._gateway.breaks:
+            self._gateway.breaks -= 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
         context.add_callback(self._gateway.ended.set)
         while context.is_active() and not self._gateway.may_finish.wait(0.02):
             continue

@@ -186,18 +186,21 @@ def test_input_that_is_no_text_is_one_line(
     assert "not UTF-8" in err
 
 
-class BreaksOff(list[str]):
-    """Pieces of an answer whose gateway fails after the first."""
+def test_a_broken_stream_goes_on_with_what_has_come(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.breaks = 1
+    assert terminal.run("generate", "x", "-t", "1") == (0, "Paris\n", "")
+    first, second = gateway.asked
+    assert not first.HasField("resume")
+    (held,) = second.resume.choices
+    assert (second.resume.request_id, second.params.seed) == ("r1", 5)
+    assert (list(held.token_ids), held.text_chars, held.finished) == ([0], 3, False)
 
-    def __iter__(self) -> Iterator[str]:
-        yield self[0]
-        raise ConnectionError
 
-
-def test_an_answer_that_breaks_off_ends_its_line(gateway: ScriptedGateway, terminal: Terminal) -> None:
-    gateway.pieces = BreaksOff(["Par", "is"])
+def test_an_answer_that_breaks_off_for_good_ends_its_line(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.breaks = 99
     status, out, err = terminal.run("generate", "x")
-    assert (status, out, err.count("\n")) == (1, "Par\n", 1)
+    assert (status, out, err.count("\n")) == (1, "Paris\n", 1)
+    assert len(gateway.asked) < 99
 
 
 def test_a_typed_error_is_one_line(gateway: ScriptedGateway, terminal: Terminal) -> None:
