@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from opentelemetry.trace import SpanKind
 
 from llmos.telemetry import Telemetry, remote_context, trace_headers, trace_id_hex
@@ -56,9 +57,10 @@ def test_malformed_headers_mean_no_parent() -> None:
     assert remote_context("00-" + "0" * 32 + "-" + "0" * 16 + "-01") is None
 
 
-def test_the_backlog_is_bounded_and_drops_are_counted() -> None:
+def test_the_backlog_is_bounded_and_drops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmos.telemetry._KEEP", 8)
     telemetry, _ = make()
-    for number in range(8192 + 3):
+    for number in range(8 + 3):
         telemetry.finish(telemetry.start(str(number)))
     assert telemetry.dropped == 3
     assert telemetry.drain(limit=1)[0].name == "3"
