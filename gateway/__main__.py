@@ -28,6 +28,7 @@ from gateway.leader import LeaderClient
 from gateway.link import Link, LinkConfig
 from gateway.metrics import MeteredEngine, Metrics
 from gateway.session import SessionConfig, Sessions
+from llmos.addresses import host_port
 from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
 from llmos.keys import KeyRing
@@ -94,7 +95,7 @@ class GatewayProcess:
         engine = MeteredEngine(self._sessions, self._metrics, self._clock)
         rpc, http = self._rpc_server(engine), self._http_server(engine)
         try:
-            self._node.address = f"{self._config.host}:{await rpc.start()}"
+            self._node.address = host_port(self._config.host, await rpc.start())
             await http.start()
             tasks = [
                 asyncio.create_task(self._link.run(self._sessions), name="link"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llmos.addresses import is_loopback, is_wildcard
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
 from llmos.etcd import EtcdConfig
@@ -20,7 +21,7 @@ class SchedulerConfig:
     id: str = ""
     """Name of this scheduler, unique per process start; empty: made up."""
     host: str = "127.0.0.1"
-    """Address to listen on, and the one that gateways are told."""
+    """Address to listen on, and the one that gateways are told. Other than loopback needs TLS."""
     port: int = 7000
     """Port to listen on; 0: a free one."""
     ready_file: Path | None = None
@@ -67,6 +68,17 @@ class SchedulerConfig:
                 raise ConfigError(f"{name} must not be negative", param=name)
         if not 0 <= self.port <= 65_535:
             raise ConfigError("port must be between 0 and 65535", param="port")
+        if is_wildcard(self.host):
+            raise ConfigError(
+                f"No gateways can connect to {self.host}: give the address at which they reach this scheduler.",
+                param="host",
+            )
+        if not is_loopback(self.host) and not self.tls.enabled:
+            raise ConfigError(
+                f"Listening on {self.host} needs TLS: give --tls-ca-file, --tls-cert-file and --tls-key-file "
+                "(`llmos certs DIR` makes them).",
+                param="tls",
+            )
         if not self.etcd_endpoints:
             raise ConfigError("A scheduler needs etcd (--etcd-endpoints host:port).", param="etcd_endpoints")
 

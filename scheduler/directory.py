@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from llmos.errors import EtcdError
@@ -25,12 +26,16 @@ class SchedulerDirectory:
 
     async def run(self) -> None:
         """Until cancelled."""
-        try:
-            async with self._client.watch(registry.SCHEDULERS) as watch:
-                async for batch in watch:
-                    self.take(batch)
-        except EtcdError as error:
-            log.error("schedulers cannot be watched: %s", error.message)
+        backoff = self._client.backoff()
+        while True:
+            try:
+                async with self._client.watch(registry.SCHEDULERS) as watch:
+                    async for batch in watch:
+                        backoff.reset()
+                        self.take(batch)
+            except EtcdError as error:
+                log.error("schedulers cannot be watched: %s", error.message)
+            await asyncio.sleep(backoff.next_s())
 
     def take(self, batch: WatchBatch) -> None:
         """Take in one batch of the watch."""

@@ -87,10 +87,11 @@ class GatewayDesk:
 
     def __init__(
         self,
-        welcome: requests_pb2.Welcome,
+        welcome: Callable[[], requests_pb2.Welcome],
         keep_spans: Callable[[Iterable[fleet_pb2.Span]], None],
         limit_bytes: int = LIMIT_BYTES,
     ) -> None:
+        """`welcome` names the present term: a leader that was elected again greets with the later one."""
         self._limit_bytes = limit_bytes
         self._welcome = welcome
         self._keep_spans = keep_spans
@@ -156,7 +157,7 @@ class GatewayDesk:
         try:
             await loop.post(events.GatewayConnected(stream.id, hello.node))
             log.info("gateway %s connected", hello.node.id)
-            yield requests_pb2.ExchangeResponse(welcome=self._welcome)
+            yield requests_pb2.ExchangeResponse(welcome=self._welcome())
             while (message := await stream.next()) is not None:
                 yield message
         finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 
+from llmos.addresses import host_port
 from llmos.clock import Clock
 from llmos.errors import LlmosError
 from llmos.etcd import EtcdClient
@@ -75,7 +76,7 @@ class SchedulerProcess:
         server.add(requests_pb2_grpc.add_RequestsServicer_to_server, requests, "llmos.internal.v1.Requests")
         server.add(fleet_pb2_grpc.add_FleetServicer_to_server, fleet, "llmos.v1.Fleet")
         self.port = await server.start()
-        record.address = f"{config.host}:{self.port}"
+        record.address = host_port(config.host, self.port)
         leadership = self.leadership = Leadership(self._etcd, record, config.lease_ttl_s, self.seat)
         try:
             async with asyncio.TaskGroup() as group:

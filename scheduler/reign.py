@@ -65,8 +65,7 @@ class Reign:
     def __init__(self, term: int, context: ReignContext) -> None:
         self.core = Core(context.scheduler_id, term, context.policy, context.clock.monotonic())
         self.loop = Loop(self.core, self, context.clock)
-        welcome = requests_pb2.Welcome(term=term, scheduler_id=context.scheduler_id)
-        self.gateways = GatewayDesk(welcome, context.keep_spans, context.gateway_buffer_bytes)
+        self.gateways = GatewayDesk(self._welcome, context.keep_spans, context.gateway_buffer_bytes)
         self.workers = WorkerLinks(self._link_context(context))
         self.leader_address = ""
         """Who leads next, once that is known; gateways are told at the end."""
@@ -131,6 +130,9 @@ class Reign:
             rng=context.rng,
             config=context.links,
         )
+
+    def _welcome(self) -> requests_pb2.Welcome:
+        return requests_pb2.Welcome(term=self.term, scheduler_id=self._context.scheduler_id)
 
     # Carrier
 

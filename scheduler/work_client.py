@@ -96,7 +96,11 @@ class WorkLink:
         config, rng = self._context.config, self._context.rng
         pause = config.backoff_min_s
         while True:
-            attached = await self._attend()
+            attached = False
+            try:
+                attached = await self._attend()
+            except Exception:  # a bug; the worker must not be lost to it for as long as this leader leads
+                log.exception("the link to worker %s met a bug", self.worker_id)
             pause = config.backoff_min_s if attached else min(2 * pause, config.backoff_max_s)
             await asyncio.sleep(pause * rng.uniform(0.5, 1.5))
 

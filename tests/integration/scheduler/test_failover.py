@@ -236,3 +236,30 @@ async def test_worker_that_has_seen_a_higher_term_ends_the_reign(
         worker.break_stream()
         await until(lambda: scheduler.seat.reign is not first)
         assert worker.refused > 0
+
+
+async def test_gateway_that_saw_another_leader_returns_to_the_first_once_it_won_again(
+    scheduler: SchedulerProcess, etcd: EtcdClient
+) -> None:
+    async with worker_in(etcd, "w1"), FakeGateway("g1", [address(scheduler)]) as gateway:
+        await gateway.ready()
+        reign = scheduler.seat.reign
+        assert reign is not None
+        reign.raise_term(reign.term + 9)
+        await until(lambda: reign.term > gateway.term)
+        # Between the two terms it followed another leader, whose term it does not go below.
+        gateway.term += 5
+        await gateway.disconnect()
+        await gateway.ended(await gateway.submit(make_request("r1")))
+        assert gateway.term == reign.term
+
+
+async def test_a_leader_on_ipv6_can_be_connected_to(open_scheduler: OpenScheduler, etcd: EtcdClient) -> None:
+    async with open_scheduler("s1", host="::1") as leader:
+        await until(lambda: leader.seat.reign is not None)
+        found = await etcd.get(registry.SCHEDULERS + "s1")
+        assert found is not None
+        told = registry.scheduler_record(found.value).address
+        assert told == f"[::1]:{leader.port}"
+        async with FakeGateway("g1", [told]) as gateway:
+            await gateway.until(lambda: gateway.term > 0)

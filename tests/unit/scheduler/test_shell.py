@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import random
 from pathlib import Path
 
+import grpc
 import pytest
 
 import scheduler
-from llmos.config import load
+from llmos.config import TlsConfig, load
 from llmos.errors import ConfigError
 from llmos.internal.v1 import work_pb2
 from llmos.telemetry import Telemetry
@@ -21,6 +23,7 @@ from scheduler.core import Core
 from scheduler.loop import Loop
 from scheduler.policy import Policy
 from scheduler.spans import StageSpans
+from scheduler.work_client import LinkConfig, LinkContext, WorkerLinks
 from tests.fakes.clock import ManualClock
 from tests.fakes.contract import make_record, make_request
 
@@ -29,6 +32,7 @@ PURE = [
     "outflow", "placement", "policy", "recent", "requests", "span_ring", "state", "takeover", "timers", "views",
     "waiting", "workers",
 ]  # fmt: skip
+TLS = TlsConfig(ca_file=Path("ca.pem"), cert_file=Path("cert.pem"), key_file=Path("key.pem"))
 FORBIDDEN = {"asyncio", "grpc", "opentelemetry", "random", "secrets", "socket", "threading", "time", "datetime", "os"}
 
 
@@ -154,11 +158,59 @@ def test_spans_of_a_lost_reign_are_closed() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"queue_limit": 0}, {"port": 70_000}, {"lease_ttl_s": 0.0}, {"etcd_endpoints": ""}, {"gateway_grace_s": -1.0}],
+    [
+        {"queue_limit": 0},
+        {"port": 70_000},
+        {"lease_ttl_s": 0.0},
+        {"etcd_endpoints": ""},
+        {"gateway_grace_s": -1.0},
+        {"host": "10.0.0.1"},
+        {"host": "0.0.0.0", "tls": TLS},
+    ],
 )
 def test_bad_configuration_is_refused(field: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         load(SchedulerConfig, "scheduler", environ={}, overrides=field)
+
+
+def test_off_loopback_certificates_are_enough() -> None:
+    assert SchedulerConfig(host="10.0.0.1", tls=TLS).tls.enabled
+
+
+async def test_a_bug_on_the_way_to_a_worker_does_not_lose_it_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    dialled = asyncio.Event()
+    tries: list[str] = []
+
+    def connect(address: str) -> grpc.aio.Channel:
+        tries.append(address)
+        if len(tries) == 1:
+            raise RuntimeError("a bug")
+        dialled.set()
+        return grpc.aio.insecure_channel(address)
+
+    async def post(event: events.Event) -> None:
+        raise AssertionError("nobody listens there")
+
+    links = WorkerLinks(
+        LinkContext(
+            scheduler_id="s",
+            term=lambda: 1,
+            connect=connect,
+            post=post,
+            post_now=lambda event: None,
+            refused=lambda: None,
+            keep_spans=lambda spans: None,
+            clock=ManualClock(),
+            rng=random.Random(1),
+            config=LinkConfig(),
+        )
+    )
+    links.dial("w1", "127.0.0.1:1")
+    try:
+        await asyncio.wait_for(dialled.wait(), 10)
+    finally:
+        await links.close()
+    assert "a bug" in caplog.text
 
 
 def test_configuration_reaches_core_and_links() -> None:
