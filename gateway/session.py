@@ -22,7 +22,7 @@ from gateway.failure import for_client
 from gateway.leader import LeaderClient
 from gateway.prepare import fit, fleet_request, new_transcript, tokenize
 from gateway.stream import Stream, StreamLimits, Uplink
-from gateway.trace import finish_span, span_name, start_attributes
+from gateway.trace import RequestTrace, span_name, start_attributes
 from gateway.transcript import Verdict
 from gateway.types import GenerationRequest, Identity, ModelInfo, Started, TraceHeaders
 from llmos.clock import Clock
@@ -262,7 +262,7 @@ class Sessions:
             wire,
             Started(public_id, model.name, model.version, seed, created, len(token_ids)),
             new_transcript(request, rules, max_tokens, model.vocab_size),
-            span,
+            RequestTrace(self._telemetry, span, inner_id),
             uplink=self._link,
             clock=self._clock,
             deadline=self._clock.monotonic() + min(request.deadline_s or 1e9, self._config.max_request_s),
@@ -272,7 +272,7 @@ class Sessions:
         self._register(stream)
         try:
             stream.begin(request.resume)
-        except LlmosError:
+        except BaseException:
             self._forget(stream)
             raise
         return stream
@@ -305,7 +305,8 @@ class Sessions:
         self._forget(stream)
         if error is not None and error.code == "slow_reader":
             self._counts["slow_readers"] += 1
-        finish_span(self._telemetry, stream, error)
+        reasons = [reason for _, reason in sorted(stream.finish_reasons.items())]
+        stream.trace.finish(stream.transcript.completion_tokens, reasons, error)
 
     def _deliver(self, output: request_pb2.Output) -> None:
         stream = self._streams.get(output.request_id)

@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from opentelemetry.trace import Span
-
+from gateway.trace import RequestTrace
 from gateway.transcript import Transcript, Verdict
 from gateway.types import Delta, Done, Event, Progress, Started
 from llmos.clock import Clock
@@ -62,7 +61,7 @@ class Stream:
         request: request_pb2.Request,
         started: Started,
         transcript: Transcript,
-        span: Span,
+        trace: RequestTrace,
         *,
         uplink: Uplink,
         clock: Clock,
@@ -72,7 +71,7 @@ class Stream:
     ) -> None:
         """`deadline` is on the clock's monotonic time."""
         self.request_id = started.request_id
-        self.span = span
+        self.trace = trace
         self.transcript = transcript
         self.finish_reasons: dict[int, str] = {}
         self._request = request
@@ -111,6 +110,7 @@ class Stream:
         left = max(0.0, self._deadline - self._clock.monotonic())
         self._deadline_timer = asyncio.get_running_loop().call_later(left, self._expire)
         self._uplink.submit(self.unfinished())
+        self.trace.submitted()
 
     def unfinished(self) -> request_pb2.Request:
         """The request with what has been generated so far: what a scheduler needs to go on with it."""
@@ -133,6 +133,7 @@ class Stream:
         if taken.keep_until is not None:
             self._uplink.finish(self.inner_id, output.choice, taken.keep_until)
         self._put(taken.delta)
+        self.trace.output()
         if self.transcript.finished:
             self._complete()
         elif self._buffered > self._limits.buffer_bytes:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
+from opentelemetry.trace import Span
 from opentelemetry.util.types import AttributeValue
 
 from gateway.types import GenerationRequest, Identity
 from llmos.errors import LlmosError
 from llmos.telemetry import REQUEST_ID, Telemetry
-
-if TYPE_CHECKING:
-    from gateway.stream import Stream
 
 _OPERATION = {"chat": "chat", "completion": "text_completion"}
 
@@ -46,10 +43,41 @@ def start_attributes(
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def finish_span(telemetry: Telemetry, stream: Stream, error: LlmosError | None) -> None:
-    """Close a request's root span with what came out."""
-    stream.span.set_attribute("gen_ai.usage.output_tokens", stream.transcript.completion_tokens)
-    reasons = [reason for _, reason in sorted(stream.finish_reasons.items())]
-    if reasons:
-        stream.span.set_attribute("gen_ai.response.finish_reasons", reasons)
-    telemetry.finish(stream.span, error.code if error else "")
+class RequestTrace:
+    """The root span of a submitted request, and below it what the gateway sees of the fleet's work: `first_output` from
+    the hand-over to the first output, `stream` from there to the end. What these take beyond the scheduler's stages is
+    the way there and back."""
+
+    def __init__(self, telemetry: Telemetry, root: Span, request_id: str) -> None:
+        self._telemetry = telemetry
+        self._root = root
+        self._request_id = request_id
+        self._stage: Span | None = None
+        self._has_output = False
+
+    def submitted(self) -> None:
+        """The request is on its way to the scheduler."""
+        self._stage = self._open("first_output", self._telemetry.now())
+
+    def output(self) -> None:
+        """Output has come; only the first time counts."""
+        if self._has_output or self._stage is None:
+            return
+        self._has_output = True
+        now = self._telemetry.now()
+        self._telemetry.finish(self._stage, end_ns=now)
+        self._stage = self._open("stream", now)
+
+    def finish(self, output_tokens: int, reasons: Sequence[str], error: LlmosError | None) -> None:
+        """The request has ended. Once."""
+        code, now = error.code if error else "", self._telemetry.now()
+        if self._stage is not None:
+            self._telemetry.finish(self._stage, code, now)
+        self._root.set_attribute("gen_ai.usage.output_tokens", output_tokens)
+        if reasons:
+            self._root.set_attribute("gen_ai.response.finish_reasons", reasons)
+        self._telemetry.finish(self._root, code, now)
+
+    def _open(self, name: str, start_ns: int) -> Span:
+        parent = self._root.get_span_context()
+        return self._telemetry.start(name, parent=parent, attributes={REQUEST_ID: self._request_id}, start_ns=start_ns)
