@@ -44,6 +44,21 @@ def test_break_and_continue_are_known() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}none", "none"),
+        ("{% for m in messages %}{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}", "Hello!"),
+        (
+            "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
+            '{"a":1,"b":"\\u00e9"}',
+        ),
+    ],
+)
+def test_what_transformers_offers_to_templates_is_here(source: str, text: str) -> None:
+    assert JinjaTemplate(source).render(HELLO) == text
+
+
+@pytest.mark.parametrize(
     "source",
     [
         "{{ raise_exception('Roles must alternate.') }}",
