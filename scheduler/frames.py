@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from llmos.errors import AttemptLost, from_code
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import request_pb2, work_pb2
 from scheduler import members
-from scheduler.commands import FirstToken
+from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
 from scheduler.requests import Attempt, Choice, LiveRequest
@@ -51,6 +51,7 @@ def _current(state: State, worker: WorkerView, request_id: str, epoch: request_p
 def _output(state: State, worker: WorkerView, output: request_pb2.Output, now: float, out: Outbox) -> None:
     live = _current(state, worker, output.request_id, output.epoch)
     if live is None:
+        _stop_unwanted(worker, output, out)
         return
     attempt = live.attempt
     assert attempt is not None
@@ -66,6 +67,14 @@ def _output(state: State, worker: WorkerView, output: request_pb2.Output, now: f
         return
     if _take(state, worker, live, attempt, output, out) and live.finished:
         complete(state, live, out)
+
+
+def _stop_unwanted(worker: WorkerView, output: request_pb2.Output, out: Outbox) -> None:
+    """Most often the order to stop is on its way; where it was lost with a stream, this one ends the attempt. What a
+    gateway may yet ask for goes on."""
+    if output.request_id not in worker.unclaimed and not output.finish_reason:
+        cancel = work_pb2.CancelAttempt(request_id=output.request_id, epoch=output.epoch)
+        out.append(Order(worker.id, work_pb2.Command(cancel=cancel)))
 
 
 def _fault(live: LiveRequest, output: request_pb2.Output) -> str:

@@ -9,14 +9,18 @@ from llmos.v1 import fleet_pb2
 
 TRACES = 4096
 SPANS_PER_TRACE = 1024
+SPANS = 65_536
+"""Some tens of megabytes, whatever traces clients put their requests into."""
 
 
 class SpanRing:
-    """Bounded: the trace that was touched least recently gives way; a trace keeps its first spans."""
+    """Bounded in traces and in spans: what was touched least recently gives way; a trace keeps its first spans."""
 
-    def __init__(self, *, traces: int = TRACES, spans_per_trace: int = SPANS_PER_TRACE) -> None:
+    def __init__(self, *, traces: int = TRACES, spans_per_trace: int = SPANS_PER_TRACE, spans: int = SPANS) -> None:
         self._limit = traces
-        self._spans_per_trace = spans_per_trace
+        self._spans_per_trace = min(spans_per_trace, spans)
+        self._most_spans = spans
+        self._spans = 0
         self._traces: dict[bytes, dict[bytes, fleet_pb2.Span]] = {}
         self._trace_of: dict[str, bytes] = {}
         self.dropped = 0
@@ -30,12 +34,13 @@ class SpanRing:
             if len(trace) >= self._spans_per_trace and span.span_id not in trace:
                 self.dropped += 1
                 continue
+            self._spans += span.span_id not in trace
             trace[span.span_id] = span
             request_id = span.attributes.get(REQUEST_ID)
             if request_id:
                 self._trace_of[request_id] = span.trace_id
-        while len(self._traces) > self._limit:
-            self._evict()
+            while len(self._traces) > self._limit or self._spans > self._most_spans:
+                self._evict()
 
     def get(self, name: str) -> list[fleet_pb2.Span]:
         """Spans of a request id, or of a trace id of 32 hexadecimal digits, by begin. Empty if there are none."""
@@ -49,7 +54,9 @@ class SpanRing:
 
     def _evict(self) -> None:
         oldest = next(iter(self._traces))
-        for span in self._traces.pop(oldest).values():
+        evicted = self._traces.pop(oldest)
+        self._spans -= len(evicted)
+        for span in evicted.values():
             request_id = span.attributes.get(REQUEST_ID, "")
             if self._trace_of.get(request_id) == oldest:
                 del self._trace_of[request_id]

@@ -99,3 +99,17 @@ def test_an_id_that_is_used_again_and_again_may_still_move() -> None:
     arena.attach("w1")
     arena.run(20)
     assert client.finished == [True]
+
+
+def test_an_attempt_that_nobody_wants_is_stopped_where_it_still_runs() -> None:
+    arena = Arena()
+    arena.connect()
+    arena.add_worker("w1")
+    arena.submit(make_request("r1", max_tokens=50))
+    arena.deliver_orders("w1")
+    # The order to stop it is lost with a stream whose break the core has not heard of yet.
+    arena.cancel("r1")
+    arena.workers["w1"].inbox.clear()
+    arena.step("w1")
+    arena.deliver_orders("w1")
+    assert not arena.workers["w1"].running

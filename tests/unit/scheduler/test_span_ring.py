@@ -49,3 +49,18 @@ def test_bounded_in_traces_and_in_spans() -> None:
     ring.add([span(3, number, "r3") for number in range(2, 9)])
     assert len(ring.get("r3")) == 3
     assert ring.dropped == 5
+
+
+def test_all_traces_together_are_bounded_too() -> None:
+    ring = SpanRing(traces=100, spans_per_trace=10, spans=25)
+    for trace in range(1, 6):
+        ring.add([span(trace, number, f"r{trace}") for number in range(10)])
+    assert sum(len(ring.get(f"r{trace}")) for trace in range(1, 6)) == 20
+    assert [len(ring.get(f"r{trace}")) for trace in (4, 5)] == [10, 10]
+
+
+def test_one_trace_larger_than_the_ring_keeps_its_first_spans() -> None:
+    ring = SpanRing(traces=2, spans_per_trace=10, spans=4)
+    ring.add([span(1, number, "r") for number in range(10)])
+    assert len(ring.get("r")) == 4
+    assert ring.dropped == 6
