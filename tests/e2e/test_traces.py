@@ -13,7 +13,8 @@ import pytest
 from tests.fakes.collector import Collector
 from tests.fakes.fleet import Fleet, running_fleet, wait_for
 
-EXPECTED = {"queue", "attempt", "prefill", "decode", "execute", "tokenize"}
+GATEWAY = {"chat echo", "tokenize", "first_output", "stream"}
+EXPECTED = GATEWAY | {"queue", "attempt", "prefill", "decode", "execute"}
 
 
 def start(folder: Path, *flags: str) -> Iterator[Fleet]:
@@ -62,7 +63,7 @@ def assert_tree(edges: dict[str, str], names_by_id: dict[str, str], outer: str) 
     assert [names_by_id[root] for root in roots] == ["chat echo"]
     assert all(parent in edges for span, parent in edges.items() if span not in roots)
     parent_name = {names_by_id[span]: names_by_id[parent] for span, parent in edges.items() if parent in names_by_id}
-    assert parent_name["tokenize"] == "chat echo"
+    assert parent_name["tokenize"] == parent_name["first_output"] == parent_name["stream"] == "chat echo"
     assert parent_name["queue"] == parent_name["attempt"] == "chat echo"
     assert parent_name["prefill"] == parent_name["decode"] == parent_name["execute"] == "attempt"
 
