@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llmos.addresses import is_loopback
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
 
@@ -92,11 +92,3 @@ class GatewayConfig:
                 "(`llmos certs DIR` makes them).",
                 param="tls",
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a listener on `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -35,7 +35,7 @@ class HttpServer:
         tls: TlsConfig | None = None,
         drain_s: float = 20.0,
     ) -> None:
-        self._host = host
+        self._host = host.strip("[]")
         self._port = port
         self._tls = tls or TlsConfig()
         self._server = uvicorn.Server(

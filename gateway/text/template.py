@@ -21,6 +21,17 @@ from gateway.types import Turn
 from llmos.errors import InvalidRequest, UnsupportedFeature
 
 _MAX_REASON = 200
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template may raise: everything that its expressions can do wrong inside the sandbox."""
 
 
 class _Generation(Extension):
@@ -64,7 +75,7 @@ class JinjaTemplate:
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
             raise UnsupportedFeature("The model's chat template is broken; use completions.", param="model") from error
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
@@ -75,7 +86,7 @@ class JinjaTemplate:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._tokens
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except _FAULTS as error:
             reason = str(error)[:_MAX_REASON]
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {reason}", param="messages"

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from gateway.config import GatewayConfig, is_loopback
+from gateway.config import GatewayConfig
+from llmos.addresses import is_loopback
 from llmos.config import TlsConfig, load
 from llmos.errors import ConfigError
 
 TLS = TlsConfig(Path("ca.pem"), Path("cert.pem"), Path("key.pem"))
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
 def test_loopback_needs_nothing(host: str) -> None:
     assert is_loopback(host)
     assert GatewayConfig(host=host).host == host

@@ -87,3 +87,21 @@ def test_a_broken_template_is_refused_when_loaded() -> None:
 
 def test_echo_conversations_are_lines() -> None:
     assert EchoTemplate().render((Turn("system", "s"), Turn("user", "u"))) == "system: s\nuser: u\nassistant: "
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% for x in messages %}" * 25 + "{% endfor %}" * 25,
+    ],
+    ids=["deep", "nested"],
+)
+def test_a_template_that_cannot_be_compiled_is_the_models_fault(source: str) -> None:
+    with pytest.raises(UnsupportedFeature):
+        JinjaTemplate(source)
+
+
+def test_a_template_that_never_comes_back_up_is_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        JinjaTemplate("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").render(HELLO)
