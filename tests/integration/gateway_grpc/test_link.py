@@ -14,7 +14,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.scheduler import LENGTH, FakeScheduler, output, resumed
 from tests.fakes.tcp_relay import TcpRelay
 from tests.integration.gateway_grpc.conftest import NewScheduler
-from tests.integration.gateway_grpc.gateway import ALICE, WAIT_S, collect, ends, eventually, running, text_of, tokens_of
+from tests.integration.gateway_grpc.gateway import WAIT_S, collect, ends, eventually, running, text_of, tokens_of
 
 ANSWER = "a é 世 b"
 
@@ -60,17 +60,6 @@ async def test_output_becomes_events(new_scheduler: NewScheduler) -> None:
     assert waiting.end_unix_ns == stream.start_unix_ns
     assert stream.end_unix_ns == root.end_unix_ns
     assert all(span.attributes["llmos.request_id"] == started.request_id for span in scheduler.spans)
-
-
-async def test_a_cancelled_request_ends_its_wait_with_the_reason(new_scheduler: NewScheduler) -> None:
-    scheduler, address = await new_scheduler()
-    async with running(address) as gateway:
-        await gateway.ready()
-        stream = await gateway.chat("hello")
-        await gateway.sessions.cancel(stream.request_id, ALICE)
-        await scheduler.until(lambda: len(scheduler.spans) >= 3)
-    errors = {span.name: span.error for span in scheduler.spans}
-    assert errors == {"tokenize": "", "first_output": "cancelled", "text_completion echo": "cancelled"}
 
 
 async def test_a_scheduler_that_does_not_lead_names_the_one_that_does(new_scheduler: NewScheduler) -> None:
