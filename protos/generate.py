@@ -1,7 +1,7 @@
-"""Regenerate the stubs in `llmos/v1` and `llmos/internal/v1` from the contracts: `python protos/generate.py [--out DIR]`.
+"""Regenerate the stubs of `llmos/v1` and `llmos/internal/v1` from the contracts: `python protos/generate.py`.
 
-The generator is grpcio-tools at the oldest version that llmos supports (the dev constraint pins it), because stubs run with
-their own protobuf and the next major one, never with an older one.
+The generator is grpcio-tools at the oldest version that llmos supports (the constraints file pins it), because stubs
+run with their own protobuf and the next major one, never with an older one.
 """
 
 from __future__ import annotations

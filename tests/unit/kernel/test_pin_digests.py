@@ -1,4 +1,4 @@
-"""`deploy/pin-digests` writes what the registry says, all of it or nothing. The registry is a stand-in `docker` command."""
+"""`deploy/pin-digests` writes what the registry says, all of it or nothing. A stand-in for `docker` is the registry."""
 
 from __future__ import annotations
 
