@@ -268,9 +268,15 @@ def test_a_signal_before_the_answer_is_no_success(shell: Shell) -> None:
     assert not any(is_alive(member) for member in processes)
 
 
-def test_a_fleet_that_cannot_start_says_why(shell: Shell) -> None:
-    done = shell.run("up", "--detach", "--backend", "echo", "--etcd", "127.0.0.1:1", "--start-timeout", "8",
-                     "--data-dir", str(shell.data))  # fmt: skip
+def test_a_fleet_that_is_not_ready_in_time_names_its_log(shell: Shell) -> None:
+    done = shell.run("up", "--detach", "--backend", "echo", "--start-timeout", "1", "--data-dir", str(shell.data))
     assert done.returncode == 1
     assert str(shell.data / "logs") in done.stderr
+    assert shell.run("nodes").returncode == 1
+
+
+def test_an_etcd_that_does_not_answer_is_named_at_once(shell: Shell) -> None:
+    done = shell.run("up", "--detach", "--backend", "echo", "--etcd", "127.0.0.1:1", "--data-dir", str(shell.data))
+    assert done.returncode == 1
+    assert "127.0.0.1:1" in done.stderr
     assert shell.run("nodes").returncode == 1
