@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import random
@@ -32,6 +31,7 @@ from llmos.addresses import host_port
 from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
 from llmos.keys import KeyRing
+from llmos.ready import write_ready
 from llmos.rpc import RpcServer, open_channel, run_until_signal
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2_grpc
@@ -163,18 +163,7 @@ class GatewayProcess:
     def _announce(self, http_port: int, grpc_port: int) -> None:
         """Say that it serves, in the log and, at once as a whole, in the ready file."""
         log.info("gateway %s serves HTTP on port %d, gRPC on port %d", self._id, http_port, grpc_port)
-        file = self._config.ready_file
-        if file is not None:
-            ready = {
-                "id": self._id,
-                "pid": os.getpid(),
-                "port": http_port,
-                "http_port": http_port,
-                "grpc_port": grpc_port,
-            }
-            draft = file.with_name(f".{file.name}.{os.getpid()}")
-            draft.write_text(json.dumps(ready), encoding="utf-8")
-            draft.replace(file)
+        write_ready(self._config.ready_file, self._id, port=http_port, http_port=http_port, grpc_port=grpc_port)
 
 
 async def _end(tasks: list[asyncio.Task[None]]) -> None:

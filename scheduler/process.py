@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import random
 import secrets
 import socket
 from collections.abc import Iterable
-from pathlib import Path
 
 import grpc
 
@@ -19,6 +17,7 @@ from llmos.clock import Clock
 from llmos.errors import LlmosError
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2, requests_pb2_grpc
+from llmos.ready import write_ready
 from llmos.rpc import RpcServer, open_channel
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2_grpc
@@ -87,7 +86,8 @@ class SchedulerProcess:
                     group.create_task(self._collect_spans(), name="spans"),
                     group.create_task(self.seat.failure(), name="reign-failure"),
                 ]
-                _announce(config.ready_file, self.id, self.port)
+                log.info("scheduler %s serves on port %d", self.id, self.port)
+                write_ready(config.ready_file, self.id, port=self.port)
                 await stop.wait()
                 for task in background:
                     task.cancel()
@@ -136,12 +136,3 @@ def _first_typed(failures: ExceptionGroup[Exception]) -> Exception:
         if isinstance(found, LlmosError):
             return found
     return failures
-
-
-def _announce(ready_file: Path | None, scheduler_id: str, port: int) -> None:
-    """Say that it serves, in the log and, at once as a whole, in the ready file."""
-    log.info("scheduler %s serves on port %d", scheduler_id, port)
-    if ready_file is not None:
-        draft = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"id": scheduler_id, "pid": os.getpid(), "port": port}), encoding="utf-8")
-        draft.replace(ready_file)

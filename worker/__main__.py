@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import random
@@ -12,7 +11,6 @@ import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine
-from pathlib import Path
 
 from llmos import cgroups
 from llmos.addresses import host_port
@@ -20,6 +18,7 @@ from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2, work_pb2_grpc
+from llmos.ready import write_ready
 from llmos.rpc import RpcServer, run_until_signal
 from llmos.store import default_store_path
 from llmos.telemetry import Telemetry
@@ -69,7 +68,8 @@ class WorkerProcess:
                 if await _first(link.ready, stop):
                     await server.start()
                     async with self._registered(server.port, capacity, held, stop):
-                        _announce(config.ready_file, self._id, server.port)
+                        log.info("worker %s serves on port %d", self._id, server.port)
+                        write_ready(config.ready_file, self._id, port=server.port)
                         await stop.wait()
                         await self._drain(core)
                     core.leave()
@@ -161,15 +161,6 @@ def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
         models=tuple(model.engine for model in held),
         log_level=config.log_level,
     )
-
-
-def _announce(ready_file: Path | None, worker_id: str, port: int) -> None:
-    """Say that it serves, in the log and, at once as a whole, in the ready file."""
-    log.info("worker %s serves on port %d", worker_id, port)
-    if ready_file is not None:
-        draft = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"id": worker_id, "pid": os.getpid(), "port": port}), encoding="utf-8")
-        draft.replace(ready_file)
 
 
 def main() -> int:
