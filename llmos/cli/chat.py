@@ -127,7 +127,11 @@ class Conversation:
             connect(self._target) as fleet,
             aclosing(prompting.stream_chat(fleet, self._model, messages, self._settings)) as events,
         ):
-            async for event in events:
-                output.write(answer.add(event))
+            with output.waiting("waiting for the model") as answered:
+                async for event in events:
+                    piece = answer.add(event)
+                    if piece:
+                        answered()
+                        output.write(piece)
         output.write("\n")
         self._messages = [*asked, prompting.assistant_said(answer.text)]

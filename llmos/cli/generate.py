@@ -147,10 +147,12 @@ async def _stream(
     from llmos.cli.connection import connect
 
     async with connect(target) as fleet, aclosing(await _events(fleet, model, text, settings, raw, answer)) as events:
-        async for event in events:
-            piece = answer.add(event)
-            if show and piece:
-                output.write(piece)
+        with output.waiting("waiting for the model") as answered:
+            async for event in events:
+                piece = answer.add(event)
+                if show and piece:
+                    answered()
+                    output.write(piece)
 
 
 async def _events(

@@ -3,10 +3,11 @@ stderr."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -121,6 +122,20 @@ class Steps:
         if self._status is not None:
             self._status.stop()
             self._status = None
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """A spinner on a terminal, nothing elsewhere. Ends with the context, or when the function it yields is called."""
+    if not (sys.stderr.isatty() and sys.stdout.isatty()):
+        yield lambda: None
+        return
+    steps = Steps()
+    steps(what)
+    try:
+        yield steps.done
+    finally:
+        steps.done()
 
 
 Report = Callable[[str], None]
