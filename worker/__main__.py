@@ -54,7 +54,7 @@ class WorkerProcess:
     async def serve(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set; then finish what runs, within the configured time. Raises SetupError."""
         config = self._config
-        held = await asyncio.to_thread(hold, config.backend, config.model, config.store)
+        held = await asyncio.to_thread(hold, config.backend, config.model, config.store, config.precision)
         capacity = await asyncio.to_thread(_probe(config).measure)
         telemetry = Telemetry("worker", self._id, clock=self._clock, otlp_endpoint=config.otlp_endpoint)
         spans = ExecuteSpans(telemetry)
@@ -160,6 +160,7 @@ def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
         tokens_per_second=config.echo_tokens_per_second,
         models=tuple(model.engine for model in held),
         log_level=config.log_level,
+        precision=config.precision,
     )
 
 

@@ -26,6 +26,8 @@ class WorkerConfig:
     """File to write once it serves: JSON with id, pid and port."""
     backend: Literal["echo", "torch"] = "torch"
     """What computes: `torch` runs real models, `echo` makes up tokens."""
+    precision: Literal["fp32", "int8"] = "fp32"
+    """Of the torch backend: `int8` runs Llama-shaped models through the kernels on the CPU, others in fp32."""
     model: tuple[str, ...] = ()
     """Models that it can load: names in the model store; for echo NAME, or NAME=40GiB to declare its weights."""
     store: Path | None = None

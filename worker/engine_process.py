@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -64,6 +65,7 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float
     models: tuple[EngineModel, ...]
     log_level: str = "info"
+    precision: Literal["fp32", "int8"] = "fp32"
 
 
 class Transmit:
@@ -218,7 +220,10 @@ def serve(sock: socket.socket) -> int:
     logging.basicConfig(level=setup.log_level.upper(), format="%(asctime)s %(levelname)s engine %(message)s")
     try:
         backend, fingerprint = backends.create(
-            setup.backend, threads=setup.threads, tokens_per_second=setup.tokens_per_second
+            setup.backend,
+            threads=setup.threads,
+            tokens_per_second=setup.tokens_per_second,
+            precision=setup.precision,
         )
     except SetupError as error:
         log.error("%s", error.message)

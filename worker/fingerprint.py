@@ -13,7 +13,11 @@ ENGINE_REVISION = 1
 """To be raised with every change of `worker/engine` that can change a token."""
 
 
-def torch_fingerprint(device: torch.device | None = None) -> str:
+KERNEL_REVISION = 1
+"""To be raised with every change of `worker/kernels` or `worker/engine/fast` that can change a token."""
+
+
+def torch_fingerprint(device: torch.device | None = None, precision: str = "fp32") -> str:
     """Equal on two workers only if an exact request may be resumed from one on the other."""
     if device is not None and device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
@@ -21,4 +25,5 @@ def torch_fingerprint(device: torch.device | None = None) -> str:
         processor = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
     dtype = str(DTYPE).removeprefix("torch.")
     libraries = f"torch-{torch.__version__} transformers-{transformers.__version__}"
-    return f"engine-{ENGINE_REVISION} {dtype} {processor} {libraries}"
+    kernels = "" if precision == "fp32" else f" {precision} kernels-{KERNEL_REVISION}"
+    return f"engine-{ENGINE_REVISION} {dtype}{kernels} {processor} {libraries}"

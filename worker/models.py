@@ -14,7 +14,11 @@ from worker.backends import echo
 from worker.engine_process import EngineModel
 
 CHUNK_BYTES = 1024 * 1024
-_FLOAT32_BYTES = 4
+_FLOAT32_BYTES, _FLOAT16_BYTES, _SCALE_BYTES = 4, 2, 2
+_KERNEL_GROUP, _KERNEL_OUTPUTS, _KERNEL_HEAD_MULTIPLE = 64, 16, 16
+KERNEL_FAMILIES = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"}
+)
 _WORKSPACE_BYTES = 256 * 1024 * 1024
 """Activations, logits and sampling of one step of a small model."""
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
@@ -39,12 +43,15 @@ class HeldModel:
         return self.record.model.name
 
 
-def hold(backend: str, names: Sequence[str], store: Path | None) -> list[HeldModel]:
-    """The models behind `--model`. Raises ModelNotFound for one that the store lacks, ConfigError for a bad name."""
+def hold(backend: str, names: Sequence[str], store: Path | None, precision: str = "fp32") -> list[HeldModel]:
+    """The models behind `--model`, with what they take in `precision`.
+
+    Raises ModelNotFound for one that the store lacks, ConfigError for a bad name.
+    """
     if backend == "echo":
         held = [echo_model(text) for text in names or ("echo",)]
     elif names:
-        held = [_stored_model(name, Store(store)) for name in names]
+        held = [_stored_model(name, Store(store), precision) for name in names]
     else:
         raise ConfigError(
             "name the models to hold with --model; `llmos models ls` shows those in the store", param="model"
@@ -85,7 +92,7 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _stored_model(name: str, store: Store) -> HeldModel:
+def _stored_model(name: str, store: Store, precision: str) -> HeldModel:
     manifest = store.resolve(name)
     folder = store.materialize(manifest)
     blobs: dict[str, Path | bytes] = {}
@@ -93,7 +100,7 @@ def _stored_model(name: str, store: Store) -> HeldModel:
         blobs[manifest.tokenizer_hash] = store.blob_path(manifest.tokenizer_hash)
     if manifest.chat_template_hash:
         blobs[manifest.chat_template_hash] = manifest.chat_template.encode()
-    record = _record(name, manifest)
+    record = _record(name, manifest, precision)
     engine = EngineModel(
         name=record.model.name,
         version=manifest.version,
@@ -105,8 +112,27 @@ def _stored_model(name: str, store: Store) -> HeldModel:
     return HeldModel(record, engine, blobs)
 
 
-def _record(name: str, manifest: Manifest) -> registry_pb2.ModelRecord:
-    """What it takes in fp32, in which the engine computes whatever the files hold."""
+def _demand(manifest: Manifest, precision: str) -> tuple[int, int]:
+    """Bytes of weights, and of KV per token: packed with fp16 KV for int8, else fp32 whatever the files hold."""
+    kv_numbers = manifest.kv_bytes_per_token // _ELEMENT_BYTES.get(manifest.dtype, 2)
+    if precision == "fp32" or not _fits_kernels(manifest):
+        return manifest.parameter_count * _FLOAT32_BYTES, kv_numbers * _FLOAT32_BYTES
+    scales = manifest.parameter_count * _SCALE_BYTES // _KERNEL_GROUP
+    # Cosines and sines for up to two kinds of layers; norms in fp32; the last, partly filled block of outputs.
+    angles = 2 * manifest.context_length * manifest.head_dim * _FLOAT32_BYTES
+    norms = (4 * manifest.layers + 1) * (manifest.hidden_size + manifest.head_dim) * _FLOAT32_BYTES
+    padding = 2 * _KERNEL_OUTPUTS * manifest.hidden_size
+    return manifest.parameter_count + scales + angles + norms + padding, kv_numbers * _FLOAT16_BYTES
+
+
+def _fits_kernels(manifest: Manifest) -> bool:
+    """What a manifest can tell of `worker.engine.fast.support.why_not`, which needs the model."""
+    fits = manifest.hidden_size % _KERNEL_GROUP == 0 and manifest.head_dim % _KERNEL_HEAD_MULTIPLE == 0
+    return manifest.architecture in KERNEL_FAMILIES and fits
+
+
+def _record(name: str, manifest: Manifest, precision: str) -> registry_pb2.ModelRecord:
+    weight_bytes, kv_bytes_per_token = _demand(manifest, precision)
     chat = ["chat"] if manifest.chat_template else []
     return registry_pb2.ModelRecord(
         model=requests_pb2.CatalogueModel(
@@ -121,8 +147,8 @@ def _record(name: str, manifest: Manifest) -> registry_pb2.ModelRecord:
             capabilities=[*chat, "completion"],
             created_unix_s=manifest.created_unix_s,
         ),
-        weight_bytes=manifest.parameter_count * _FLOAT32_BYTES,
-        kv_bytes_per_token=manifest.kv_bytes_per_token * _FLOAT32_BYTES // _ELEMENT_BYTES.get(manifest.dtype, 2),
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes_per_token,
         workspace_bytes=_WORKSPACE_BYTES,
     )
 

@@ -18,6 +18,9 @@ Workers = Annotated[int, typer.Option(help="Number of workers; they share cores 
 Schedulers = Annotated[int, typer.Option(help="Number of schedulers; one leads, the others stand by.")]
 Gateways = Annotated[int, typer.Option(help="Number of gateways; the first gets the ports given here.")]
 Backend = Annotated[str, typer.Option(help="torch runs real models, echo makes up tokens.", metavar="torch|echo")]
+Precision = Annotated[
+    str, typer.Option(help="int8 is faster on Llama-shaped models; fp32 is every model's own.", metavar="fp32|int8")
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -46,6 +49,7 @@ def up(
     schedulers: Schedulers = 1,
     gateways: Gateways = 1,
     backend: Backend = "torch",
+    precision: Precision = "fp32",
     model: Model = "",
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
@@ -63,12 +67,7 @@ def up(
 
     etcd, schedulers, workers and gateways run as processes on loopback, until Ctrl-C or, with --detach, `llmos down`.
     """
-    if backend not in ("torch", "echo"):
-        raise typer.BadParameter(f"'{backend}' is neither torch nor echo", param_hint="--backend")
-    if once and not prompt:
-        raise typer.BadParameter("needs --prompt", param_hint="--once")
-    if once and detach:
-        raise typer.BadParameter("cannot go with --detach", param_hint="--once")
+    _check(backend, precision, prompt, once=once, detach=detach)
     from llmos.cli import serving
     from llmos.fleet.options import FleetOptions
 
@@ -78,6 +77,7 @@ def up(
         schedulers=schedulers,
         gateways=gateways,
         backend="echo" if backend == "echo" else "torch",
+        precision="int8" if precision == "int8" else "fp32",
         model=model,
         http_port=http_port,
         grpc_port=grpc_port,
@@ -88,6 +88,17 @@ def up(
     )
     ask = serving.Ask(prompt, max_tokens) if prompt else None
     _run(options, ask, detach=detach, once=once)
+
+
+def _check(backend: str, precision: str, prompt: str, *, once: bool, detach: bool) -> None:
+    if backend not in ("torch", "echo"):
+        raise typer.BadParameter(f"'{backend}' is neither torch nor echo", param_hint="--backend")
+    if precision not in ("fp32", "int8"):
+        raise typer.BadParameter(f"'{precision}' is neither fp32 nor int8", param_hint="--precision")
+    if once and not prompt:
+        raise typer.BadParameter("needs --prompt", param_hint="--once")
+    if once and detach:
+        raise typer.BadParameter("cannot go with --detach", param_hint="--once")
 
 
 def _run(options: FleetOptions, ask: Ask | None, *, detach: bool, once: bool) -> None:

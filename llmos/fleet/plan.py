@@ -43,7 +43,7 @@ class ServicePlan:
     def worker(self, name: str, etcd: Sequence[str]) -> list[str]:
         options, share = self._options, self._share
         command = [*self._service("worker", name), "--port", "0", "--etcd-endpoints", ",".join(etcd)]
-        command += ["--backend", options.backend, "--model", options.model]
+        command += ["--backend", options.backend, "--precision", options.precision, "--model", options.model]
         command += [
             "--drain-s",
             f"{WORKER_DRAIN_S:g}",

@@ -12,18 +12,20 @@ USES_GPUS: dict[BackendName, bool] = {"echo": True, "torch": False}
 """Whether models go to a graphics processor by default, where there is one."""
 
 
-def create(name: str, *, threads: int, tokens_per_second: float) -> tuple[Backend, str]:
+def create(
+    name: str, *, threads: int, tokens_per_second: float, precision: Literal["fp32", "int8"] = "fp32"
+) -> tuple[Backend, str]:
     """Make a backend and its numerics fingerprint. Raises MissingExtra without the `worker` extra for `torch`."""
     if name == "echo":
         from worker.backends import echo
 
         return echo.EchoBackend(tokens_per_second=tokens_per_second), echo.FINGERPRINT
     if name == "torch":
-        return _torch(threads)
+        return _torch(threads, precision)
     raise ConfigError(f"unknown backend '{name}'; known: echo, torch", param="backend")
 
 
-def _torch(threads: int) -> tuple[Backend, str]:
+def _torch(threads: int, precision: Literal["fp32", "int8"]) -> tuple[Backend, str]:
     try:
         from worker.backends.torch import TorchBackend
         from worker.fingerprint import torch_fingerprint
@@ -31,4 +33,5 @@ def _torch(threads: int) -> tuple[Backend, str]:
         if error.name in ("torch", "transformers", "safetensors", "tokenizers", "numpy"):
             raise MissingExtra("worker", "The torch backend") from error
         raise
-    return TorchBackend(threads=threads), torch_fingerprint()
+    backend = TorchBackend(threads=threads, precision=precision)
+    return backend, torch_fingerprint(precision=backend.precision)

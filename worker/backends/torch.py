@@ -1,28 +1,46 @@
-"""The torch backend: any decoder that transformers loads, continuously batched, byte-exact in fp32 on the CPU."""
+"""The torch backend: any decoder that transformers loads, continuously batched, byte-exact on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 
 from llmos.clock import Clock, SystemClock
 from llmos.errors import SourceError, Unavailable
+from worker import kernels
 from worker.backend import Attempt, Blocks, Failure, ModelSpec, Output, StageDone, StepResult
-from worker.engine import model
 from worker.engine.device import select_device
 from worker.engine.engine import Engine, kv_blocks
+from worker.engine.loading import load
+
+log = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "int8"]
 
 
 class TorchBackend:
     """Implements `worker.backend.Backend`: one `Engine` per loaded model, stepped in turn.
 
-    `threads` are torch's, for the whole process; `device` is `auto`, `cpu` or `cuda`.
+    `threads` are torch's, for the whole process; `device` is `auto`, `cpu` or `cuda`. `precision` is what is wanted:
+    int8 needs a CPU and the kernels, which may be compiled now; otherwise it serves in fp32 and says so in the log.
     """
 
-    def __init__(self, *, threads: int, device: str = "cpu", clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int,
+        device: str = "cpu",
+        clock: Clock | None = None,
+        precision: Precision = "fp32",
+        kernels_available: Callable[[], bool] = kernels.available,
+    ) -> None:
         torch.set_num_threads(threads)
         self._device = select_device(device)
+        self.precision: Precision = _possible(precision, self._device, kernels_available)
+        """What it serves in, wherever the model allows it."""
         self._clock = clock or SystemClock()
         self._engines: dict[str, Engine] = {}
 
@@ -31,7 +49,7 @@ class TorchBackend:
         if spec.folder is None:
             raise SourceError(f"{spec.name} has no folder to load from.")
         self._engines.pop(spec.name, None)
-        decoder = model.load(spec.folder, self._device, spec.context_length)
+        decoder = load(spec.folder, self._device, spec.context_length, kernels=self.precision == "int8")
         self._engines[spec.name] = engine = Engine(decoder, kv_blocks(decoder, memory_budget), self._clock)
         return engine.blocks()
 
@@ -75,3 +93,16 @@ class TorchBackend:
                 failures.extend(result.failures)
                 stages.extend(result.stages)
         return StepResult(outputs, failures, stages)
+
+
+def _possible(wanted: Precision, device: torch.device, available: Callable[[], bool]) -> Precision:
+    if wanted == "fp32":
+        return wanted
+    if device.type != "cpu":
+        log.warning("int8 needs a CPU; serving in fp32 on %s", device)
+        return "fp32"
+    log.info("preparing the kernels; at their first use they are compiled, which takes about half a minute")
+    if not available():
+        log.warning("int8 needs the kernels; serving in fp32")
+        return "fp32"
+    return wanted

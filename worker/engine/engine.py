@@ -10,10 +10,10 @@ import torch
 from llmos.clock import Clock
 from llmos.errors import InternalError, InvalidRequest, PromptTooLong, Unavailable
 from worker.backend import Attempt, Blocks, Failure, Output, Stage, StageDone, StepResult
-from worker.engine.attention import KVRow, PagedAttention
+from worker.engine.attention import KVRow
 from worker.engine.batch import Batch, plan
-from worker.engine.kv import BLOCK_TOKENS, BlockAllocator, KVPool, block_bytes
-from worker.engine.model import DTYPE, Decoder
+from worker.engine.kv import BLOCK_TOKENS, BlockAllocator, block_bytes
+from worker.engine.paged import Servable
 from worker.engine.run import Choice, Run
 from worker.engine.sampling import Pick, SamplingRow, sample
 
@@ -23,9 +23,9 @@ _LOGIT_ROWS = 64
 """Rows of logits (and as many of noise, in float64) that are set aside for."""
 
 
-def kv_blocks(decoder: Decoder, memory_budget: int) -> int:
+def kv_blocks(decoder: Servable, memory_budget: int) -> int:
     """KV blocks that fit beside weights and workspace in `memory_budget` bytes. Raises Unavailable if none does."""
-    per_block = block_bytes(decoder.layers, DTYPE)
+    per_block = block_bytes(decoder.layers, decoder.kv_dtype)
     fixed = decoder.weight_bytes + _WORKSPACE_BYTES + _LOGIT_ROWS * decoder.vocabulary * 4
     count = (memory_budget - fixed) // per_block
     if count < 1:
@@ -36,11 +36,11 @@ def kv_blocks(decoder: Decoder, memory_budget: int) -> int:
 class Engine:
     """Owns a model, its KV memory and its attempts. Called by one thread."""
 
-    def __init__(self, decoder: Decoder, blocks: int, clock: Clock) -> None:
+    def __init__(self, decoder: Servable, blocks: int, clock: Clock) -> None:
         self._decoder = decoder
         self._clock = clock
         self._allocator = BlockAllocator(blocks)
-        self._pool = KVPool(decoder.layers, blocks, decoder.device, DTYPE)
+        self._paged = decoder.with_memory(blocks)
         self._waiting: deque[Run] = deque()
         self._running: dict[str, Run] = {}
 
@@ -107,18 +107,16 @@ class Engine:
                 outputs.append(Output(run.attempt.request_id, run.attempt.epoch, choice.number, end, (), finish=reason))
                 del run.choices[choice.number]
             if run.choices:
-                run.start(self._allocator, self._pool)
+                run.start(self._allocator, self._paged.memory)
                 run.since_s = self._clock.monotonic()
                 self._running[run.attempt.request_id] = run
         return outputs
 
     def _compute(self, batch: Batch) -> list[Pick | None]:
-        rows = [KVRow(_slots(choice), position + 1) for _, choice, position in batch.rows]
-        targets = torch.stack([row.slots[row.length - 1] for row in rows])
-        logits = self._decoder.forward(
+        logits = self._paged.forward(
             [run.token(choice, position) for run, choice, position in batch.rows],
             [position for _, _, position in batch.rows],
-            PagedAttention(self._pool, rows, targets),
+            [KVRow(_slots(choice), position + 1) for _, choice, position in batch.rows],
             [row for _, _, row in batch.picks],
         )
         if not batch.picks:
@@ -137,7 +135,7 @@ class Engine:
             run.prefill_tokens += run.prefills(choice, position)
         for run in prefilling:
             if run.prompt_done:
-                run.fork(self._pool)
+                run.fork(self._paged.memory)
 
     def _prefill_done(self, run: Run) -> StageDone | None:
         if (
@@ -195,7 +193,7 @@ def _failure(run: Run) -> Failure:
     return Failure(run.attempt.request_id, run.attempt.epoch, InternalError.code, message)
 
 
-def _check(attempt: Attempt, decoder: Decoder) -> None:
+def _check(attempt: Attempt, decoder: Servable) -> None:
     """What would break a step for everybody must not get into one."""
     if not attempt.prompt:
         raise InvalidRequest("The prompt is empty.", param="prompt")

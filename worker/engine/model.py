@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llmos.errors import SourceError, UnsupportedFeature
 from worker.engine import attention
-from worker.engine.attention import Attention, LayerCall
-from worker.engine.kv import LayerShape
+from worker.engine.attention import Attention, KVRow, LayerCall, PagedAttention
+from worker.engine.kv import KVPool, LayerShape
 from worker.engine.layers import TILE_ROWS, FixedRowLinear, steady_layers, unknown_weights
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,15 @@ class Decoder:
     device: torch.device
     weight_bytes: int
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """See `Servable`."""
+        return DTYPE
+
+    def with_memory(self, blocks: int) -> PagedDecoder:
+        """See `Servable`."""
+        return PagedDecoder(self, KVPool(self.layers, blocks, self.device, DTYPE))
+
     def forward(
         self, tokens: Sequence[int], positions: Sequence[int], attend: Attention, wanted: Sequence[int]
     ) -> Tensor:
@@ -56,16 +65,39 @@ class Decoder:
         return logits
 
 
-def load(folder: Path, device: torch.device, context_length: int = 0) -> Decoder:
-    """Read a folder of safetensors and config.json. Raises SourceError or UnsupportedFeature if it cannot serve.
+@dataclass(frozen=True, slots=True)
+class PagedDecoder:
+    """Implements `worker.engine.paged.Paged`."""
 
-    `context_length` lowers the model's own limit; 0 keeps it.
+    decoder: Decoder
+    memory: KVPool
+
+    def forward(
+        self, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[KVRow], wanted: Sequence[int]
+    ) -> Tensor:
+        """See `Paged`."""
+        targets = torch.stack([row.slots[row.length - 1] for row in rows])
+        return self.decoder.forward(tokens, positions, PagedAttention(self.memory, rows, targets), wanted)
+
+
+def read(folder: Path, device: torch.device) -> Any:
+    """transformers' model of a folder of safetensors and config.json, in fp32.
+
+    Raises SourceError or UnsupportedFeature if it cannot serve.
     """
     attention.register()
     transformers.utils.logging.disable_progress_bar()
     model = _read(folder).to(device).eval().requires_grad_(False)
+    _check_config(model, model.config.get_text_config())
+    return model
+
+
+def prepare(model: Any, device: torch.device, context_length: int = 0) -> Decoder:
+    """Change a model that was read, in place, so that its rows do not depend on each other. Raises UnsupportedFeature.
+
+    `context_length` lowers the model's own limit; 0 keeps it.
+    """
     config = model.config.get_text_config()
-    _check_config(model, config)
     with torch.inference_mode():
         steady_layers(model)
         if strange := unknown_weights(model):
@@ -75,8 +107,8 @@ def load(folder: Path, device: torch.device, context_length: int = 0) -> Decoder
         model=model,
         layers=layers,
         vocabulary=config.vocab_size,
-        context_length=min(filter(None, (context_length, _context_length(config))), default=None),
-        end_tokens=_end_tokens(model, config),
+        context_length=context_limit(config, context_length),
+        end_tokens=end_tokens(model, config),
         device=device,
         weight_bytes=_weight_bytes(model),
     )
@@ -150,6 +182,11 @@ def _probe(model: nn.Module, config: Any) -> list[LayerShape]:
     return [call.shape for _, call in probe.calls]
 
 
+def context_limit(config: Any, wanted: int = 0) -> int | None:
+    """Most tokens of prompt and answer together, `wanted` if that is less and not 0; None: no limit."""
+    return min(filter(None, (wanted, _context_length(config))), default=None)
+
+
 def _context_length(config: Any) -> int | None:
     limit: int | None = getattr(config, "max_position_embeddings", None)
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -161,7 +198,8 @@ def _context_length(config: Any) -> int | None:
     return limit
 
 
-def _end_tokens(model: Any, config: Any) -> frozenset[int]:
+def end_tokens(model: Any, config: Any) -> frozenset[int]:
+    """Tokens that end an answer, by the model's configuration and its generation's."""
     found: set[int] = set()
     for source in (config, model.generation_config):
         ids = getattr(source, "eos_token_id", None)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from worker.backend import Attempt, FinishReason
-from worker.engine.kv import BLOCK_TOKENS, BlockAllocator, KVPool, blocks_needed
+from worker.engine.kv import BLOCK_TOKENS, BlockAllocator, blocks_needed
+from worker.engine.paged import KVMemory
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Run:
         """In order of age."""
         return self.attempt.epoch.term, self.attempt.epoch.attempt
 
-    def start(self, allocator: BlockAllocator, pool: KVPool) -> None:
+    def start(self, allocator: BlockAllocator, memory: KVMemory) -> None:
         """Take blocks; the caller has seen that they are free."""
         self._blocks = allocator.allocate(self.blocks_needed)
         shared = len(self.prompt) // BLOCK_TOKENS
@@ -61,7 +62,7 @@ class Run:
         for order, choice in enumerate(self.choices.values()):
             first = shared + order * each
             choice.tail = self._blocks[first : first + each]
-            choice.slots = pool.slots([*self._blocks[:shared], *choice.tail])
+            choice.slots = memory.slots([*self._blocks[:shared], *choice.tail])
 
     def release(self, allocator: BlockAllocator) -> None:
         """Give all blocks back."""
@@ -85,12 +86,12 @@ class Run:
         """Whether keys and values of the whole prompt are stored."""
         return self.leader.computed >= len(self.prompt)
 
-    def fork(self, pool: KVPool) -> None:
+    def fork(self, memory: KVMemory) -> None:
         """Give the leader's prompt to the other choices: full blocks are shared, a partial one is copied."""
         for choice in self.choices.values():
             if choice is not self.leader:
                 if len(self.prompt) % BLOCK_TOKENS:
-                    pool.copy_block(self.leader.tail[0], choice.tail[0])
+                    memory.copy_block(self.leader.tail[0], choice.tail[0])
                 choice.computed = len(self.prompt)
 
     def prefills(self, choice: Choice, position: int) -> bool:

@@ -1,0 +1,1 @@
+"""Reproducible comparisons, one command each."""

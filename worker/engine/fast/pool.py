@@ -1,0 +1,50 @@
+"""KV memory in the layout of the kernels: in each block of 64 tokens, keys of eight tokens interleaved."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.kv import BLOCK_TOKENS, LayerShape
+from worker.kernels import abi
+
+
+class FastKVPool:
+    """Keys and values of all layers; the same calls as `worker.engine.kv.KVPool`, on the CPU.
+
+    `dtype` is float16 or float32. Owns the memory that `keys` and `values` point to.
+    """
+
+    def __init__(self, shapes: Sequence[LayerShape], blocks: int, dtype: torch.dtype = torch.float16) -> None:
+        self.shapes = tuple(shapes)
+        self.blocks = blocks
+        self.dtype = dtype
+        # Not filled: the operating system gives pages on first touch, and a slot is written before it is read.
+        self._keys = [
+            torch.empty(blocks, s.kv_heads, BLOCK_TOKENS // abi.KEY_TILE, s.key_dim, abi.KEY_TILE, dtype=dtype)
+            for s in shapes
+        ]
+        self._values = [torch.empty(blocks, s.kv_heads, BLOCK_TOKENS, s.value_dim, dtype=dtype) for s in shapes]
+        self.keys = _addresses(self._keys)
+        self.values = _addresses(self._values)
+
+    def slots(self, blocks: Sequence[int]) -> Tensor:
+        """Slots of a sequence that lies in `blocks`, in order of position: int64 [len(blocks) * BLOCK_TOKENS]."""
+        return (torch.tensor(blocks)[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy one block in every layer."""
+        for tensor in (*self._keys, *self._values):
+            tensor[target] = tensor[source]
+
+    def read(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one block in order of position: twice [kv_heads, BLOCK_TOKENS, dim]."""
+        keys = self._keys[layer][block].transpose(-1, -2)
+        return keys.reshape(keys.shape[0], BLOCK_TOKENS, -1), self._values[layer][block]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -1,0 +1,88 @@
+// The C interface between Python and the kernels. Plain structures and functions: no tie to a Python or torch version.
+//
+// The caller owns every array; a model keeps pointers to weights and tables, which must outlive it. Everything is
+// little endian, row-major and contiguous. The fields mirror `abi.py`; raise LLK_ABI with every change.
+#pragma once
+#include <stdint.h>
+
+#define LLK_ABI 1
+#define LLK_GROUP 64         // inputs that share a scale
+#define LLK_COLUMNS 16       // outputs of a packed block
+#define LLK_BLOCK_TOKENS 64  // tokens of a KV block
+#define LLK_KEY_TILE 8       // tokens whose keys are interleaved
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum llk_status { LLK_OK = 0, LLK_BAD_SHAPE, LLK_BAD_TOKEN, LLK_BAD_POSITION, LLK_BAD_BLOCK, LLK_BAD_ROW, LLK_NO_MEMORY };
+enum llk_isa { LLK_PORTABLE = 0, LLK_AVX2 = 1, LLK_AVX512_VNNI = 2, LLK_ISA_COUNT = 3 };
+enum llk_activation { LLK_SILU = 0, LLK_GELU_TANH = 1 };
+
+// int8 weights of a linear layer, packed by llk_pack; llk_packed_bytes(outputs, inputs) bytes, aligned to 32.
+typedef struct {
+  const int8_t* data;
+  int32_t outputs, inputs;
+} llk_matrix;
+
+typedef struct {
+  llk_matrix qkv, out;       // [q heads, k heads, v heads] x hidden; hidden x [q heads]
+  llk_matrix gate_up, down;  // outputs interleaved by 8: gate 0..7, up 0..7, gate 8..15, ...
+  const float *attention_norm, *mlp_norm;            // [hidden]
+  const float *post_attention_norm, *post_mlp_norm;  // [hidden] or NULL: norm of the branch before it is added
+  const float *query_norm, *key_norm;                // [head_dim] or NULL
+  const float *qkv_bias, *out_bias;                  // [outputs] or NULL
+  const float *cosines, *sines;                      // [positions][head_dim / 2]
+  int32_t window;                                    // tokens that a row sees, itself included; 0: all
+} llk_layer;
+
+typedef struct {
+  int32_t hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, positions;
+  int32_t max_rows, activation, kv_half;  // kv_half: 1 for fp16 keys and values, 0 for fp32
+  float epsilon, embedding_scale, attention_scale, attention_softcap, logit_softcap;  // caps: 0 for none
+  llk_matrix embedding, head;
+  const float* final_norm;
+  const llk_layer* layer;
+} llk_shape;
+
+// Rows of a step: one token each, of any sequences, at any positions. A row sees its own sequence up to itself; what it
+// sees must lie in the pool or be a row of this step.
+typedef struct {
+  int32_t rows, sequences, table_width, wanted_rows, blocks;
+  const int32_t *tokens, *positions, *sequence;  // [rows]
+  const int32_t* tables;                         // [sequences][table_width]: KV blocks in order of position
+  const int32_t* wanted;                         // [wanted_rows] row numbers
+  float* logits;                                 // [wanted_rows][vocabulary]
+  void* const* keys;                             // per layer: [blocks][kv_heads][64 / 8][head_dim][8]
+  void* const* values;                           // per layer: [blocks][kv_heads][64][head_dim]
+} llk_step_args;
+
+typedef struct llk_model llk_model;
+
+int32_t llk_abi(void);
+int32_t llk_best_isa(void);                // the best instruction set that this processor has
+int32_t llk_isa_supported(int32_t isa);
+void llk_set_threads(int32_t threads);     // for the whole process; threads start at the next parallel call
+int32_t llk_threads(void);
+
+int64_t llk_packed_bytes(int32_t outputs, int32_t inputs);
+int32_t llk_pack(const float* weight, int32_t outputs, int32_t inputs, int8_t* packed);  // weight [outputs][inputs]
+int32_t llk_unpack(const llk_matrix* matrix, float* weight);
+
+// Single kernels, for tests and measurements. quantize: norm may be NULL.
+int32_t llk_quantize(int32_t isa, const float* x, const float* norm, float epsilon, int32_t rows, int32_t width,
+                     int16_t* quantized, float* scales);
+int32_t llk_gemm(int32_t isa, const llk_matrix* matrix, const int16_t* quantized, const float* scales, int32_t rows,
+                 float* out);
+int32_t llk_activate(int32_t isa, int32_t activation, const float* x, int32_t count, float* out);  // count: times 8
+
+// NULL if a shape does not fit the kernels or memory is short. A model is used by one call at a time.
+llk_model* llk_open(const llk_shape* shape, int32_t isa, int32_t* status);
+void llk_close(llk_model* model);
+int32_t llk_step(llk_model* model, const llk_step_args* args);
+// Attention of one layer: queries [rows][heads][head_dim], already scaled; same shape out. Keys and values are read only.
+int32_t llk_attend(llk_model* model, int32_t layer, const llk_step_args* args, const float* queries, float* out);
+
+#ifdef __cplusplus
+}
+#endif

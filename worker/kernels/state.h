@@ -1,0 +1,67 @@
+// What a step shares between its threads, and the table of functions that exists once per instruction set.
+#pragma once
+#include "abi.h"
+
+constexpr int kMaxQueries = 16;  // of one attention item
+
+// A layer's stages in order; each is over when all of its units are.
+enum Stage { kNorm, kQkv, kAttention, kMixed, kOut, kMlpNorm, kGateUp, kGated, kDown, kStagesPerLayer };
+// Stages after the last layer, counted from layers * kStagesPerLayer on.
+enum LastStage { kEmbed, kLastBranch, kWanted, kLogits, kLastStages };
+
+// Rows of one sequence at neighbouring positions of one block, attended together.
+struct RowGroup {
+  int32_t row, count;
+};
+
+struct AttentionScratch {
+  float scores[kMaxQueries][LLK_BLOCK_TOKENS];
+  float peak[kMaxQueries];
+  float total[kMaxQueries][8];
+};
+
+struct ThreadScratch {
+  AttentionScratch attention;
+  int16_t* quantized;  // [widest]: a step of one row is quantized by every thread for itself
+  float scale;
+};
+
+// How far a stage is: units taken and units finished.
+struct Progress {
+  int32_t taken, finished;
+};
+
+struct Team;
+// Wakes those who wait: a stage has been finished.
+void team_progress(Team* team);
+// Returns once `finished` has reached `units`.
+void team_await(Team* team, const int32_t* finished, int32_t units);
+
+struct State {
+  const llk_shape* shape;
+  const llk_step_args* args;
+  const RowGroup* groups;
+  int group_count, heads_per_item, threads;
+  Team* team;
+  float *x, *branch, *qkv, *mixed, *gated;  // [max_rows] x hidden, hidden, q + k + v, q, intermediate
+  int16_t* quantized;                       // [max_rows][widest]
+  float* scales;                            // [max_rows]
+  Progress* progress;                       // [layers * kStagesPerLayer + kLastStages], zero when a step starts
+  ThreadScratch* scratch;                   // [threads]
+  int32_t layer;                            // of `attend`
+  const float* queries;
+  float* attended;
+};
+
+struct Kernels {
+  void (*quantize)(const float* x, const float* norm, float epsilon, int rows, int width, int16_t* out, float* scales);
+  void (*gemm)(const llk_matrix* matrix, const int16_t* quantized, const float* scales, int rows, float* out);
+  void (*activate)(int activation, const float* x, int count, float* out);
+  void (*step)(State* state, int thread);
+  void (*attend)(State* state, int thread);
+};
+
+extern const Kernels llk_kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels llk_kernels_avx2, llk_kernels_avx512_vnni;
+#endif

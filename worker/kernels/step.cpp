@@ -1,0 +1,271 @@
+// One step of a Llama-shaped model. Compiled once per instruction set (LLK_TABLE names the result), so nothing here may
+// have external linkage but that table: the linker must not give one instruction set's code to another.
+#include "attention.h"
+#include "numeric.h"
+#include "product.h"
+#include "state.h"
+
+namespace {
+
+// Threads take the next `grain` of a stage's `units` until none is left, then wait until all are finished. Who takes what
+// changes no bit. Nobody waits for a thread that holds no unit: one that the system has suspended finds the stages that
+// it missed finished, and passes through them.
+template <class F>
+inline void share(State& s, int stage, int units, int grain, F work) {
+  Progress& progress = s.progress[stage];
+  for (;;) {
+    const int first = __atomic_fetch_add(&progress.taken, grain, __ATOMIC_RELAXED);
+    if (first >= units) break;
+    const int last = first + grain < units ? first + grain : units;
+    work(first, last);
+    if (__atomic_add_fetch(&progress.finished, last - first, __ATOMIC_ACQ_REL) == units) team_progress(s.team);
+  }
+  if (__atomic_load_n(&progress.finished, __ATOMIC_ACQUIRE) < units) team_await(s.team, &progress.finished, units);
+}
+
+template <class Epilogue>
+inline void multiply_shared(State& s, int stage, const llk_matrix& m, const Activations& a, Epilogue epilogue) {
+  const int blocks = blocks_of(m), grain = blocks / (s.threads * 8);
+  share(s, stage, blocks, grain > 0 ? grain : 1, [&](int first, int last) { multiply(m, first, last, a, epilogue); });
+}
+
+template <class F>
+inline void share_rows(State& s, int stage, int rows, F work) {
+  share(s, stage, rows, 1, [&](int row, int) { work(row); });
+}
+
+// Quantizes rows: `row(r, out, scale)` does one. One row is quantized by every thread for itself, which saves a stage,
+// unless that changes what is shared. A late thread may then read what is already being changed; it finds no unit left
+// to use the result for.
+template <class F>
+inline Activations quantize_rows(State& s, int stage, int thread, int rows, int width, bool changes_state, F row) {
+  if (rows == 1 && !changes_state) {
+    ThreadScratch& own = s.scratch[thread];
+    row(0, own.quantized, &own.scale);
+    return {own.quantized, &own.scale, 1, width};
+  }
+  share_rows(s, stage, rows, [&](int r) { row(r, s.quantized + (size_t)r * width, s.scales + r); });
+  return {s.quantized, s.scales, rows, width};
+}
+
+// Adds what the branch before left, if that waited for a norm (`pending`), then norm and quantization.
+inline Activations normed_rows(State& s, int stage, int thread, const float* norm, const float* pending) {
+  const int hidden = s.shape->hidden;
+  const float epsilon = s.shape->epsilon;
+  const auto row = [&](int r, int16_t* out, float* scale) {
+    float* x = s.x + (size_t)r * hidden;
+    if (pending) add_normed(x, s.branch + (size_t)r * hidden, pending, epsilon, hidden);
+    quantize_row(x, norm, epsilon, hidden, out, scale);
+  };
+  return quantize_rows(s, stage, thread, s.args->rows, hidden, pending != nullptr, row);
+}
+
+inline Activations plain_rows(State& s, int stage, int thread, const float* rows, int width) {
+  return quantize_rows(s, stage, thread, s.args->rows, width, false, [&](int r, int16_t* out, float* scale) {
+    quantize_row(rows + (size_t)r * width, nullptr, 0.f, width, out, scale);
+  });
+}
+
+inline void rotate(float* head, int dim, const float* cosines, const float* sines) {
+  for (int d = 0; d < dim / 2; d += 8) {
+    const F8 a = load(head + d), b = load(head + dim / 2 + d), c = load(cosines + d), s = load(sines + d);
+    store(head + d, a * c - b * s);
+    store(head + dim / 2 + d, fma(b, c, a * s));
+  }
+}
+
+template <class KV>
+inline void write_key(typename KV::type* block, int token, int dim, const float* head) {
+  typename KV::type* tile = block + (size_t)(token / kTile) * kTile * dim + token % kTile;
+  for (int d = 0; d < dim; d += 8) {
+    typename KV::type eight[8];
+    KV::put(eight, load(head + d));
+    for (int i = 0; i < 8; i++) tile[(d + i) * kTile] = eight[i];
+  }
+}
+
+template <class KV>
+inline void write_value(typename KV::type* block, int token, int dim, const float* head) {
+  for (int d = 0; d < dim; d += 8) KV::put(block + (size_t)token * dim + d, load(head + d));
+}
+
+// Norm, rotation and KV write of one row of a head that has just been projected.
+template <class KV>
+inline void place_head(State& s, int layer, int head, int row) {
+  const llk_shape& shape = *s.shape;
+  const llk_layer& l = shape.layer[layer];
+  const int dim = shape.head_dim, keys_from = shape.heads, values_from = shape.heads + shape.kv_heads;
+  float* v = s.qkv + (size_t)row * (values_from + shape.kv_heads) * dim + (size_t)head * dim;
+  const int position = s.args->positions[row], token = position % kTokens;
+  if (head < values_from) {
+    if (const float* norm = head < keys_from ? l.query_norm : l.key_norm) {
+      const F8 factor = splat(inverse_rms(v, dim, shape.epsilon));
+      for (int d = 0; d < dim; d += 8) store(v + d, load(v + d) * factor * load(norm + d));
+    }
+    const size_t angle = (size_t)position * (dim / 2);
+    rotate(v, dim, l.cosines + angle, l.sines + angle);
+  }
+  if (head < keys_from) {
+    for (int d = 0; d < dim; d += 8) store(v + d, load(v + d) * splat(shape.attention_scale));
+    return;
+  }
+  const int32_t* table = s.args->tables + (size_t)s.args->sequence[row] * s.args->table_width;
+  const int kv_head = head < values_from ? head - keys_from : head - values_from;
+  const size_t offset = kv_offset(table[position / kTokens], shape.kv_heads, kv_head, dim);
+  if (head < values_from)
+    write_key<KV>((typename KV::type*)s.args->keys[layer] + offset, token, dim, v);
+  else
+    write_value<KV>((typename KV::type*)s.args->values[layer] + offset, token, dim, v);
+}
+
+// A unit of the projection is a whole head, so that the thread that computed it can finish it.
+template <class KV>
+inline void project_heads(State& s, int layer, const Activations& a) {
+  const llk_shape& shape = *s.shape;
+  const llk_layer& l = shape.layer[layer];
+  const int heads = shape.heads + 2 * shape.kv_heads, per_head = shape.head_dim / kColumns, width = l.qkv.outputs;
+  share(s, layer * kStagesPerLayer + kQkv, heads, 1, [&](int head, int) {
+    multiply(l.qkv, head * per_head, (head + 1) * per_head, a, [&](int row, int block, F8 low, F8 high) {
+      float* out = s.qkv + (size_t)row * width + (size_t)block * kColumns;
+      const float* bias = l.qkv_bias ? l.qkv_bias + (size_t)block * kColumns : nullptr;
+      store(out, bias ? low + load(bias) : low);
+      store(out + 8, bias ? high + load(bias + 8) : high);
+    });
+    for (int row = 0; row < a.rows; row++) place_head<KV>(s, layer, head, row);
+  });
+}
+
+template <class KV>
+inline void attend_item(State& s, int thread, int layer, const float* queries, size_t stride, float* out, int item) {
+  const llk_shape& shape = *s.shape;
+  const int dim = shape.head_dim, heads = s.heads_per_item, items = shape.heads / heads;
+  const RowGroup group = s.groups[item / items];
+  const int first_head = item % items * heads, window = shape.layer[layer].window;
+  Queries wanted;
+  wanted.count = 0;
+  for (int row = group.row; row < group.row + group.count; row++)
+    for (int head = first_head; head < first_head + heads; head++) {
+      const int position = s.args->positions[row], n = wanted.count++;
+      wanted.query[n] = queries + (size_t)row * stride + (size_t)head * dim;
+      wanted.out[n] = out + ((size_t)row * shape.heads + head) * dim;
+      wanted.first[n] = window > 0 && position >= window ? position - window + 1 : 0;
+      wanted.last[n] = position;
+    }
+  const KVHead kv = {s.args->keys[layer], s.args->values[layer],
+                     s.args->tables + (size_t)s.args->sequence[group.row] * s.args->table_width,
+                     shape.kv_heads, first_head / (shape.heads / shape.kv_heads), dim, shape.attention_softcap};
+  attend<KV>(wanted, kv, s.scratch[thread].attention);
+}
+
+template <class KV>
+inline void attend_rows(State& s, int stage, int thread, int layer, const float* queries, size_t stride, float* out) {
+  const int items = s.group_count * (s.shape->heads / s.heads_per_item);
+  share(s, stage, items, 1, [&](int item, int) { attend_item<KV>(s, thread, layer, queries, stride, out, item); });
+}
+
+// Adds a branch's output to the stream, or leaves it where its norm will find it.
+inline void add_branch(State& s, int stage, const llk_matrix& m, const Activations& a, const float* bias, bool normed) {
+  const int hidden = s.shape->hidden;
+  multiply_shared(s, stage, m, a, [&](int row, int block, F8 low, F8 high) {
+    const size_t at = (size_t)row * hidden + (size_t)block * kColumns;
+    if (bias) {
+      low = low + load(bias + (size_t)block * kColumns);
+      high = high + load(bias + (size_t)block * kColumns + 8);
+    }
+    float* out = (normed ? s.branch : s.x) + at;
+    store(out, normed ? low : load(out) + low);
+    store(out + 8, normed ? high : load(out + 8) + high);
+  });
+}
+
+template <class KV>
+inline void run_layer(State& s, int thread, int layer, const float* pending) {
+  const llk_shape& shape = *s.shape;
+  const llk_layer& l = shape.layer[layer];
+  const int first = layer * kStagesPerLayer, mixed = shape.heads * shape.head_dim;
+  project_heads<KV>(s, layer, normed_rows(s, first + kNorm, thread, l.attention_norm, pending));
+  attend_rows<KV>(s, first + kAttention, thread, layer, s.qkv, (size_t)l.qkv.outputs, s.mixed);
+  const Activations heads = plain_rows(s, first + kMixed, thread, s.mixed, mixed);
+  add_branch(s, first + kOut, l.out, heads, l.out_bias, l.post_attention_norm != nullptr);
+  const Activations normed = normed_rows(s, first + kMlpNorm, thread, l.mlp_norm, l.post_attention_norm);
+  multiply_shared(s, first + kGateUp, l.gate_up, normed, [&](int row, int block, F8 gate, F8 up) {
+    store(s.gated + (size_t)row * shape.intermediate + (size_t)block * 8, activate(shape.activation, gate) * up);
+  });
+  const Activations gated = plain_rows(s, first + kGated, thread, s.gated, shape.intermediate);
+  add_branch(s, first + kDown, l.down, gated, nullptr, l.post_mlp_norm != nullptr);
+}
+
+inline void logits(State& s, int thread, const float* pending) {
+  const llk_shape& shape = *s.shape;
+  const llk_step_args& args = *s.args;
+  const int first = shape.layers * kStagesPerLayer;
+  if (pending)
+    share_rows(s, first + kLastBranch, args.rows, [&](int r) {
+      const size_t at = (size_t)r * shape.hidden;
+      add_normed(s.x + at, s.branch + at, pending, shape.epsilon, shape.hidden);
+    });
+  if (!args.wanted_rows) return;
+  const auto row = [&](int i, int16_t* out, float* scale) {
+    const float* x = s.x + (size_t)args.wanted[i] * shape.hidden;
+    quantize_row(x, shape.final_norm, shape.epsilon, shape.hidden, out, scale);
+  };
+  const Activations rows = quantize_rows(s, first + kWanted, thread, args.wanted_rows, shape.hidden, false, row);
+  multiply_shared(s, first + kLogits, shape.head, rows, [&](int r, int block, F8 low, F8 high) {
+    if (shape.logit_softcap > 0.f) {
+      low = softcap(low, shape.logit_softcap);
+      high = softcap(high, shape.logit_softcap);
+    }
+    store_outputs(args.logits + (size_t)r * shape.vocabulary, block * kColumns, shape.vocabulary, low, high);
+  });
+}
+
+template <class KV>
+inline void run_step(State& s, int thread) {
+  const llk_shape& shape = *s.shape;
+  share_rows(s, shape.layers * kStagesPerLayer + kEmbed, s.args->rows, [&](int r) {
+    unpack_output(shape.embedding, s.args->tokens[r], shape.embedding_scale, s.x + (size_t)r * shape.hidden);
+  });
+  const float* pending = nullptr;
+  for (int layer = 0; layer < shape.layers; layer++) {
+    run_layer<KV>(s, thread, layer, pending);
+    pending = shape.layer[layer].post_mlp_norm;
+  }
+  logits(s, thread, pending);
+}
+
+void step(State* state, int thread) {
+  if (state->shape->kv_half)
+    run_step<Half>(*state, thread);
+  else
+    run_step<Single>(*state, thread);
+}
+
+void attend_only(State* s, int thread) {
+  const size_t stride = (size_t)s->shape->heads * s->shape->head_dim;
+  if (s->shape->kv_half)
+    attend_rows<Half>(*s, 0, thread, s->layer, s->queries, stride, s->attended);
+  else
+    attend_rows<Single>(*s, 0, thread, s->layer, s->queries, stride, s->attended);
+}
+
+void quantize_only(const float* x, const float* norm, float epsilon, int rows, int width, int16_t* out, float* scales) {
+  for (int r = 0; r < rows; r++) {
+    const size_t at = (size_t)r * width;
+    quantize_row(x + at, norm, epsilon, width, out + at, scales + r);
+  }
+}
+
+void gemm_only(const llk_matrix* m, const int16_t* quantized, const float* scales, int rows, float* out) {
+  const Activations a = {quantized, scales, rows, m->inputs};
+  multiply(*m, 0, blocks_of(*m), a, [&](int row, int block, F8 low, F8 high) {
+    store_outputs(out + (size_t)row * m->outputs, block * kColumns, m->outputs, low, high);
+  });
+}
+
+void activate_only(int activation, const float* x, int count, float* out) {
+  for (int i = 0; i < count; i += 8) store(out + i, activate(activation, load(x + i)));
+}
+
+}  // namespace
+
+extern const Kernels LLK_TABLE = {quantize_only, gemm_only, activate_only, step, attend_only};
