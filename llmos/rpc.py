@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from llmos.addresses import host_port
 from llmos.config import TlsConfig
-from llmos.errors import ConfigError, DeadlineExceeded, LlmosError, NotLeader, Unauthenticated, Unavailable, from_code
+from llmos.errors import ConfigError, DeadlineExceeded, LlmosError, Unauthenticated, Unavailable, from_code
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,7 @@ def trailing_metadata(error: LlmosError) -> tuple[tuple[str, str], ...]:
 
 async def _abort(context: Any, error: BaseException) -> None:
     if isinstance(error, LlmosError):
-        address = error.leader_address if isinstance(error, NotLeader) else ""
-        extra = (("llmos-leader", address),) if address else ()
-        await context.abort(error.grpc_status, error.message, (*trailing_metadata(error), *extra))
+        await context.abort(error.grpc_status, error.message, trailing_metadata(error))
     log.error("unexpected error in a handler", exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error", ((CODE_KEY, "internal_error"),))
 

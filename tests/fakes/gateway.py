@@ -123,9 +123,9 @@ class FakeGateway:
             hint, turn = "", turn + 1
             channel = open_channel(address, self._tls)
             try:
-                hint = await self._attend(channel)
-            except (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
-                pass
+                # A scheduler that is gone or silent is what this loop is for: it tries the next address.
+                with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
+                    hint = await self._attend(channel)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
