@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 class FinishReason(Enum):
@@ -53,6 +53,26 @@ class Sampling:
     """None: no logprobs; k >= 0: the chosen token's and the k likeliest ones'."""
 
 
+class Task(Enum):
+    """What is asked of a model."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    CLASSIFY = "classify"
+    SCORE = "score"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What every choice must look like."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    text: str = ""
+    """The schema or the regular expression."""
+    texts: tuple[str, ...] = ()
+    """What to choose from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt at a request: the request plus what has already been generated."""
@@ -74,6 +94,16 @@ class Attempt:
     """Choice to the token ids produced so far; the next token's index is their number."""
     finished_choices: frozenset[int] = frozenset()
     """Choices that already ended; they are not computed again."""
+    prefix_hashes: Sequence[int] = ()
+    """One salted hash of 64 bits per full block of the prompt; each covers all tokens up to its block's end."""
+    priority: int = 1
+    """0 interactive, 1 standard, 2 batch; lower goes first."""
+    adapter: str = ""
+    """Name of the LoRA adapter to apply; empty: none."""
+    constraint: Constraint | None = None
+    task: Task = Task.GENERATE
+    first_text_tokens: int = 0
+    """Other tasks: length of the first of two texts in `prompt`; 0: there is one text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +127,10 @@ class Output:
     logprobs: Sequence[TokenLogprob] = ()
     """Empty, or one per token."""
     finish: FinishReason | None = None
+    values: Sequence[float] = ()
+    """Result of a task other than generation."""
+    cached_tokens: int = 0
+    """On an attempt's first output: prompt tokens found in the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +164,23 @@ class StageDone:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheChange:
+    """Blocks that a model's prefix cache has taken in or dropped, by hash. `number` counts from 1 per loaded model."""
+
+    model: str
+    number: int
+    stored: Sequence[int] = ()
+    removed: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """All that one step produced."""
 
     outputs: Sequence[Output] = ()
     failures: Sequence[Failure] = ()
     stages: Sequence[StageDone] = ()
+    cache: Sequence[CacheChange] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,7 @@ class Engine:
             failures=[*self._failures, *map(wire.failure_to_wire, result.failures)],
             spans=map(wire.stage_to_wire, result.stages),
             models=[*self._states, *self._changed_blocks()],
+            cache=map(wire.cache_to_wire, result.cache),
         )
         self._failures.clear()
         self._states.clear()

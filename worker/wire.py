@@ -8,6 +8,8 @@ from llmos.v1 import fleet_pb2, inference_pb2
 from worker.backend import (
     Attempt,
     Blocks,
+    CacheChange,
+    Constraint,
     Epoch,
     Failure,
     FinishReason,
@@ -15,6 +17,7 @@ from worker.backend import (
     Output,
     Sampling,
     StageDone,
+    Task,
     TokenLogprob,
 )
 
@@ -24,6 +27,19 @@ TERM, ATTEMPT, TOKENS = "llmos.term", "llmos.attempt", "llmos.tokens"
 _FINISH = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+
+
+_STANDARD = 1
+_PRIORITY = {
+    request_pb2.PRIORITY_CLASS_INTERACTIVE: 0,
+    request_pb2.PRIORITY_CLASS_STANDARD: _STANDARD,
+    request_pb2.PRIORITY_CLASS_BATCH: 2,
+}
+_TASK = {
+    request_pb2.TASK_EMBED: Task.EMBED,
+    request_pb2.TASK_CLASSIFY: Task.CLASSIFY,
+    request_pb2.TASK_SCORE: Task.SCORE,
 }
 
 
@@ -53,7 +69,26 @@ def attempt_from_wire(dispatch: work_pb2.Dispatch) -> Attempt:
         ignore_eos=request.ignore_eos,
         resume={entry.choice: tuple(entry.token_ids) for entry in request.resume},
         finished_choices=frozenset(entry.choice for entry in request.resume if entry.finished),
+        prefix_hashes=tuple(request.prefix_hashes),
+        priority=_PRIORITY.get(request.priority, _STANDARD),
+        adapter=request.adapter,
+        constraint=_constraint_from_wire(request.constraint),
+        task=_TASK.get(request.task, Task.GENERATE),
+        first_text_tokens=request.first_text_tokens,
     )
+
+
+def _constraint_from_wire(constraint: inference_pb2.Constraint) -> Constraint | None:
+    match constraint.WhichOneof("kind"):
+        case "json_schema":
+            return Constraint("json_schema", constraint.json_schema)
+        case "json_object":
+            return Constraint("json_object")
+        case "regex":
+            return Constraint("regex", constraint.regex)
+        case "choice":
+            return Constraint("choice", texts=tuple(constraint.choice.texts))
+    return None
 
 
 def _sampling_from_wire(sampling: request_pb2.Sampling) -> Sampling:
@@ -81,6 +116,8 @@ def output_to_wire(output: Output) -> request_pb2.Output:
         token_ids=output.token_ids,
         logprobs=[_logprob_to_wire(entry) for entry in output.logprobs],
         finish_reason=inference_pb2.FINISH_REASON_UNSPECIFIED if output.finish is None else _FINISH[output.finish],
+        values=output.values,
+        cached_tokens=output.cached_tokens,
     )
 
 
@@ -101,6 +138,11 @@ def failure_to_wire(failure: Failure) -> request_pb2.Failure:
         code=failure.code,
         message=failure.message,
     )
+
+
+def cache_to_wire(change: CacheChange) -> work_pb2.CacheChange:
+    """A change of a prefix cache."""
+    return work_pb2.CacheChange(model=change.model, number=change.number, stored=change.stored, removed=change.removed)
 
 
 def stage_to_wire(stage: StageDone) -> fleet_pb2.Span:

@@ -48,6 +48,38 @@ PRIORITY_CLASS_BATCH: PriorityClass.ValueType  # 3
 """Takes what the others leave."""
 global___PriorityClass = PriorityClass
 
+class _Task:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _TaskEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Task.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    TASK_UNSPECIFIED: _Task.ValueType  # 0
+    """Not set: generate."""
+    TASK_GENERATE: _Task.ValueType  # 1
+    """Tokens after the prompt."""
+    TASK_EMBED: _Task.ValueType  # 2
+    """One vector of the prompt."""
+    TASK_CLASSIFY: _Task.ValueType  # 3
+    """One value per label of the model."""
+    TASK_SCORE: _Task.ValueType  # 4
+    """One value: how well the prompt's second text answers its first."""
+
+class Task(_Task, metaclass=_TaskEnumTypeWrapper):
+    """What is asked of a model."""
+
+TASK_UNSPECIFIED: Task.ValueType  # 0
+"""Not set: generate."""
+TASK_GENERATE: Task.ValueType  # 1
+"""Tokens after the prompt."""
+TASK_EMBED: Task.ValueType  # 2
+"""One vector of the prompt."""
+TASK_CLASSIFY: Task.ValueType  # 3
+"""One value per label of the model."""
+TASK_SCORE: Task.ValueType  # 4
+"""One value: how well the prompt's second text answers its first."""
+global___Task = Task
+
 @typing.final
 class Epoch(google.protobuf.message.Message):
     """Identity of an attempt. Receivers order epochs by term, then attempt, and refuse lower ones."""
@@ -218,6 +250,11 @@ class Request(google.protobuf.message.Message):
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     TRACE_FIELD_NUMBER: builtins.int
     SOURCE_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    ADAPTER_VERSION_FIELD_NUMBER: builtins.int
+    CONSTRAINT_FIELD_NUMBER: builtins.int
+    TASK_FIELD_NUMBER: builtins.int
+    FIRST_TEXT_TOKENS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unguessable, unique."""
     tenant: builtins.str
@@ -242,6 +279,14 @@ class Request(google.protobuf.message.Message):
     """Milliseconds left until the client gives up, when sent; 0: none."""
     source: builtins.bytes
     """The messages, readable only by gateways and by workers that declare `needs_text`."""
+    adapter: builtins.str
+    """Name of the adapter to apply to `model`; empty: none."""
+    adapter_version: builtins.str
+    """Version of the adapter; empty: what the name points at."""
+    task: global___Task.ValueType
+    """What is asked for. Tasks other than generation have one output, with `values`."""
+    first_text_tokens: builtins.int
+    """Embed, classify, score: length of the first of two texts in `token_ids`; 0: there is one text."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The rendered prompt."""
@@ -266,6 +311,10 @@ class Request(google.protobuf.message.Message):
     def trace(self) -> global___TraceContext:
         """Trace context of the sender's span."""
 
+    @property
+    def constraint(self) -> llmos.v1.inference_pb2.Constraint:
+        """What the output must look like."""
+
     def __init__(
         self,
         *,
@@ -287,9 +336,14 @@ class Request(google.protobuf.message.Message):
         deadline_ms: builtins.int = ...,
         trace: global___TraceContext | None = ...,
         source: builtins.bytes = ...,
+        adapter: builtins.str = ...,
+        adapter_version: builtins.str = ...,
+        constraint: llmos.v1.inference_pb2.Constraint | None = ...,
+        task: global___Task.ValueType = ...,
+        first_text_tokens: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["sampling", b"sampling", "trace", b"trace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choices", b"choices", "deadline_ms", b"deadline_ms", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "model", b"model", "model_version", b"model_version", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "source", b"source", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "tokenizer_hash", b"tokenizer_hash", "trace", b"trace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["constraint", b"constraint", "sampling", b"sampling", "trace", b"trace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_version", b"adapter_version", "choices", b"choices", "constraint", b"constraint", "deadline_ms", b"deadline_ms", "first_text_tokens", b"first_text_tokens", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "model", b"model", "model_version", b"model_version", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "source", b"source", "stop_token_ids", b"stop_token_ids", "task", b"task", "tenant", b"tenant", "token_ids", b"token_ids", "tokenizer_hash", b"tokenizer_hash", "trace", b"trace"]) -> None: ...
 
 global___Request = Request
 
@@ -341,6 +395,8 @@ class Output(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     FINISH_REASON_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request."""
     choice: builtins.int
@@ -351,6 +407,8 @@ class Output(google.protobuf.message.Message):
     """Instead of tokens, from workers that speak text."""
     finish_reason: llmos.v1.inference_pb2.FinishReason.ValueType
     """Set on the choice's last output."""
+    cached_tokens: builtins.int
+    """On an attempt's first output: prompt tokens whose keys and values were found in the prefix cache."""
     @property
     def epoch(self) -> global___Epoch:
         """The attempt."""
@@ -363,6 +421,10 @@ class Output(google.protobuf.message.Message):
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LogprobEntry]:
         """Empty, or one per token."""
 
+    @property
+    def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Result of a task other than generation, on the only output."""
+
     def __init__(
         self,
         *,
@@ -374,9 +436,11 @@ class Output(google.protobuf.message.Message):
         text: builtins.str = ...,
         logprobs: collections.abc.Iterable[global___LogprobEntry] | None = ...,
         finish_reason: llmos.v1.inference_pb2.FinishReason.ValueType = ...,
+        values: collections.abc.Iterable[builtins.float] | None = ...,
+        cached_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choice", b"choice", "epoch", b"epoch", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "choice", b"choice", "epoch", b"epoch", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "values", b"values"]) -> None: ...
 
 global___Output = Output
 

@@ -318,6 +318,8 @@ class CatalogueModel(google.protobuf.message.Message):
     EOS_TOKEN_FIELD_NUMBER: builtins.int
     CAPABILITIES_FIELD_NUMBER: builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: builtins.int
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     version: builtins.str
@@ -336,9 +338,15 @@ class CatalogueModel(google.protobuf.message.Message):
     """Text of the end-of-sequence token, for templates."""
     created_unix_s: builtins.int
     """When the version was made, seconds since 1970."""
+    base_model: builtins.str
+    """Adapters: name of the model that it applies to. Requests carry that name, and this one as `adapter`."""
     @property
     def capabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """What it can do: `chat`, `completion`, `embed`, `classify`, `score`."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Classifiers: names of the labels, in the order of `Output.values`."""
 
     def __init__(
         self,
@@ -353,8 +361,10 @@ class CatalogueModel(google.protobuf.message.Message):
         eos_token: builtins.str = ...,
         capabilities: collections.abc.Iterable[builtins.str] | None = ...,
         created_unix_s: builtins.int = ...,
+        base_model: builtins.str = ...,
+        labels: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bos_token", b"bos_token", "capabilities", b"capabilities", "chat_template_hash", b"chat_template_hash", "context_length", b"context_length", "created_unix_s", b"created_unix_s", "eos_token", b"eos_token", "name", b"name", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "bos_token", b"bos_token", "capabilities", b"capabilities", "chat_template_hash", b"chat_template_hash", "context_length", b"context_length", "created_unix_s", b"created_unix_s", "eos_token", b"eos_token", "labels", b"labels", "name", b"name", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___CatalogueModel = CatalogueModel
 

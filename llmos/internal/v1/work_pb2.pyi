@@ -344,6 +344,7 @@ class WorkFrame(google.protobuf.message.Message):
     MODELS_FIELD_NUMBER: builtins.int
     SPANS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    CACHE_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Counts this stream's frames from 1."""
     step: builtins.int
@@ -368,6 +369,10 @@ class WorkFrame(google.protobuf.message.Message):
     def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[llmos.v1.fleet_pb2.Span]:
         """Finished spans for the ring."""
 
+    @property
+    def cache(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CacheChange]:
+        """What prefix caches hold since the last frame, or no longer hold."""
+
     def __init__(
         self,
         *,
@@ -379,10 +384,45 @@ class WorkFrame(google.protobuf.message.Message):
         models: collections.abc.Iterable[llmos.v1.fleet_pb2.NodeModel] | None = ...,
         spans: collections.abc.Iterable[llmos.v1.fleet_pb2.Span] | None = ...,
         draining: builtins.bool = ...,
+        cache: collections.abc.Iterable[global___CacheChange] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["busy", b"busy", "draining", b"draining", "failures", b"failures", "models", b"models", "outputs", b"outputs", "sequence", b"sequence", "spans", b"spans", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "cache", b"cache", "draining", b"draining", "failures", b"failures", "models", b"models", "outputs", b"outputs", "sequence", b"sequence", "spans", b"spans", "step", b"step"]) -> None: ...
 
 global___WorkFrame = WorkFrame
+
+@typing.final
+class CacheChange(google.protobuf.message.Message):
+    """A change of one model's prefix cache."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    STORED_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """Name of the model."""
+    number: builtins.int
+    """Counts the changes of this model since it was loaded, from 1; a receiver that misses one knows nothing for certain."""
+    @property
+    def stored(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Hashes (`Request.prefix_hashes`) of blocks that are now cached."""
+
+    @property
+    def removed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Hashes of blocks that were dropped."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        number: builtins.int = ...,
+        stored: collections.abc.Iterable[builtins.int] | None = ...,
+        removed: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "number", b"number", "removed", b"removed", "stored", b"stored"]) -> None: ...
+
+global___CacheChange = CacheChange
 
 @typing.final
 class WorkFetchBlobRequest(google.protobuf.message.Message):
