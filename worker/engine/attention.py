@@ -33,7 +33,7 @@ _PADDING_RATIO = 1.25
 
 @dataclass(frozen=True, slots=True)
 class KVRow:
-    """A row's sequence: its slots in order of position, and how many of them the row sees (itself included)."""
+    """A row's sequence, as `KVMemory.slots` describes it, and how many of its tokens the row sees (itself included)."""
 
     slots: Tensor
     length: int

@@ -16,7 +16,7 @@ class KVMemory(Protocol):
     """Keys and values in blocks."""
 
     def slots(self, blocks: Sequence[int]) -> Tensor:
-        """Slots of a sequence that lies in `blocks`, in order of position: int64 [len(blocks) * BLOCK_TOKENS]."""
+        """Where a sequence that lies in `blocks` has its tokens, in this memory's terms; made once, used each step."""
         ...
 
     def copy_block(self, source: int, target: int) -> None:

@@ -44,7 +44,7 @@ class FastRows:
             lengths[known] = max(lengths[known], row.length)
         self.tables = np.zeros((len(slots), max(map(_blocks, lengths), default=1)), np.int32)
         for known, (own, length) in enumerate(zip(slots, lengths, strict=True)):
-            self.tables[known, : _blocks(length)] = own[:length:BLOCK_TOKENS].numpy() // BLOCK_TOKENS
+            self.tables[known, : _blocks(length)] = own.numpy()[: _blocks(length)]
 
 
 def _blocks(tokens: int) -> int:

@@ -32,8 +32,8 @@ class FastKVPool:
         self.values = _addresses(self._values)
 
     def slots(self, blocks: Sequence[int]) -> Tensor:
-        """Slots of a sequence that lies in `blocks`, in order of position: int64 [len(blocks) * BLOCK_TOKENS]."""
-        return (torch.tensor(blocks)[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS)).flatten()
+        """A sequence's row of the kernels' block table: `blocks` as int32."""
+        return torch.tensor(list(blocks), dtype=torch.int32)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block in every layer."""
