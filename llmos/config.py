@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 import tomllib
 import types
@@ -24,6 +25,7 @@ from llmos.errors import ConfigError
 
 T = TypeVar("T")
 
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$")
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -150,12 +152,18 @@ def _from_environment(environ: Mapping[str, str], section: str, flat: Mapping[st
     names = {start + key.replace(".", "_").upper(): key for key in flat}
     found: dict[str, object] = {}
     for variable, text in environ.items():
-        if not variable.startswith(start):
+        if not variable.startswith(start) or _from_service_links(variable, text):
             continue
         if variable not in names:
             raise ConfigError(f"unknown environment variable {variable}; known: {', '.join(sorted(names))}")
         found[names[variable]] = _convert(text, flat[names[variable]], variable)
     return found
+
+
+def _from_service_links(variable: str, text: str) -> bool:
+    """Whether Kubernetes set the variable: it describes a service `llmos-worker` as `LLMOS_WORKER_PORT=tcp://...`."""
+    address = variable.endswith("_PORT") and text.startswith(("tcp://", "udp://", "sctp://"))
+    return address or bool(_SERVICE_LINK.search(variable))
 
 
 def _convert(value: object, hint: Any, name: str) -> object:

@@ -7,13 +7,14 @@ so that keys come and go without a restart.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,6 +22,7 @@ from typing import Literal, get_args
 import msgspec
 
 from llmos.errors import ConfigError, NotFound, PermissionDenied, Unauthenticated
+from llmos.store.lock import acquire
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ Priority = Literal["interactive", "standard", "batch"]
 _PREFIX = "sk-llmos-"
 _VERSION = 1
 _FILE_MODE = 0o600
+_WRITERS_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +100,32 @@ def add_key(
         raise ConfigError("A tenant's name must have 1 to 128 printable characters.", param="tenant")
     if role not in get_args(Role) or priority not in get_args(Priority):
         raise ConfigError(f"A role is one of {get_args(Role)}, a class one of {get_args(Priority)}.", param="role")
-    records = read_keys(file) if file.exists() else []
-    taken = {record.id for record in records}
-    key_id = next(name for name in iter(lambda: secrets.token_hex(4), "") if name not in taken)
     secret, salt = secrets.token_urlsafe(32), secrets.token_hex(16)
-    record = KeyRecord(
-        id=key_id,
-        tenant=tenant,
-        role=role,
-        priority=priority,
-        salt=salt,
-        hash=_digest(salt, secret),
-        created_unix_s=now_unix_s,
-    )
-    _write(file, [*records, record])
+    with _alone(file):
+        records = read_keys(file) if file.exists() else []
+        taken = {record.id for record in records}
+        key_id = next(name for name in iter(lambda: secrets.token_hex(4), "") if name not in taken)
+        record = KeyRecord(
+            id=key_id,
+            tenant=tenant,
+            role=role,
+            priority=priority,
+            salt=salt,
+            hash=_digest(salt, secret),
+            created_unix_s=now_unix_s,
+        )
+        _write(file, [*records, record])
     return f"{_PREFIX}{key_id}-{secret}", record
 
 
 def remove_key(file: Path, key_id: str) -> KeyRecord:
     """Take a key out of `file`. Raises NotFound if there is none of that id."""
-    records = read_keys(file)
-    gone = next((record for record in records if record.id == key_id), None)
-    if gone is None:
-        raise NotFound(f"There is no key '{key_id}'; `llmos keys ls` shows them.", param="id")
-    _write(file, [record for record in records if record is not gone])
+    with _alone(file):
+        records = read_keys(file)
+        gone = next((record for record in records if record.id == key_id), None)
+        if gone is None:
+            raise NotFound(f"There is no key '{key_id}'; `llmos keys ls` shows them.", param="id")
+        _write(file, [record for record in records if record is not gone])
     return gone
 
 
@@ -179,8 +184,23 @@ def _digest(salt: str, secret: str) -> str:
     return hashlib.sha256(f"{salt}:{secret}".encode()).hexdigest()
 
 
-def _write(file: Path, records: list[KeyRecord]) -> None:
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keep other writers of `file` out; without this, of two keys added at once one would be lost.
+
+    The lock is on the folder, as the file itself is replaced by each write.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not acquire(folder, _WRITERS_WAIT_S):
+            raise ConfigError(f"another process has been writing {file.name} for {_WRITERS_WAIT_S:.0f} s; try again")
+        yield
+    finally:
+        os.close(folder)
+
+
+def _write(file: Path, records: list[KeyRecord]) -> None:
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     draft = Path(name)
     try:

@@ -26,7 +26,9 @@ def held(
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        _acquire(descriptor, path, wait_s, clock or SystemClock(), sleep)
+        if not acquire(descriptor, wait_s, clock=clock, sleep=sleep):
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise StoreBusy(f"Process {holder} has held {path.name} of the model store for over {wait_s:.0f} s.")
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
@@ -34,13 +36,16 @@ def held(
         os.close(descriptor)
 
 
-def _acquire(descriptor: int, path: Path, wait_s: float, clock: Clock, sleep: Callable[[float], None]) -> None:
-    deadline = clock.monotonic() + wait_s
+def acquire(
+    descriptor: int, wait_s: float, *, clock: Clock | None = None, sleep: Callable[[float], None] = time.sleep
+) -> bool:
+    """Lock an open file or folder until it is closed. False if somebody else still holds it after `wait_s` seconds."""
+    now = (clock or SystemClock()).monotonic
+    deadline = now() + wait_s
     while True:
         with contextlib.suppress(BlockingIOError):  # somebody else holds it; look again until the deadline
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        if clock.monotonic() >= deadline:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise StoreBusy(f"Process {holder} has held {path.name} of the model store for over {wait_s:.0f} s.")
+            return True
+        if now() >= deadline:
+            return False
         sleep(POLL_S)

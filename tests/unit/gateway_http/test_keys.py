@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ def test_equal_tenants_get_different_keys(file: Path) -> None:
     assert one != other
     assert (first.id, first.salt) != (second.id, second.salt)
     assert len(read_keys(file)) == 2
+
+
+def test_keys_that_are_added_at_once_are_all_kept(file: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        ids = {record.id for _, record in pool.map(lambda number: add_key(file, f"tenant-{number}"), range(24))}
+    assert {record.id for record in read_keys(file)} == ids
+    assert len(ids) == 24
 
 
 def test_anything_but_a_valid_key_is_refused(file: Path) -> None:

@@ -51,6 +51,18 @@ def test_text_becomes_the_fields_type() -> None:
     )
 
 
+def test_what_kubernetes_says_of_a_service_of_that_name_is_no_configuration() -> None:
+    environ = {
+        "LLMOS_SAMPLE_SERVICE_HOST": "10.0.0.1",
+        "LLMOS_SAMPLE_SERVICE_PORT": "80",
+        "LLMOS_SAMPLE_SERVICE_PORT_GRPC": "80",
+        "LLMOS_SAMPLE_PORT": "tcp://10.0.0.1:80",
+        "LLMOS_SAMPLE_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "LLMOS_SAMPLE_PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    assert load(Sample, "sample", environ=environ) == Sample()
+
+
 @pytest.mark.parametrize(
     "environ",
     [
