@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LLK_ABI 1
+#define LLK_ABI 2
 #define LLK_GROUP 64         // inputs that share a scale
 #define LLK_COLUMNS 16       // outputs of a packed block
 #define LLK_BLOCK_TOKENS 64  // tokens of a KV block
@@ -17,12 +17,15 @@ extern "C" {
 
 enum llk_status { LLK_OK = 0, LLK_BAD_SHAPE, LLK_BAD_TOKEN, LLK_BAD_POSITION, LLK_BAD_BLOCK, LLK_BAD_ROW, LLK_NO_MEMORY };
 enum llk_isa { LLK_PORTABLE = 0, LLK_AVX2 = 1, LLK_AVX512_VNNI = 2, LLK_ISA_COUNT = 3 };
+enum llk_kind { LLK_INT8 = 0, LLK_FP16 = 1, LLK_FP32 = 2, LLK_KIND_COUNT = 3 };
 enum llk_activation { LLK_SILU = 0, LLK_GELU_TANH = 1 };
 
-// int8 weights of a linear layer, packed by llk_pack; llk_packed_bytes(outputs, inputs) bytes, aligned to 32.
+// Weights of a linear layer, packed by llk_pack; llk_packed_bytes(kind, outputs, inputs) bytes, aligned to 64. With int8
+// weights the activations are int16 with a scale per row; with the others they are fp32, and an output is one chain of
+// fused multiply-adds in order of the inputs.
 typedef struct {
-  const int8_t* data;
-  int32_t outputs, inputs;
+  const void* data;
+  int32_t outputs, inputs, kind;
 } llk_matrix;
 
 typedef struct {
@@ -65,15 +68,16 @@ int32_t llk_isa_supported(int32_t isa);
 void llk_set_threads(int32_t threads);     // for the whole process; threads start at the next parallel call
 int32_t llk_threads(void);
 
-int64_t llk_packed_bytes(int32_t outputs, int32_t inputs);
-int32_t llk_pack(const float* weight, int32_t outputs, int32_t inputs, int8_t* packed);  // weight [outputs][inputs]
+int64_t llk_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs);  // 0 if it cannot be packed
+int32_t llk_pack(int32_t kind, const float* weight, int32_t outputs, int32_t inputs, void* packed);  // [outputs][inputs]
 int32_t llk_unpack(const llk_matrix* matrix, float* weight);
 
 // Single kernels, for tests and measurements. quantize: norm may be NULL.
 int32_t llk_quantize(int32_t isa, const float* x, const float* norm, float epsilon, int32_t rows, int32_t width,
                      int16_t* quantized, float* scales);
 int32_t llk_gemm(int32_t isa, const llk_matrix* matrix, const int16_t* quantized, const float* scales, int32_t rows,
-                 float* out);
+                 float* out);  // int8
+int32_t llk_gemm_float(int32_t isa, const llk_matrix* matrix, const float* x, int32_t rows, float* out);  // fp16, fp32
 int32_t llk_activate(int32_t isa, int32_t activation, const float* x, int32_t count, float* out);  // count: times 8
 
 // NULL if a shape does not fit the kernels or memory is short. A model is used by one call at a time.

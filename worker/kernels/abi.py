@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-ABI = 1
+ABI = 2
 GROUP = 64
 """Inputs of a linear layer that share a scale; their number must be a multiple of it."""
 HEAD_MULTIPLE = 16
@@ -25,7 +25,7 @@ MESSAGES = {
 class Matrix(Structure):
     """`llk_matrix`."""
 
-    _fields_ = (("data", c_void_p), ("outputs", c_int32), ("inputs", c_int32))
+    _fields_ = (("data", c_void_p), ("outputs", c_int32), ("inputs", c_int32), ("kind", c_int32))
 
 
 class Layer(Structure):
@@ -70,11 +70,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llk_isa_supported": (c_int32, [c_int32]),
     "llk_set_threads": (None, [c_int32]),
     "llk_threads": (c_int32, []),
-    "llk_packed_bytes": (c_int64, [c_int32, c_int32]),
-    "llk_pack": (c_int32, [c_void_p, c_int32, c_int32, c_void_p]),
+    "llk_packed_bytes": (c_int64, [c_int32, c_int32, c_int32]),
+    "llk_pack": (c_int32, [c_int32, c_void_p, c_int32, c_int32, c_void_p]),
     "llk_unpack": (c_int32, [POINTER(Matrix), c_void_p]),
     "llk_quantize": (c_int32, [c_int32, c_void_p, c_void_p, c_float, c_int32, c_int32, c_void_p, c_void_p]),
     "llk_gemm": (c_int32, [c_int32, POINTER(Matrix), c_void_p, c_void_p, c_int32, c_void_p]),
+    "llk_gemm_float": (c_int32, [c_int32, POINTER(Matrix), c_void_p, c_int32, c_void_p]),
     "llk_activate": (c_int32, [c_int32, c_int32, c_void_p, c_int32, c_void_p]),
     "llk_open": (c_void_p, [POINTER(Shape), c_int32, POINTER(c_int32)]),
     "llk_close": (None, [c_void_p]),

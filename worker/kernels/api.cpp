@@ -22,7 +22,10 @@ const Kernels* kernels_of(int isa) {
   return &llk_kernels_portable;
 }
 
-bool packable(int outputs, int inputs) { return outputs > 0 && inputs > 0 && inputs % LLK_GROUP == 0; }
+bool packable(int kind, int outputs, int inputs) {
+  return kind >= 0 && kind < LLK_KIND_COUNT && outputs > 0 && inputs > 0 && inputs % LLK_GROUP == 0;
+}
+bool usable(const llk_matrix& m) { return packable(m.kind, m.outputs, m.inputs) && (uintptr_t)m.data % 64 == 0; }
 
 // The scale of a group as a bfloat16, rounded up so that no weight exceeds 127.
 uint16_t scale_word(const float* weights) {
@@ -41,6 +44,17 @@ void pack_group(const float* weights, int column, int8_t* group) {
   for (int k = 0; k < kGroup; k++) {
     const float rounded = nearbyintf(weights[k] * inverse);
     group[k / 2 * kPairBytes + column * 2 + (k & 1)] = (int8_t)std::min(127.f, std::max(-127.f, rounded));
+  }
+}
+
+void pack_output(const llk_matrix& m, const float* weights, int output) {
+  char* block = const_cast<char*>(block_of(m, output / kColumns));
+  const int column = output % kColumns;
+  for (int k = 0; k < m.inputs; k += m.kind == LLK_INT8 ? kGroup : 1) {
+    const size_t at = (size_t)k * kColumns + column;
+    if (m.kind == LLK_INT8) pack_group(weights + k, column, (int8_t*)block + (size_t)(k / kGroup) * kGroupBytes);
+    if (m.kind == LLK_FP16) ((uint16_t*)block)[at] = float_to_half(std::max(-kHalfMax, std::min(kHalfMax, weights[k])));
+    if (m.kind == LLK_FP32) ((float*)block)[at] = weights[k];
   }
 }
 
@@ -83,25 +97,21 @@ LLK_EXPORT int32_t llk_best_isa(void) {
 LLK_EXPORT void llk_set_threads(int32_t threads) { team_set_threads(threads); }
 LLK_EXPORT int32_t llk_threads(void) { return team_threads(); }
 
-LLK_EXPORT int64_t llk_packed_bytes(int32_t outputs, int32_t inputs) {
-  if (!packable(outputs, inputs)) return 0;
-  return ((int64_t)outputs + kColumns - 1) / kColumns * (inputs / kGroup) * kGroupBytes;
+LLK_EXPORT int64_t llk_packed_bytes(int32_t kind, int32_t outputs, int32_t inputs) {
+  if (!packable(kind, outputs, inputs)) return 0;
+  return ((int64_t)outputs + kColumns - 1) / kColumns * (int64_t)block_bytes(kind, inputs);
 }
 
-LLK_EXPORT int32_t llk_pack(const float* weight, int32_t outputs, int32_t inputs, int8_t* packed) {
-  if (!packable(outputs, inputs)) return LLK_BAD_SHAPE;
-  const llk_matrix m = {packed, outputs, inputs};
-  memset(packed, 0, (size_t)llk_packed_bytes(outputs, inputs));
-  for (int output = 0; output < outputs; output++) {
-    int8_t* group = packed + (block_of(m, output / kColumns) - packed);
-    for (int k = 0; k < inputs; k += kGroup, group += kGroupBytes)
-      pack_group(weight + (size_t)output * inputs + k, output % kColumns, group);
-  }
+LLK_EXPORT int32_t llk_pack(int32_t kind, const float* weight, int32_t outputs, int32_t inputs, void* packed) {
+  if (!packable(kind, outputs, inputs)) return LLK_BAD_SHAPE;
+  const llk_matrix m = {packed, outputs, inputs, kind};
+  memset(packed, 0, (size_t)llk_packed_bytes(kind, outputs, inputs));
+  for (int output = 0; output < outputs; output++) pack_output(m, weight + (size_t)output * inputs, output);
   return LLK_OK;
 }
 
 LLK_EXPORT int32_t llk_unpack(const llk_matrix* matrix, float* weight) {
-  if (!packable(matrix->outputs, matrix->inputs)) return LLK_BAD_SHAPE;
+  if (!packable(matrix->kind, matrix->outputs, matrix->inputs)) return LLK_BAD_SHAPE;
   for (int output = 0; output < matrix->outputs; output++)
     unpack_output(*matrix, output, 1.f, weight + (size_t)output * matrix->inputs);
   return LLK_OK;
@@ -118,9 +128,15 @@ LLK_EXPORT int32_t llk_quantize(int32_t isa, const float* x, const float* norm, 
 LLK_EXPORT int32_t llk_gemm(int32_t isa, const llk_matrix* matrix, const int16_t* quantized, const float* scales,
                             int32_t rows, float* out) {
   const Kernels* kernels = kernels_of(isa);
-  if (!kernels || rows < 1 || !packable(matrix->outputs, matrix->inputs) || (uintptr_t)matrix->data % 32)
-    return LLK_BAD_SHAPE;
+  if (!kernels || rows < 1 || !usable(*matrix) || matrix->kind != LLK_INT8) return LLK_BAD_SHAPE;
   kernels->gemm(matrix, quantized, scales, rows, out);
+  return LLK_OK;
+}
+
+LLK_EXPORT int32_t llk_gemm_float(int32_t isa, const llk_matrix* matrix, const float* x, int32_t rows, float* out) {
+  const Kernels* kernels = kernels_of(isa);
+  if (!kernels || rows < 1 || !usable(*matrix) || matrix->kind == LLK_INT8) return LLK_BAD_SHAPE;
+  kernels->gemm_float(matrix, x, rows, out);
   return LLK_OK;
 }
 

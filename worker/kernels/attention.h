@@ -89,11 +89,6 @@ LLK_INLINE void weigh_values(const typename KV::type* values, int dim, int first
   }
 }
 
-template <int VALUE>
-struct Constant {
-  static constexpr int value = VALUE;
-};
-
 // Calls f with the number of queries as a constant, four at a time.
 template <class F>
 LLK_INLINE void by_four(int count, F f) {

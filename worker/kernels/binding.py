@@ -33,17 +33,29 @@ class Activation(enum.IntEnum):
     GELU_TANH = 1
 
 
+class Kind(enum.IntEnum):
+    """How a matrix stores its weights, and what it multiplies them with. Chosen per matrix."""
+
+    INT8 = 0
+    """Groups of 64 inputs with a bfloat16 scale each; activations in int16 with a scale per row."""
+    FP16 = 1
+    """Rounded to nearest, held at +-65504; activations and sums in fp32, one chain in order of the inputs."""
+    FP32 = 2
+    """As they are; activations and sums in fp32, one chain in order of the inputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """int8 weights in groups of 64 inputs with bfloat16 scales, [outputs, inputs]; owns its memory."""
+    """Weights of a linear layer in the kernels' layout, [outputs, inputs]; owns its memory."""
 
     data: Tensor
     outputs: int
     inputs: int
+    kind: Kind = Kind.INT8
 
     def descriptor(self) -> abi.Matrix:
         """Its C structure, valid as long as this object lives."""
-        return abi.Matrix(self.data.data_ptr(), self.outputs, self.inputs)
+        return abi.Matrix(self.data.data_ptr(), self.outputs, self.inputs, self.kind)
 
 
 class Kernels:
@@ -70,18 +82,19 @@ class Kernels:
         """From the next step on. The threads start when they are first needed."""
         self.library.llk_set_threads(threads)
 
-    def pack(self, weight: Tensor, into: Tensor | None = None) -> PackedMatrix:
-        """Quantize [outputs, inputs] floats. `into` is uint8 memory of `packed_bytes`, else it is allocated."""
+    def pack(self, weight: Tensor, into: Tensor | None = None, kind: Kind = Kind.INT8) -> PackedMatrix:
+        """Pack [outputs, inputs] floats; `into` is uint8 memory of `packed_bytes`, aligned to 64, else allocated."""
         outputs, inputs = weight.shape
         source = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        target = torch.empty(self.packed_bytes(outputs, inputs), dtype=torch.uint8) if into is None else into
-        _expect(target, torch.uint8, (self.packed_bytes(outputs, inputs),))
-        check(self.library.llk_pack(source.data_ptr(), outputs, inputs, target.data_ptr()))
-        return PackedMatrix(target, outputs, inputs)
+        size = self.packed_bytes(outputs, inputs, kind)
+        target = torch.empty(size, dtype=torch.uint8) if into is None else into
+        _expect(target, torch.uint8, (size,))
+        check(self.library.llk_pack(kind, source.data_ptr(), outputs, inputs, target.data_ptr()))
+        return PackedMatrix(target, outputs, inputs, kind)
 
-    def packed_bytes(self, outputs: int, inputs: int) -> int:
+    def packed_bytes(self, outputs: int, inputs: int, kind: Kind = Kind.INT8) -> int:
         """Memory of a packed matrix. Raises ValueError if the shape cannot be packed."""
-        size = int(self.library.llk_packed_bytes(outputs, inputs))
+        size = int(self.library.llk_packed_bytes(kind, outputs, inputs))
         if not size:
             raise ValueError(f"{inputs} inputs are not a multiple of {abi.GROUP}")
         return size
@@ -109,7 +122,7 @@ class Kernels:
         return quantized, scales
 
     def gemm(self, matrix: PackedMatrix, quantized: Tensor, scales: Tensor, isa: Isa = Isa.PORTABLE) -> Tensor:
-        """[rows, inputs] int16 and [rows] scales to [rows, outputs] floats; in the calling thread."""
+        """An int8 matrix: [rows, inputs] int16 and [rows] scales to [rows, outputs] floats; in the calling thread."""
         _expect(quantized, torch.int16, (None, matrix.inputs))
         rows = quantized.shape[0]
         _expect(scales, torch.float32, (rows,))
@@ -117,6 +130,20 @@ class Kernels:
         descriptor = ctypes.byref(matrix.descriptor())
         check(self.library.llk_gemm(isa, descriptor, quantized.data_ptr(), scales.data_ptr(), rows, out.data_ptr()))
         return out
+
+    def gemm_float(self, matrix: PackedMatrix, x: Tensor, isa: Isa = Isa.PORTABLE) -> Tensor:
+        """An fp16 or fp32 matrix: [rows, inputs] to [rows, outputs] floats; in the calling thread."""
+        _expect(x, torch.float32, (None, matrix.inputs))
+        out = torch.empty(x.shape[0], matrix.outputs)
+        descriptor = ctypes.byref(matrix.descriptor())
+        check(self.library.llk_gemm_float(isa, descriptor, x.data_ptr(), x.shape[0], out.data_ptr()))
+        return out
+
+    def product(self, matrix: PackedMatrix, x: Tensor, isa: Isa = Isa.PORTABLE) -> Tensor:
+        """A matrix of any kind: [rows, inputs] to [rows, outputs] floats; in the calling thread."""
+        if matrix.kind is Kind.INT8:
+            return self.gemm(matrix, *self.quantize(x, isa=isa), isa)
+        return self.gemm_float(matrix, x, isa)
 
     def activate(self, kind: Activation, x: Tensor, isa: Isa = Isa.PORTABLE) -> Tensor:
         """The activation of each element; their number is a multiple of 8."""

@@ -24,7 +24,8 @@ T* take(llk_model& model, size_t count) {
 }
 
 bool fits(const llk_matrix& m, int outputs, int inputs) {
-  return m.data && (uintptr_t)m.data % 32 == 0 && m.outputs == outputs && m.inputs == inputs && inputs % LLK_GROUP == 0;
+  return m.data && (uintptr_t)m.data % kAlign == 0 && m.outputs == outputs && m.inputs == inputs &&
+         inputs % LLK_GROUP == 0 && m.kind >= 0 && m.kind < LLK_KIND_COUNT;
 }
 
 bool fits(const llk_shape& s, const llk_layer& l) {
@@ -96,6 +97,7 @@ bool reserve(llk_model& model) {
     state.gated = take<float>(model, rows * s.intermediate);
     state.quantized = take<int16_t>(model, rows * widest(s));
     state.scales = take<float>(model, rows);
+    state.normed = take<float>(model, rows * s.hidden);
     state.progress = take<Progress>(model, stages(s));
     model.groups.reserve(rows);
   } catch (const std::bad_alloc&) {
@@ -111,6 +113,7 @@ bool prepare(llk_model& model, const llk_step_args& args, int threads) {
     while ((int)model.scratch.size() < threads) {
       ThreadScratch fresh;
       fresh.quantized = take<int16_t>(model, widest(s));
+      fresh.normed = take<float>(model, s.hidden);
       model.scratch.push_back(fresh);
     }
   } catch (const std::bad_alloc&) {

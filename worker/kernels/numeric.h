@@ -45,6 +45,12 @@ inline float inverse_rms(const float* x, int width, float epsilon) {
   return 1.f / sqrtf(sum(squares) / (float)width + epsilon);
 }
 
+// x [width] times the scale of its RMS and `norm`.
+inline void normalize_row(const float* x, const float* norm, float epsilon, int width, float* out) {
+  const F8 factor = splat(inverse_rms(x, width, epsilon));
+  for (int i = 0; i < width; i += 8) store(out + i, load(x + i) * factor * load(norm + i));
+}
+
 // x [width] times the scale of its RMS and `norm` (NULL: as it is), to int16 and one scale, the largest magnitude.
 // A scale is not a number if an element is not finite: then everything computed from the row is not a number either.
 inline void quantize_row(const float* x, const float* norm, float epsilon, int width, int16_t* quantized, float* scale) {

@@ -8,11 +8,52 @@
 #include <immintrin.h>
 #endif
 
-#define LLK_INLINE inline __attribute__((always_inline))
+#define LLK_ALWAYS __attribute__((always_inline))
+#define LLK_INLINE inline LLK_ALWAYS
 
 namespace {
 
+template <int VALUE>
+struct Constant {
+  static constexpr int value = VALUE;
+};
+
+// f(Constant<0>()), f(Constant<1>()) ... N of them: a loop whose counter is a constant.
+template <int N, class F>
+LLK_INLINE void repeat(F f) {
+  if constexpr (N > 0) {
+    repeat<N - 1>(f);
+    f(Constant<N - 1>());
+  }
+}
+
 constexpr float kHalfMax = 65504.f;
+
+LLK_INLINE uint32_t bits(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+LLK_INLINE float from_bits(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+LLK_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+  const uint32_t rest = (uint32_t)(h & 0x7fff) << 13;
+  if (rest >= 0x7c00u << 13) return from_bits(sign | (rest + (224u << 23)));
+  if (rest >= 0x0400u << 13) return from_bits(sign | (rest + (112u << 23)));
+  return from_bits(sign | bits(from_bits(rest + (113u << 23)) - from_bits(113u << 23)));
+}
+LLK_INLINE uint16_t float_to_half(float x) {
+  const uint32_t sign = bits(x) >> 16 & 0x8000;
+  const uint32_t rest = bits(x) & 0x7fffffff;
+  if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+  if (rest >= 0x47800000u) return (uint16_t)(sign | 0x7c00);
+  if (rest < 0x38800000u) return (uint16_t)(sign | (bits(from_bits(rest) + 0.5f) - 0x3f000000u));
+  return (uint16_t)(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
+}
 
 #if defined(__AVX2__)
 
@@ -77,36 +118,11 @@ LLK_INLINE F8 fma(F8 a, F8 b, F8 c) { LLK_EACH(fmaf(a.v[i], b.v[i], c.v[i])); }
 LLK_INLINE F8 max(F8 a, F8 b) { LLK_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 LLK_INLINE F8 min(F8 a, F8 b) { LLK_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 LLK_INLINE F8 magnitude(F8 a) { LLK_EACH(fabsf(a.v[i])); }
-LLK_INLINE uint32_t bits(float x) {
-  uint32_t u;
-  memcpy(&u, &x, 4);
-  return u;
-}
-LLK_INLINE float from_bits(uint32_t u) {
-  float x;
-  memcpy(&x, &u, 4);
-  return x;
-}
 LLK_INLINE int32_t nearest(float x) {
   return x >= -2147483648.f && x < 2147483648.f ? (int32_t)lrintf(x) : INT32_MIN;
 }
 LLK_INLINE F8 scale_by_power(F8 a, F8 n) { LLK_EACH(from_bits(bits(a.v[i]) + ((uint32_t)nearest(n.v[i]) << 23))); }
 LLK_INLINE F8 lanes(F8 a, F8 b, int first, int last) { LLK_EACH(i >= first && i < last ? a.v[i] : b.v[i]); }
-LLK_INLINE float half_to_float(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
-  const uint32_t rest = (uint32_t)(h & 0x7fff) << 13;
-  if (rest >= 0x7c00u << 13) return from_bits(sign | (rest + (224u << 23)));
-  if (rest >= 0x0400u << 13) return from_bits(sign | (rest + (112u << 23)));
-  return from_bits(sign | bits(from_bits(rest + (113u << 23)) - from_bits(113u << 23)));
-}
-LLK_INLINE uint16_t float_to_half(float x) {
-  const uint32_t sign = bits(x) >> 16 & 0x8000;
-  const uint32_t rest = bits(x) & 0x7fffffff;
-  if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
-  if (rest >= 0x47800000u) return (uint16_t)(sign | 0x7c00);
-  if (rest < 0x38800000u) return (uint16_t)(sign | (bits(from_bits(rest) + 0.5f) - 0x3f000000u));
-  return (uint16_t)(sign | (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13);
-}
 LLK_INLINE F8 load_half(const uint16_t* p) { LLK_EACH(half_to_float(p[i])); }
 LLK_INLINE void store_half(uint16_t* p, F8 a) {
   for (int i = 0; i < 8; i++) p[i] = float_to_half(a.v[i]);

@@ -22,8 +22,10 @@ struct AttentionScratch {
 
 struct ThreadScratch {
   AttentionScratch attention;
-  int16_t* quantized;  // [widest]: a step of one row is quantized by every thread for itself
+  // A step of one row is normed and quantized by every thread for itself.
+  int16_t* quantized;  // [widest]
   float scale;
+  float* normed;  // [hidden]
 };
 
 // How far a stage is: units taken and units finished.
@@ -46,6 +48,7 @@ struct State {
   float *x, *branch, *qkv, *mixed, *gated;  // [max_rows] x hidden, hidden, q + k + v, q, intermediate
   int16_t* quantized;                       // [max_rows][widest]
   float* scales;                            // [max_rows]
+  float* normed;                            // [max_rows][hidden], for matrices that are not int8
   Progress* progress;                       // [layers * kStagesPerLayer + kLastStages], zero when a step starts
   ThreadScratch* scratch;                   // [threads]
   int32_t layer;                            // of `attend`
@@ -56,6 +59,7 @@ struct State {
 struct Kernels {
   void (*quantize)(const float* x, const float* norm, float epsilon, int rows, int width, int16_t* out, float* scales);
   void (*gemm)(const llk_matrix* matrix, const int16_t* quantized, const float* scales, int rows, float* out);
+  void (*gemm_float)(const llk_matrix* matrix, const float* x, int rows, float* out);
   void (*activate)(int activation, const float* x, int count, float* out);
   void (*step)(State* state, int thread);
   void (*attend)(State* state, int thread);

@@ -34,35 +34,55 @@ inline void share_rows(State& s, int stage, int rows, F work) {
   share(s, stage, rows, 1, [&](int row, int) { work(row); });
 }
 
-// Quantizes rows: `row(r, out, scale)` does one. One row is quantized by every thread for itself, which saves a stage,
-// unless that changes what is shared. A late thread may then read what is already being changed; it finds no unit left
-// to use the result for.
+// Where a prepared row of activations goes.
+struct RowSlot {
+  float* plain;
+  int16_t* quantized;
+  float* scale;
+};
+
+// A row as the matrix wants it: normed (NULL: as it is, int8 only), and quantized for int8 weights.
+inline void prepare_row(const llk_matrix& m, const float* x, const float* norm, float epsilon, const RowSlot& out) {
+  if (m.kind == LLK_INT8)
+    quantize_row(x, norm, epsilon, m.inputs, out.quantized, out.scale);
+  else
+    normalize_row(x, norm, epsilon, m.inputs, out.plain);
+}
+
+// Prepares rows for a product: `row(r, slot)` does one. One row is prepared by every thread for itself, which saves a
+// stage, unless that changes what is shared. A late thread may then read what is already being changed; it finds no unit
+// left to use the result for.
 template <class F>
-inline Activations quantize_rows(State& s, int stage, int thread, int rows, int width, bool changes_state, F row) {
+inline Activations prepare_rows(State& s, int stage, int thread, int rows, int width, bool changes_state, F row) {
   if (rows == 1 && !changes_state) {
     ThreadScratch& own = s.scratch[thread];
-    row(0, own.quantized, &own.scale);
-    return {own.quantized, &own.scale, 1, width};
+    row(0, RowSlot{own.normed, own.quantized, &own.scale});
+    return {own.normed, own.quantized, &own.scale, 1, width};
   }
-  share_rows(s, stage, rows, [&](int r) { row(r, s.quantized + (size_t)r * width, s.scales + r); });
-  return {s.quantized, s.scales, rows, width};
+  share_rows(s, stage, rows, [&](int r) {
+    const size_t at = (size_t)r * width;
+    row(r, RowSlot{s.normed + at, s.quantized + at, s.scales + r});
+  });
+  return {s.normed, s.quantized, s.scales, rows, width};
 }
 
 // Adds what the branch before left, if that waited for a norm (`pending`), then norm and quantization.
-inline Activations normed_rows(State& s, int stage, int thread, const float* norm, const float* pending) {
+inline Activations normed_rows(State& s, int stage, int thread, const llk_matrix& m, const float* norm,
+                               const float* pending) {
   const int hidden = s.shape->hidden;
   const float epsilon = s.shape->epsilon;
-  const auto row = [&](int r, int16_t* out, float* scale) {
+  const auto row = [&](int r, const RowSlot& out) {
     float* x = s.x + (size_t)r * hidden;
     if (pending) add_normed(x, s.branch + (size_t)r * hidden, pending, epsilon, hidden);
-    quantize_row(x, norm, epsilon, hidden, out, scale);
+    prepare_row(m, x, norm, epsilon, out);
   };
-  return quantize_rows(s, stage, thread, s.args->rows, hidden, pending != nullptr, row);
+  return prepare_rows(s, stage, thread, s.args->rows, hidden, pending != nullptr, row);
 }
 
-inline Activations plain_rows(State& s, int stage, int thread, const float* rows, int width) {
-  return quantize_rows(s, stage, thread, s.args->rows, width, false, [&](int r, int16_t* out, float* scale) {
-    quantize_row(rows + (size_t)r * width, nullptr, 0.f, width, out, scale);
+inline Activations plain_rows(State& s, int stage, int thread, const llk_matrix& m, const float* rows) {
+  if (m.kind != LLK_INT8) return {rows, nullptr, nullptr, s.args->rows, m.inputs};
+  return prepare_rows(s, stage, thread, s.args->rows, m.inputs, false, [&](int r, const RowSlot& out) {
+    prepare_row(m, rows + (size_t)r * m.inputs, nullptr, 0.f, out);
   });
 }
 
@@ -182,16 +202,16 @@ template <class KV>
 inline void run_layer(State& s, int thread, int layer, const float* pending) {
   const llk_shape& shape = *s.shape;
   const llk_layer& l = shape.layer[layer];
-  const int first = layer * kStagesPerLayer, mixed = shape.heads * shape.head_dim;
-  project_heads<KV>(s, layer, normed_rows(s, first + kNorm, thread, l.attention_norm, pending));
+  const int first = layer * kStagesPerLayer;
+  project_heads<KV>(s, layer, normed_rows(s, first + kNorm, thread, l.qkv, l.attention_norm, pending));
   attend_rows<KV>(s, first + kAttention, thread, layer, s.qkv, (size_t)l.qkv.outputs, s.mixed);
-  const Activations heads = plain_rows(s, first + kMixed, thread, s.mixed, mixed);
+  const Activations heads = plain_rows(s, first + kMixed, thread, l.out, s.mixed);
   add_branch(s, first + kOut, l.out, heads, l.out_bias, l.post_attention_norm != nullptr);
-  const Activations normed = normed_rows(s, first + kMlpNorm, thread, l.mlp_norm, l.post_attention_norm);
+  const Activations normed = normed_rows(s, first + kMlpNorm, thread, l.gate_up, l.mlp_norm, l.post_attention_norm);
   multiply_shared(s, first + kGateUp, l.gate_up, normed, [&](int row, int block, F8 gate, F8 up) {
     store(s.gated + (size_t)row * shape.intermediate + (size_t)block * 8, activate(shape.activation, gate) * up);
   });
-  const Activations gated = plain_rows(s, first + kGated, thread, s.gated, shape.intermediate);
+  const Activations gated = plain_rows(s, first + kGated, thread, l.down, s.gated);
   add_branch(s, first + kDown, l.down, gated, nullptr, l.post_mlp_norm != nullptr);
 }
 
@@ -205,11 +225,11 @@ inline void logits(State& s, int thread, const float* pending) {
       add_normed(s.x + at, s.branch + at, pending, shape.epsilon, shape.hidden);
     });
   if (!args.wanted_rows) return;
-  const auto row = [&](int i, int16_t* out, float* scale) {
+  const auto row = [&](int i, const RowSlot& out) {
     const float* x = s.x + (size_t)args.wanted[i] * shape.hidden;
-    quantize_row(x, shape.final_norm, shape.epsilon, shape.hidden, out, scale);
+    prepare_row(shape.head, x, shape.final_norm, shape.epsilon, out);
   };
-  const Activations rows = quantize_rows(s, first + kWanted, thread, args.wanted_rows, shape.hidden, false, row);
+  const Activations rows = prepare_rows(s, first + kWanted, thread, args.wanted_rows, shape.hidden, false, row);
   multiply_shared(s, first + kLogits, shape.head, rows, [&](int r, int block, F8 low, F8 high) {
     if (shape.logit_softcap > 0.f) {
       low = softcap(low, shape.logit_softcap);
@@ -255,11 +275,18 @@ void quantize_only(const float* x, const float* norm, float epsilon, int rows, i
   }
 }
 
-void gemm_only(const llk_matrix* m, const int16_t* quantized, const float* scales, int rows, float* out) {
-  const Activations a = {quantized, scales, rows, m->inputs};
-  multiply(*m, 0, blocks_of(*m), a, [&](int row, int block, F8 low, F8 high) {
-    store_outputs(out + (size_t)row * m->outputs, block * kColumns, m->outputs, low, high);
+void multiply_only(const llk_matrix& m, const Activations& a, float* out) {
+  multiply(m, 0, blocks_of(m), a, [&](int row, int block, F8 low, F8 high) {
+    store_outputs(out + (size_t)row * m.outputs, block * kColumns, m.outputs, low, high);
   });
+}
+
+void gemm_only(const llk_matrix* m, const int16_t* quantized, const float* scales, int rows, float* out) {
+  multiply_only(*m, {nullptr, quantized, scales, rows, m->inputs}, out);
+}
+
+void gemm_float_only(const llk_matrix* m, const float* x, int rows, float* out) {
+  multiply_only(*m, {x, nullptr, nullptr, rows, m->inputs}, out);
 }
 
 void activate_only(int activation, const float* x, int count, float* out) {
@@ -268,4 +295,4 @@ void activate_only(int activation, const float* x, int count, float* out) {
 
 }  // namespace
 
-extern const Kernels LLK_TABLE = {quantize_only, gemm_only, activate_only, step, attend_only};
+extern const Kernels LLK_TABLE = {quantize_only, gemm_only, gemm_float_only, activate_only, step, attend_only};

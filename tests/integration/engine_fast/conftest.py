@@ -12,6 +12,7 @@ import torch
 from tests.integration.engine_fast import tiny
 from worker import kernels
 from worker.engine.fast import FastDecoder, fast_decoder
+from worker.engine.fast.packing import KindOf, all_int8
 from worker.kernels import Isa
 
 Packed = Callable[..., FastDecoder]
@@ -43,7 +44,9 @@ def packed(reference: Callable[[str], Any]) -> Packed:
     """The fast path's model of a family."""
 
     @functools.cache
-    def of(family: str, kv_dtype: torch.dtype = torch.float16, isa: Isa | None = None) -> FastDecoder:
-        return fast_decoder(reference(family), kv_dtype=kv_dtype, isa=isa)
+    def of(
+        family: str, kv_dtype: torch.dtype = torch.float16, isa: Isa | None = None, kind_of: KindOf = all_int8
+    ) -> FastDecoder:
+        return fast_decoder(reference(family), kv_dtype=kv_dtype, isa=isa, kind_of=kind_of)
 
     return of

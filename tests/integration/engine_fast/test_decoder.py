@@ -14,7 +14,8 @@ from tests.integration.engine_fast.conftest import Packed
 from worker import kernels
 from worker.engine.attention import KVRow
 from worker.engine.fast import FastDecoder, FastRows
-from worker.kernels import Isa
+from worker.engine.fast.packing import KindOf, all_int8
+from worker.kernels import Isa, Kind
 
 LENGTH = 100
 """More than a block, and more than a window."""
@@ -54,6 +55,28 @@ def test_logits_stay_close_to_fp32(packed: Packed, reference: Callable[[str], An
     assert float(error) <= 0.06
 
 
+def _fp32(name: str) -> Kind:
+    return Kind.FP32
+
+
+def _mixed(name: str) -> Kind:
+    """Every kind in every place."""
+    order = ("embedding", "qkv", "out", "gate_up", "down", "head")
+    layer = int(name.split(".")[1]) if "." in name else 0
+    return Kind((order.index(name.rpartition(".")[2]) + layer) % len(Kind))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_fp32_weights_give_the_logits_of_transformers(
+    packed: Packed, reference: Callable[[str], Any], family: str
+) -> None:
+    tokens, decoder = tiny.text(LENGTH), packed(family, torch.float32, None, _fp32)
+    with torch.inference_mode():
+        expected = reference(family)(torch.tensor([tokens])).logits[0]
+    logits = tiny.prefill(decoder, decoder.open_pool(3), [2, 0], tokens)
+    assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.float32])
 def test_prefill_in_one_call_equals_decode_steps(packed: Packed, family: str, kv_dtype: torch.dtype) -> None:
@@ -69,11 +92,12 @@ def test_prefill_in_one_call_equals_decode_steps(packed: Packed, family: str, kv
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_instruction_sets_agree_bit_for_bit(packed: Packed, family: str) -> None:
+@pytest.mark.parametrize("kind_of", [all_int8, _mixed])
+def test_instruction_sets_agree_bit_for_bit(packed: Packed, family: str, kind_of: KindOf) -> None:
     tokens = tiny.text(LENGTH)
     results = []
     for isa in kernels.load().supported():
-        decoder = packed(family, torch.float16, isa)
+        decoder = packed(family, torch.float16, isa, kind_of)
         results.append(tiny.prefill(decoder, decoder.open_pool(2), [0, 1], tokens))
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -96,9 +120,12 @@ class _Sequences:
         return self.decoder.forward([n + 7 for n in numbers], lengths, FastRows(self.pool, rows), wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(packed: Packed, family: str) -> None:
-    sequences = _Sequences(packed(family))
+@pytest.mark.parametrize(
+    ("family", "kind_of"),
+    [("llama", all_int8), ("llama", _mixed), ("qwen3", all_int8), ("gemma3", all_int8), ("gemma3", _mixed)],
+)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(packed: Packed, family: str, kind_of: KindOf) -> None:
+    sequences = _Sequences(packed(family, torch.float16, None, kind_of))
     kernels.load().set_threads(1)
     alone = torch.cat([sequences.step([number]) for number in range(32)])
     generator = torch.Generator().manual_seed(5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.kernels import Kernels, build
+from worker.kernels import Kernels, abi, build
 
 
 def test_a_library_in_the_cache_is_used_as_it_is(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_without_a_library_torch_serves_and_the_reason_is_said_once(tmp_path: Pa
 def test_the_library_has_no_function_of_one_instruction_set_for_all(loaded: Kernels) -> None:
     """Only the interface is visible; all else could be mixed up with another object's."""
     library = ctypes.CDLL(str(build.library_path()))
-    assert library.llk_abi() == 1
+    assert library.llk_abi() == abi.ABI
     with pytest.raises(AttributeError):
         _ = library.team_run
     assert os.path.basename(library._name) == build.library_name()  # noqa: PTH119

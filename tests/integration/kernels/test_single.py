@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from worker.kernels import Isa, Kernels
+from worker.kernels import Isa, Kernels, Kind
 from worker.kernels.binding import Activation, PackedMatrix
 
 
@@ -36,6 +36,24 @@ def test_weights_of_zero_stay_zero(loaded: Kernels) -> None:
     assert not loaded.unpack(loaded.pack(torch.zeros(17, 64))).any()
 
 
+@pytest.mark.parametrize("kind", [Kind.FP16, Kind.FP32])
+def test_floating_point_weights_are_kept(loaded: Kernels, kind: Kind) -> None:
+    weight = _normal(31, 128) * torch.logspace(-8, 4, 31)[:, None]
+    expected = weight.half().float() if kind is Kind.FP16 else weight
+    assert torch.equal(loaded.unpack(loaded.pack(weight, kind=kind)), expected)
+    assert float(loaded.unpack(loaded.pack(torch.full((1, 64), -1e9), kind=Kind.FP16))[0, 0]) == -65504.0
+
+
+@pytest.mark.parametrize("kind", [Kind.FP16, Kind.FP32])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 16, 17, 33])
+def test_product_with_floating_point_weights(loaded: Kernels, isa: Isa, kind: Kind, rows: int) -> None:
+    packed, x = loaded.pack(_normal(40, 192, seed=1), kind=kind), _normal(rows, 192)
+    product = loaded.product(packed, x, isa)
+    expected = x.double() @ loaded.unpack(packed).double().t()
+    torch.testing.assert_close(product.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
+    assert torch.equal(product, loaded.product(packed, x, Isa.PORTABLE))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 12, 13, 33])
 def test_product_is_that_of_the_quantized_operands(loaded: Kernels, isa: Isa, rows: int) -> None:
     _, packed = _matrix(loaded, 40, 192)
@@ -53,14 +71,13 @@ def test_product_of_the_largest_numbers_does_not_overflow(loaded: Kernels, isa: 
     assert torch.equal(loaded.gemm(packed, quantized, scales, isa), expected.expand(1, 16))
 
 
-def test_a_row_of_a_product_does_not_depend_on_the_others(loaded: Kernels, isa: Isa) -> None:
-    _, packed = _matrix(loaded, 48, 256)
-    quantized, scales = loaded.quantize(_normal(40, 256), isa=isa)
-    alone = torch.cat([loaded.gemm(packed, quantized[r : r + 1], scales[r : r + 1], isa) for r in range(40)])
-    for rows in (2, 3, 5, 8, 13, 32, 40):
-        assert torch.equal(loaded.gemm(packed, quantized[:rows], scales[:rows], isa), alone[:rows])
-        last = loaded.gemm(packed, quantized[-rows:].contiguous(), scales[-rows:].contiguous(), isa)
-        assert torch.equal(last, alone[-rows:])
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_row_of_a_product_does_not_depend_on_the_others(loaded: Kernels, isa: Isa, kind: Kind) -> None:
+    packed, x = loaded.pack(_normal(48, 256, seed=1), kind=kind), _normal(40, 256)
+    alone = torch.cat([loaded.product(packed, x[r : r + 1], isa) for r in range(40)])
+    for rows in (2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 14, 15, 16, 20, 32, 40):
+        assert torch.equal(loaded.product(packed, x[:rows], isa), alone[:rows])
+        assert torch.equal(loaded.product(packed, x[-rows:].contiguous(), isa), alone[-rows:])
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -107,6 +124,8 @@ def test_tensors_of_another_kind_are_refused(loaded: Kernels) -> None:
         loaded.pack(_normal(16, 65))
     with pytest.raises(ValueError, match="contiguous"):
         loaded.gemm(packed, quantized.t().contiguous().t(), scales)
+    with pytest.raises(ValueError, match="shape"):
+        loaded.gemm_float(packed, _normal(2, 64))
     with pytest.raises(ValueError, match="int16"):
         loaded.gemm(packed, quantized.int(), scales)
     with pytest.raises(ValueError, match="shape"):

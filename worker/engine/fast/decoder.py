@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.attention import KVRow
-from worker.engine.fast.packing import PackedModel, open_model, pack
+from worker.engine.fast.packing import KindOf, PackedModel, all_int8, open_model, pack
 from worker.engine.fast.pool import FastKVPool
 from worker.engine.kv import BLOCK_TOKENS, LayerShape
 from worker.kernels import Isa, Kernels, abi, load
@@ -180,15 +180,16 @@ def fast_decoder(
     end_tokens: frozenset[int] = frozenset(),
     kv_dtype: torch.dtype = torch.float16,
     isa: Isa | None = None,
+    kind_of: KindOf = all_int8,
 ) -> FastDecoder:
     """Pack transformers' module for the fast path; the module can be dropped afterwards.
 
-    `context_length` lowers the model's own limit. Raises UnsupportedFeature where `why_not` or the missing compiler
-    says so.
+    `context_length` lowers the model's own limit; `kind_of` says how each matrix is stored. Raises UnsupportedFeature
+    where `why_not` or the missing compiler says so.
     """
     kernels = load()
     limit = int(model.config.max_position_embeddings)
     positions = min(context_length or limit, limit)
-    packed = pack(model, kernels, positions, MAX_ROWS, kv_dtype)
+    packed = pack(model, kernels, positions, MAX_ROWS, kv_dtype, kind_of)
     kernels.set_threads(torch.get_num_threads())
     return FastDecoder(packed, kernels, isa=isa, end_tokens=end_tokens, kv_dtype=kv_dtype)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import inspect
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +17,11 @@ from llmos.errors import UnsupportedFeature
 from worker.engine import attention
 from worker.engine.attention import LayerCall
 from worker.engine.fast.support import activation, head_dim, why_not
-from worker.kernels import Kernels, abi
+from worker.kernels import Kernels, Kind, abi
 from worker.kernels.binding import PackedMatrix, address
 
+KindOf = Callable[[str], Kind]
+"""How to store a matrix: `embedding` (if tied, the head too), `head`, or `layers.N.` with qkv, out, gate_up or down."""
 _ALIGN = 64
 _INTERLEAVE = 8
 """Outputs of gate, then as many of up, in a packed block."""
@@ -56,28 +59,38 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def pack(model: Any, kernels: Kernels, positions: int, max_rows: int, kv_dtype: torch.dtype) -> PackedModel:
-    """Quantize a model that `why_not` lets through; the model can be dropped afterwards. Raises UnsupportedFeature."""
+def all_int8(name: str) -> Kind:
+    """The kind of every matrix unless told otherwise."""
+    return Kind.INT8
+
+
+def pack(
+    model: Any, kernels: Kernels, positions: int, max_rows: int, kv_dtype: torch.dtype, kind_of: KindOf = all_int8
+) -> PackedModel:
+    """Pack a model that `why_not` lets through; the model can be dropped afterwards. Raises UnsupportedFeature."""
     if reason := why_not(model):
         raise UnsupportedFeature(f"The fast path cannot run this model: {reason}.")
     with torch.inference_mode():
-        return _Packer(model, kernels, positions).pack(max_rows, kv_dtype)
+        return _Packer(model, kernels, positions, kind_of).pack(max_rows, kv_dtype)
 
 
 class _Packer:
-    def __init__(self, model: Any, kernels: Kernels, positions: int) -> None:
+    def __init__(self, model: Any, kernels: Kernels, positions: int, kind_of: KindOf) -> None:
         self._model, self._inner, self._config = model, model.model, model.config
         self._kernels = kernels
         self._positions = positions
+        self._kind_of = kind_of
         self._kept: list[object] = []
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
-        self._arena = _Arena(sum(_aligned(kernels.packed_bytes(*shape)) for shape in self._matrix_shapes()))
+        shapes = self._matrix_shapes()
+        sizes = (kernels.packed_bytes(outputs, inputs, kind_of(name)) for name, (outputs, inputs) in shapes.items())
+        self._arena = _Arena(sum(map(_aligned, sizes)))
 
     def pack(self, max_rows: int, kv_dtype: torch.dtype) -> PackedModel:
         config, calls = self._config, layer_calls(self._model)
         layers = (abi.Layer * len(calls))(*(self._layer(number, call) for number, call in enumerate(calls)))
-        embedding = self._matrix(self._inner.embed_tokens.weight)
-        head = embedding if self._tied() else self._matrix(self._model.lm_head.weight)
+        embedding = self._matrix("embedding", self._inner.embed_tokens.weight)
+        head = embedding if self._tied() else self._matrix("head", self._model.lm_head.weight)
         shape = abi.Shape(
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
@@ -107,16 +120,17 @@ class _Packer:
         head, embedding = self._model.lm_head.weight, self._inner.embed_tokens.weight
         return head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding)
 
-    def _matrix_shapes(self) -> list[tuple[int, int]]:
-        weights = [self._inner.embed_tokens.weight]
-        weights += [] if self._tied() else [self._model.lm_head.weight]
-        shapes = [tuple(weight.shape) for weight in weights]
-        for layer in self._inner.layers:
+    def _matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        shapes = {"embedding": tuple(self._inner.embed_tokens.weight.shape)}
+        if not self._tied():
+            shapes["head"] = tuple(self._model.lm_head.weight.shape)
+        for number, layer in enumerate(self._inner.layers):
             own, mlp = layer.self_attn, layer.mlp
             heads = sum(linear.weight.shape[0] for linear in (own.q_proj, own.k_proj, own.v_proj))
-            shapes.append((heads, own.q_proj.weight.shape[1]))
-            shapes.append((2 * mlp.gate_proj.weight.shape[0], mlp.gate_proj.weight.shape[1]))
-            shapes += [tuple(own.o_proj.weight.shape), tuple(mlp.down_proj.weight.shape)]
+            shapes[f"layers.{number}.qkv"] = heads, own.q_proj.weight.shape[1]
+            shapes[f"layers.{number}.out"] = tuple(own.o_proj.weight.shape)
+            shapes[f"layers.{number}.gate_up"] = 2 * mlp.gate_proj.weight.shape[0], mlp.gate_proj.weight.shape[1]
+            shapes[f"layers.{number}.down"] = tuple(mlp.down_proj.weight.shape)
         return shapes
 
     def _layer(self, number: int, call: LayerCall) -> abi.Layer:
@@ -126,10 +140,10 @@ class _Packer:
         heads = [own.q_proj, own.k_proj, own.v_proj]
         cosines, sines = self._angles(number)
         return abi.Layer(
-            qkv=self._matrix(torch.cat([linear.weight for linear in heads])),
-            out=self._matrix(own.o_proj.weight),
-            gate_up=self._matrix(_interleaved(mlp.gate_proj.weight, mlp.up_proj.weight)),
-            down=self._matrix(mlp.down_proj.weight),
+            qkv=self._matrix(f"layers.{number}.qkv", torch.cat([linear.weight for linear in heads])),
+            out=self._matrix(f"layers.{number}.out", own.o_proj.weight),
+            gate_up=self._matrix(f"layers.{number}.gate_up", _interleaved(mlp.gate_proj.weight, mlp.up_proj.weight)),
+            down=self._matrix(f"layers.{number}.down", mlp.down_proj.weight),
             attention_norm=self._norm(layer.input_layernorm),
             mlp_norm=self._norm(layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm),
             post_attention_norm=self._norm(layer.post_attention_layernorm if sandwich else None),
@@ -143,8 +157,10 @@ class _Packer:
             window=call.window or 0,
         )
 
-    def _matrix(self, weight: Tensor) -> abi.Matrix:
-        packed: PackedMatrix = self._kernels.pack(weight, self._arena.take(self._kernels.packed_bytes(*weight.shape)))
+    def _matrix(self, name: str, weight: Tensor) -> abi.Matrix:
+        kind, (outputs, inputs) = self._kind_of(name), weight.shape
+        memory = self._arena.take(self._kernels.packed_bytes(outputs, inputs, kind))
+        packed: PackedMatrix = self._kernels.pack(weight, memory, kind)
         self._kept.append(packed)
         return packed.descriptor()
 
