@@ -11,9 +11,9 @@ import torch
 from llmos.clock import Clock, SystemClock
 from llmos.errors import SourceError, Unavailable
 from worker import kernels
-from worker.backend import Attempt, Blocks, Failure, ModelSpec, Output, StageDone, StepResult
+from worker.backend import Attempt, Blocks, CacheChange, Failure, ModelSpec, Output, StageDone, StepResult
 from worker.engine.device import select_device
-from worker.engine.engine import Engine, kv_blocks
+from worker.engine.engine import Engine, EngineOptions, kv_blocks
 from worker.engine.loading import load
 
 log = logging.getLogger(__name__)
@@ -36,12 +36,14 @@ class TorchBackend:
         clock: Clock | None = None,
         precision: Precision = "fp32",
         kernels_available: Callable[[], bool] = kernels.available,
+        options: EngineOptions | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self._device = select_device(device)
         self.precision: Precision = _possible(precision, self._device, kernels_available)
         """What it serves in, wherever the model allows it."""
         self._clock = clock or SystemClock()
+        self._options = options
         self._engines: dict[str, Engine] = {}
 
     def load(self, spec: ModelSpec, memory_budget: int) -> Blocks:
@@ -50,7 +52,9 @@ class TorchBackend:
             raise SourceError(f"{spec.name} has no folder to load from.")
         self._engines.pop(spec.name, None)
         decoder = load(spec.folder, self._device, spec.context_length, kernels=self.precision == "int8")
-        self._engines[spec.name] = engine = Engine(decoder, kv_blocks(decoder, memory_budget), self._clock)
+        self._engines[spec.name] = engine = Engine(
+            decoder, kv_blocks(decoder, memory_budget), self._clock, name=spec.name, options=self._options
+        )
         return engine.blocks()
 
     def unload(self, name: str) -> None:
@@ -86,13 +90,15 @@ class TorchBackend:
         outputs: list[Output] = []
         failures: list[Failure] = []
         stages: list[StageDone] = []
+        cache: list[CacheChange] = []
         for engine in self._engines.values():
             if engine.busy():
                 result = engine.step()
                 outputs.extend(result.outputs)
                 failures.extend(result.failures)
                 stages.extend(result.stages)
-        return StepResult(outputs, failures, stages)
+                cache.extend(result.cache)
+        return StepResult(outputs, failures, stages, cache)
 
 
 def _possible(wanted: Precision, device: torch.device, available: Callable[[], bool]) -> Precision:

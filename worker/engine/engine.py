@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from llmos.clock import Clock
 from llmos.errors import InternalError, InvalidRequest, PromptTooLong, Unavailable
-from worker.backend import Attempt, Blocks, Failure, Output, Stage, StageDone, StepResult
+from worker.backend import Attempt, Blocks, CacheChange, Stage, StepResult
 from worker.engine.attention import KVRow
-from worker.engine.batch import Batch, plan
-from worker.engine.kv import BLOCK_TOKENS, BlockAllocator, block_bytes
+from worker.engine.batch import Batch, Picker, plan
+from worker.engine.blocks import BlockManager
+from worker.engine.kv import BLOCK_TOKENS, block_bytes
 from worker.engine.paged import Servable
-from worker.engine.run import Choice, Run
+from worker.engine.report import Report
+from worker.engine.roster import Roster
+from worker.engine.run import Run
 from worker.engine.sampling import Pick, SamplingRow, sample
 
 _WORKSPACE_BYTES = 32 << 20
@@ -33,164 +38,168 @@ def kv_blocks(decoder: Servable, memory_budget: int) -> int:
     return count
 
 
-class Engine:
-    """Owns a model, its KV memory and its attempts. Called by one thread."""
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the step loop works. Nothing of it changes what a request yields."""
 
-    def __init__(self, decoder: Servable, blocks: int, clock: Clock) -> None:
+    max_running: int = 64
+    """Most choices that run at once; a single attempt may have more."""
+
+
+class Engine:
+    """Owns a model, its KV memory and its attempts. Called by one thread.
+
+    `name` is the model's, for what is reported.
+    """
+
+    def __init__(
+        self, decoder: Servable, blocks: int, clock: Clock, *, name: str = "", options: EngineOptions | None = None
+    ) -> None:
+        options = options or EngineOptions()
         self._decoder = decoder
         self._clock = clock
-        self._allocator = BlockAllocator(blocks)
+        self._name = name
+        self._manager = BlockManager(blocks)
         self._paged = decoder.with_memory(blocks)
-        self._waiting: deque[Run] = deque()
-        self._running: dict[str, Run] = {}
+        self._roster = Roster(self._manager, self._paged.memory, options.max_running)
+        self._arrivals = itertools.count()
+        self._changes = itertools.count(1)
+
+    @property
+    def preemptions(self) -> int:
+        """How often an attempt had to give way and wait again."""
+        return self._roster.preemptions
 
     def blocks(self) -> Blocks:
-        """KV blocks, as of now."""
-        return Blocks(self._allocator.total, self._allocator.free, BLOCK_TOKENS)
+        """KV blocks, as of now. Those that only the prefix cache keeps are free."""
+        return Blocks(self._manager.total, self._manager.free, BLOCK_TOKENS)
 
     def busy(self) -> bool:
         """Whether any attempt waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._roster)
 
     def epoch(self, request_id: str) -> tuple[int, int] | None:
         """Epoch of the request's attempt here, if there is one."""
-        run = self._find(request_id)
+        run = self._roster.find(request_id)
         return None if run is None else run.epoch
 
     def admit(self, attempt: Attempt) -> None:
         """Queue an attempt of a request that has none here. Raises InvalidRequest, PromptTooLong or Unavailable."""
         _check(attempt, self._decoder)
-        run = Run(attempt, self._decoder.end_tokens)
-        if run.blocks_needed > self._allocator.total:
+        run = Run(attempt, self._decoder.end_tokens, next(self._arrivals))
+        if run.blocks_at(attempt.max_tokens) > self._manager.total:
             raise Unavailable("The request needs more KV blocks than this worker has.")
-        self._waiting.append(run)
+        self._roster.add(run)
 
     def cancel(self, request_id: str, choice: int | None, keep_until: int | None) -> None:
         """See `Backend.cancel`."""
-        run = self._find(request_id)
+        run = self._roster.find(request_id)
         if run is None:
             return
         if choice is None:
-            self._forget(run)
+            self._roster.forget(run)
         elif choice in run.choices:
             run.choices[choice].keep_until = keep_until or 0
-            run.drop_kept()
+            run.drop_satisfied(run.choices[choice])
             if not run.choices:
-                self._forget(run)
+                self._roster.forget(run)
 
     @torch.inference_mode()
     def step(self) -> StepResult:
         """Start what fits, compute one batch, pick tokens."""
-        outputs = self._start_waiting()
-        batch = plan(self._running.values())
-        if not batch.rows:
-            return StepResult(outputs)
-        picks = self._compute(batch)
-        self._advance(batch)
-        stages = [done for run in list(self._running.values()) if (done := self._prefill_done(run))]
-        failed = {run.attempt.request_id: run for (run, _, _), pick in zip(batch.picks, picks, strict=True) if not pick}
-        for run in failed.values():
-            self._forget(run)
-        for (run, choice, _), pick in zip(batch.picks, picks, strict=True):
-            if pick and run.attempt.request_id not in failed:
-                outputs.append(_deliver(run, choice, pick))
-        stages.extend(self._end_runs())
-        return StepResult(outputs, [_failure(run) for run in failed.values()], stages)
+        report = Report()
+        self._start_waiting(report)
+        batch = self._plan()
+        if batch.spans:
+            pickers = list(batch.pickers())
+            logits = self._forward(batch, [row for picker in pickers for row in picker.rows])
+            batch.computed()
+            self._end_prefills(report)
+            self._pick(pickers, logits, report)
+            self._end_runs(report)
+        return report.result(self._cache_changes())
 
-    def _start_waiting(self) -> list[Output]:
-        """Let attempts run in order of arrival; the first that does not fit holds back those behind it."""
-        outputs: list[Output] = []
-        while self._waiting and self._waiting[0].blocks_needed <= self._allocator.free:
-            run = self._waiting.popleft()
-            for choice, reason in run.ended():
-                end = len(choice.tokens)
-                outputs.append(Output(run.attempt.request_id, run.attempt.epoch, choice.number, end, (), finish=reason))
-                del run.choices[choice.number]
-            if run.choices:
-                run.start(self._allocator, self._paged.memory)
+    def _start_waiting(self, report: Report) -> None:
+        for run in self._roster.start():
+            if run.since_s is None:
                 run.since_s = self._clock.monotonic()
-                self._running[run.attempt.request_id] = run
-        return outputs
-
-    def _compute(self, batch: Batch) -> list[Pick | None]:
-        logits = self._paged.forward(
-            [run.token(choice, position) for run, choice, position in batch.rows],
-            [position for _, _, position in batch.rows],
-            [KVRow(_slots(choice), position + 1) for _, choice, position in batch.rows],
-            [row for _, _, row in batch.picks],
-        )
-        if not batch.picks:
-            return []
-        wanted = [
-            SamplingRow(run.attempt.sampling, choice.number, run.prompt, choice.tokens, run.barred(choice))
-            for run, choice, _ in batch.picks
-        ]
-        return sample(logits, wanted)
-
-    def _advance(self, batch: Batch) -> None:
-        """Note which positions have been computed; hand finished prompts to all choices."""
-        prefilling = [run for run in self._running.values() if not run.prompt_done]
-        for run, choice, position in batch.rows:
-            choice.computed += 1
-            run.prefill_tokens += run.prefills(choice, position)
-        for run in prefilling:
-            if run.prompt_done:
-                run.fork(self._paged.memory)
-
-    def _prefill_done(self, run: Run) -> StageDone | None:
-        if (
-            run.prefilled
-            or not run.prompt_done
-            or any(run.prefills(choice, choice.computed) for choice in run.choices.values())
-        ):
-            return None
-        run.prefilled = True
-        return self._stage(run, Stage.PREFILL, run.prefill_tokens)
-
-    def _stage(self, run: Run, stage: Stage, tokens: int) -> StageDone:
-        start, run.since_s = run.since_s, self._clock.monotonic()
-        return StageDone(run.attempt.request_id, run.attempt.epoch, stage, start, run.since_s, tokens)
-
-    def _end_runs(self) -> Iterable[StageDone]:
-        for run in list(self._running.values()):
-            run.drop_kept()
+            for choice, reason in run.ended():
+                report.end(run, choice, reason)
+                run.drop(choice)
             if not run.choices:
-                self._forget(run)
-                yield self._stage(run, Stage.DECODE, run.produced)
+                self._roster.forget(run)
 
-    def _find(self, request_id: str) -> Run | None:
-        queued = (run for run in self._waiting if run.attempt.request_id == request_id)
-        return self._running.get(request_id) or next(queued, None)
+    def _plan(self) -> Batch:
+        running = self._roster.running
+        for run in running:
+            run.adopt()
+        batch = plan(running)
+        self._roster.make_room(batch)
+        return batch
 
-    def _forget(self, run: Run) -> None:
-        if self._running.pop(run.attempt.request_id, None) is None:
-            self._waiting.remove(run)
-        else:
-            run.release(self._allocator)
+    def _forward(self, batch: Batch, wanted: Sequence[int]) -> Tensor:
+        spans = batch.spans
+        return self._paged.forward(
+            [token for span in spans for token in span.tokens],
+            [position for span in spans for position in range(span.first, span.end)],
+            [KVRow(span.kv.slots, position + 1) for span in spans for position in range(span.first, span.end)],
+            wanted,
+        )
+
+    def _pick(self, pickers: Sequence[Picker], logits: Tensor, report: Report) -> None:
+        """Give each choice its token, and the following ones for as long as they are what was guessed."""
+        starts = itertools.accumulate((len(picker.rows) for picker in pickers), initial=0)
+        going = list(zip(starts, pickers, strict=False))
+        depth = 0
+        while going:
+            rows = [start + depth for start, _ in going]
+            # Indexing copies, which a step without drafts can do without.
+            picks = sample(
+                logits if len(rows) == logits.shape[0] else logits[rows], [_sampling_row(picker) for _, picker in going]
+            )
+            going = [
+                entry
+                for entry, pick in zip(going, picks, strict=True)
+                if self._take(entry[1], pick, report) and entry[1].guessed(depth, pick)
+            ]
+            depth += 1
+
+    def _take(self, picker: Picker, pick: Pick | None, report: Report) -> bool:
+        """Give a choice a token. Returns whether it goes on."""
+        run, choice = picker.run, picker.choice
+        if self._roster.find(run.attempt.request_id) is not run:
+            return False
+        if pick is None:
+            report.fail(run, InternalError("The model gave logits that are not numbers."))
+            self._roster.forget(run)
+            return False
+        run.append(choice, pick.token_id)
+        reason = run.finish(choice)
+        report.token(run, choice, pick, reason)
+        if reason is not None:
+            run.drop(choice)
+        return reason is None and not run.drop_satisfied(choice)
+
+    def _end_prefills(self, report: Report) -> None:
+        for run in self._roster.running:
+            if not run.prefilled and not run.catching_up:
+                run.prefilled = True
+                report.stage(run, Stage.PREFILL, run.prefill_tokens, self._clock.monotonic())
+
+    def _end_runs(self, report: Report) -> None:
+        for run in self._roster.running:
+            if not run.choices:
+                self._roster.forget(run)
+                report.stage(run, Stage.DECODE, run.produced, self._clock.monotonic())
+
+    def _cache_changes(self) -> Sequence[CacheChange]:
+        stored, removed = self._manager.take_changes()
+        return [CacheChange(self._name, next(self._changes), stored, removed)] if stored or removed else ()
 
 
-def _slots(choice: Choice) -> torch.Tensor:
-    if choice.slots is None:
-        raise InternalError("a choice without KV slots was planned")
-    return choice.slots
-
-
-def _deliver(run: Run, choice: Choice, pick: Pick) -> Output:
-    """Append the token to its choice; an ended choice leaves the run."""
-    index = len(choice.tokens)
-    choice.tokens.append(pick.token_id)
-    run.produced += 1
-    reason = run.finish(choice)
-    if reason is not None:
-        run.choices.pop(choice.number, None)
-    logprobs = () if pick.logprob is None else (pick.logprob,)
-    attempt = run.attempt
-    return Output(attempt.request_id, attempt.epoch, choice.number, index, (pick.token_id,), logprobs, reason)
-
-
-def _failure(run: Run) -> Failure:
-    message = "The model gave logits that are not numbers."
-    return Failure(run.attempt.request_id, run.attempt.epoch, InternalError.code, message)
+def _sampling_row(picker: Picker) -> SamplingRow:
+    run, choice = picker.run, picker.choice
+    return SamplingRow(run.attempt.sampling, choice.number, run.prompt, choice.tokens, run.barred(choice))
 
 
 def _check(attempt: Attempt, decoder: Servable) -> None:

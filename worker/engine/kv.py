@@ -1,4 +1,4 @@
-"""KV memory: blocks of 64 tokens, who holds them, and the tensors behind them."""
+"""KV memory: blocks of 64 tokens and the tensors behind them."""
 
 from __future__ import annotations
 
@@ -8,38 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmos.errors import Unavailable
-
 BLOCK_TOKENS = 64
-
-
-def blocks_needed(prompt_tokens: int, max_tokens: int, choices: int) -> int:
-    """Blocks that an attempt holds while it runs: full blocks of the prompt once, the rest for each choice."""
-    shared = prompt_tokens // BLOCK_TOKENS
-    return shared + choices * (-(-(prompt_tokens + max_tokens) // BLOCK_TOKENS) - shared)
-
-
-class BlockAllocator:
-    """Numbers of free blocks. A block has one owner, who gives it back once."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self._free = list(reversed(range(total)))
-
-    @property
-    def free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks; the caller owns them. Ask `free` first."""
-        if count > len(self._free):
-            raise Unavailable(f"{count} KV blocks asked for, {len(self._free)} are free.")
-        return [self._free.pop() for _ in range(count)]
-
-    def release(self, blocks: Sequence[int]) -> None:
-        """Give blocks back."""
-        self._free.extend(reversed(blocks))
 
 
 @dataclass(frozen=True, slots=True)

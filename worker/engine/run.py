@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from torch import Tensor
-
+from llmos.errors import InternalError
 from worker.backend import Attempt, FinishReason
-from worker.engine.kv import BLOCK_TOKENS, BlockAllocator, blocks_needed
+from worker.engine.blocks import BlockManager
+from worker.engine.kv import BLOCK_TOKENS
 from worker.engine.paged import KVMemory
+from worker.engine.sequence import SequenceKV, blocks_of
 
 
 @dataclass(slots=True)
@@ -21,91 +22,135 @@ class Choice:
     """Tokens of the answer so far, resumed ones included."""
     resumed: int
     """How many of them were there when the attempt came."""
-    computed: int = 0
-    """Positions, prompt included, whose keys and values are stored."""
     keep_until: int | None = None
-    tail: list[int] = field(default_factory=list)
-    """Blocks of its own: from the prompt's last, partial block on."""
-    slots: Tensor | None = None
+    stored: SequenceKV | None = None
+    """Its keys and values, once those of the prompt are computed."""
+
+    @property
+    def kv(self) -> SequenceKV:
+        """`stored`, where it must be there."""
+        if self.stored is None:
+            raise InternalError("a choice was planned before its prompt was computed")
+        return self.stored
 
 
 class Run:
-    """An attempt, waiting or running. Owns the blocks that it allocated until `release`."""
+    """An attempt, waiting or running. Owns its KV from `start` until `release`.
 
-    def __init__(self, attempt: Attempt, end_tokens: frozenset[int]) -> None:
+    The prompt is computed once, in `prompt_kv`; then the choices go on from it, each in its own `kv`.
+    """
+
+    def __init__(self, attempt: Attempt, end_tokens: frozenset[int], arrival: int = 0) -> None:
         self.attempt = attempt
+        self.order = (attempt.priority, arrival)
+        """Who goes first: by class, then arrival."""
         self.prompt = list(attempt.prompt)
+        self.hashes = tuple(attempt.prefix_hashes)[: len(self.prompt) // BLOCK_TOKENS]
         self.stops = attempt.stop_token_ids | (frozenset() if attempt.ignore_eos else end_tokens)
         self.choices = {
             number: Choice(number, list(known := attempt.resume.get(number, ())), len(known))
             for number in range(attempt.choices)
             if number not in attempt.finished_choices
         }
+        self.prompt_kv: SequenceKV | None = None
+        """Set while the prompt is computed."""
+        self.prompt_done = False
+        """Keys and values of the whole prompt are stored."""
         self.prefilled = False
         self.prefill_tokens = 0
         self.produced = 0
-        self.since_s = 0.0
+        self.since_s: float | None = None
         """Begin of the present stage."""
-        self._blocks: list[int] = []
-        self._leader: Choice | None = None
+        self.cached_tokens = 0
+        """Prompt tokens found in the prefix cache before any of them was computed for this run."""
+        self._untold = True
+        self._reached = 0
 
     @property
     def epoch(self) -> tuple[int, int]:
         """In order of age."""
         return self.attempt.epoch.term, self.attempt.epoch.attempt
 
-    def start(self, allocator: BlockAllocator, memory: KVMemory) -> None:
-        """Take blocks; the caller has seen that they are free."""
-        self._blocks = allocator.allocate(self.blocks_needed)
-        shared = len(self.prompt) // BLOCK_TOKENS
-        each = (len(self._blocks) - shared) // len(self.choices)
-        for order, choice in enumerate(self.choices.values()):
-            first = shared + order * each
-            choice.tail = self._blocks[first : first + each]
-            choice.slots = memory.slots([*self._blocks[:shared], *choice.tail])
-
-    def release(self, allocator: BlockAllocator) -> None:
-        """Give all blocks back."""
-        allocator.release(self._blocks)
-        self._blocks = []
-
     @property
-    def blocks_needed(self) -> int:
-        """Blocks that `start` takes."""
-        return blocks_needed(len(self.prompt), self.attempt.max_tokens, len(self.choices))
+    def known_prompt(self) -> tuple[int, ...]:
+        """Hashes of the blocks that need not be computed if cached: at least the prompt's last token is."""
+        return self.hashes[: (len(self.prompt) - 1) // BLOCK_TOKENS]
 
-    @property
-    def leader(self) -> Choice:
-        """The choice in whose blocks the prompt is computed. It may have been cancelled meanwhile."""
-        if self._leader is None:
-            self._leader = next(iter(self.choices.values()))
-        return self._leader
+    def start(self, manager: BlockManager, memory: KVMemory) -> None:
+        """Begin, or begin again after `release`: nothing is computed yet."""
+        self.prompt_kv = SequenceKV(manager, memory)
 
-    @property
-    def prompt_done(self) -> bool:
-        """Whether keys and values of the whole prompt are stored."""
-        return self.leader.computed >= len(self.prompt)
-
-    def fork(self, memory: KVMemory) -> None:
-        """Give the leader's prompt to the other choices: full blocks are shared, a partial one is copied."""
+    def release(self) -> None:
+        """Give all blocks back. What has been produced stays known, so that it can be computed again."""
+        for kv in self._kvs():
+            kv.release()
         for choice in self.choices.values():
-            if choice is not self.leader:
-                if len(self.prompt) % BLOCK_TOKENS:
-                    memory.copy_block(self.leader.tail[0], choice.tail[0])
-                choice.computed = len(self.prompt)
+            choice.stored = None
+        self.prompt_kv, self.prompt_done = None, False
 
-    def prefills(self, choice: Choice, position: int) -> bool:
-        """Whether a position was known when the attempt came."""
-        return position < len(self.prompt) + choice.resumed
+    def drop(self, choice: Choice) -> None:
+        """Forget a choice."""
+        del self.choices[choice.number]
+        if choice.stored is not None:
+            choice.stored.release()
+
+    @property
+    def held(self) -> int:
+        """Blocks that it holds."""
+        return len({block for kv in self._kvs() for block in kv.blocks})
+
+    def blocks_at(self, more: int) -> int:
+        """Blocks that it holds when each choice has `more` tokens, or as many as it may have."""
+        shared = len(self.prompt) // BLOCK_TOKENS
+        ends = (
+            len(self.prompt) + min(len(choice.tokens) + more, self.attempt.max_tokens)
+            for choice in self.choices.values()
+        )
+        return shared + sum(blocks_of(end) - shared for end in ends)
+
+    def adopt(self) -> None:
+        """Take the prompt's next blocks from the prefix cache while they are there."""
+        kv, usable = self.prompt_kv, self.known_prompt
+        if kv is None or kv.computed % BLOCK_TOKENS:
+            return
+        while (number := kv.computed // BLOCK_TOKENS) < len(usable) and kv.adopt(usable[number]):
+            if kv.computed > self._reached:
+                self.cached_tokens += BLOCK_TOKENS
+                self._reached = kv.computed
+
+    def prompt_computed(self, end: int) -> None:
+        """The prompt is computed up to `end`: cache the blocks that are full; at its end, the choices go on from it."""
+        kv = self.prompt_kv
+        if kv is None:
+            raise InternalError("a prompt was computed twice")
+        first, kv.computed = kv.computed // BLOCK_TOKENS, end
+        self._reached = max(self._reached, end)
+        for number in range(first, min(end // BLOCK_TOKENS, len(self.hashes))):
+            kv.store(number, self.hashes[number])
+        if end == len(self.prompt):
+            for choice in self.choices.values():
+                choice.stored = kv.fork()
+            kv.release()
+            self.prompt_kv, self.prompt_done = None, True
+
+    def take_cached(self) -> int:
+        """`cached_tokens`, the first time it is asked for."""
+        cached, self._untold = self.cached_tokens if self._untold else 0, False
+        return cached
 
     def pending(self, choice: Choice) -> int:
         """Known tokens of a choice that have not been computed."""
-        return len(self.prompt) + len(choice.tokens) - choice.computed
+        return self.known(choice) - choice.kv.computed
 
-    def token(self, choice: Choice, position: int) -> int:
-        """Token at a position of prompt and answer."""
-        inside = position - len(self.prompt)
-        return self.prompt[position] if inside < 0 else choice.tokens[inside]
+    def known(self, choice: Choice) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + len(choice.tokens)
+
+    def tokens(self, choice: Choice | None, first: int, end: int) -> list[int]:
+        """Known tokens at the positions from `first` up to `end`."""
+        at = len(self.prompt)
+        answer = choice.tokens[max(0, first - at) : max(0, end - at)] if choice is not None else []
+        return self.prompt[first:end] + answer
 
     def barred(self, choice: Choice) -> Sequence[int]:
         """Tokens that must not be picked next."""
@@ -117,11 +162,31 @@ class Run:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(choice.tokens) >= self.attempt.max_tokens else None
 
-    def drop_kept(self) -> None:
-        """Forget choices that have reached their `keep_until`."""
-        for choice in list(self.choices.values()):
-            if choice.keep_until is not None and len(choice.tokens) >= choice.keep_until:
-                del self.choices[choice.number]
+    def append(self, choice: Choice, token: int) -> None:
+        """Give a choice its next token, whose keys and values are yet to be computed."""
+        choice.tokens.append(token)
+        choice.kv.computed = self.known(choice) - 1
+        self.produced += 1
+
+    def drop_satisfied(self, choice: Choice) -> bool:
+        """Forget a choice that has all that is still wanted of it; whether it had."""
+        satisfied = choice.keep_until is not None and len(choice.tokens) >= choice.keep_until
+        if satisfied:
+            self.drop(choice)
+        return satisfied
+
+    def count_prefill(self, choice: Choice | None, first: int, end: int) -> None:
+        """Count computed positions that were known when the attempt came."""
+        if not self.prefilled:
+            known = len(self.prompt) + (choice.resumed if choice is not None else 0)
+            self.prefill_tokens += max(0, min(end, known) - first)
+
+    @property
+    def catching_up(self) -> bool:
+        """Whether something that was known when the attempt came is yet to be computed."""
+        return not self.prompt_done or any(
+            choice.kv.computed < len(self.prompt) + choice.resumed for choice in self.choices.values()
+        )
 
     def ended(self) -> Iterator[tuple[Choice, FinishReason]]:
         """Choices that have ended already, as an attempt may be resumed right before its end."""
@@ -129,3 +194,10 @@ class Run:
             reason = self.finish(choice)
             if reason is not None:
                 yield choice, reason
+
+    def _kvs(self) -> Iterator[SequenceKV]:
+        if self.prompt_kv is not None:
+            yield self.prompt_kv
+        for choice in self.choices.values():
+            if choice.stored is not None:
+                yield choice.stored
