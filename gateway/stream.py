@@ -192,7 +192,9 @@ class Stream:
         self._ready.set()
 
     def _complete(self) -> None:
-        self._buffer.append(Done(self._started.prompt_tokens, self.transcript.completion_tokens))
+        prompt_tokens = self._started.prompt_tokens
+        cached = min(self.transcript.cached_tokens, prompt_tokens)
+        self._buffer.append(Done(prompt_tokens, self.transcript.completion_tokens, cached))
         self._end(None)
 
     def _end(self, error: LlmosError | None) -> None:

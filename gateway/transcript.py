@@ -73,6 +73,9 @@ class Transcript:
         self._spell = spell
         self._choices = [_Choice(new_text()) for _ in range(shape.choices)]
         self._epoch = (0, 0)
+        self._first_epoch: tuple[int, int] | None = None
+        self.cached_tokens = 0
+        """Prompt tokens that the first attempt found in a prefix cache; later ones are not the client's concern."""
 
     @property
     def epoch(self) -> tuple[int, int]:
@@ -114,6 +117,9 @@ class Transcript:
             return Taken(verdict)
         choice = self._choices[output.choice]
         self._epoch = (output.epoch.term, output.epoch.attempt)
+        self._first_epoch = self._first_epoch or self._epoch
+        if self._epoch == self._first_epoch:
+            self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
         known = len(choice.tokens) - output.index
         return self._extend(output, choice, known)
 

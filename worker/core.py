@@ -17,6 +17,7 @@ from llmos.internal.v1 import request_pb2, work_pb2
 from worker import wire
 from worker.attempts import AttemptTable, Running, Verdict
 from worker.backend import Epoch
+from worker.cache_view import CacheView
 from worker.outbox import Outbox
 from worker.shelf import Shelf
 from worker.spans import ExecuteSpans
@@ -73,6 +74,7 @@ class WorkerCore:
         self._orphan_s = orphan_s
         self._table = AttemptTable()
         self._outbox = Outbox()
+        self._cache = CacheView()
         self._engine: CommandSink | None = None
         self._state = _EngineState()
         self._stream: Stream | None = None
@@ -109,6 +111,7 @@ class WorkerCore:
             self._stream.replace(kind("A newer stream of a scheduler took over."))
         self._stream = stream
         self._outbox.attach(lambda request_id, epoch: not self._table.is_cancelled(request_id, epoch))
+        self._cache.attach()
         log.info("scheduler %s attached, term %d", request.commands[0].hello.scheduler_id, request.term)
         report = self._report()
         self._obey(request.commands[1:])
@@ -164,6 +167,7 @@ class WorkerCore:
         frame.draining = self._announced_drain = self._draining
         frame.models.extend(self._shelf.take_changes())
         frame.spans.extend(self._spans.drain())
+        frame.cache.extend(self._cache.take())
         self._wake_if_sendable()
         return frame
 
@@ -183,6 +187,8 @@ class WorkerCore:
             self._shelf.engine_said(model)
         for span in frame.spans:
             self._spans.stage(span)
+        for change in frame.cache:
+            self._cache.change(change)
         for output in frame.outputs:
             self._take_output(output)
         for failure in frame.failures:
@@ -194,6 +200,7 @@ class WorkerCore:
         self._state.ready = self._state.busy = False
         self._state.steps_before = self._state.step
         self._shelf.engine_lost()
+        self._cache.forget_all()
         error = AttemptLost(f"The worker's engine ended ({reason}).")
         for running in list(self._table.running):
             self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
@@ -293,6 +300,7 @@ class WorkerCore:
     def _unload(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
         name = command.unload.model
         self._shelf.unload(name)
+        self._cache.forget(name)
         error = AttemptLost(f"The model {name} was unloaded.")
         for running in [running for running in self._table.running if running.model == name]:
             self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))

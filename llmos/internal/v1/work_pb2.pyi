@@ -403,7 +403,9 @@ class CacheChange(google.protobuf.message.Message):
     model: builtins.str
     """Name of the model."""
     number: builtins.int
-    """Counts the changes of this model since it was loaded, from 1; a receiver that misses one knows nothing for certain."""
+    """Counts the changes of this model on this stream from 1. A stream begins with an empty cache; the first changes name all
+    that is cached already.
+    """
     @property
     def stored(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Hashes (`Request.prefix_hashes`) of blocks that are now cached."""

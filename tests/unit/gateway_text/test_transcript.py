@@ -67,6 +67,18 @@ def test_a_lower_epoch_is_stale_whatever_it_says() -> None:
     assert subject.epoch == (3, 1)
 
 
+def test_only_the_first_attempt_tells_how_much_was_cached() -> None:
+    subject = transcript(choices=2)
+    for number, cached in ((1, 0), (0, 128)):
+        piece = output("r", 0, "a", choice=number)
+        piece.cached_tokens = cached
+        subject.take(piece)
+    later = output("r", 1, "b", epoch=(1, 2))
+    later.cached_tokens = 192
+    subject.take(later)
+    assert subject.cached_tokens == 128
+
+
 def test_an_output_that_is_not_taken_raises_no_fence() -> None:
     subject = transcript()
     subject.take(output("r", 5, "x", epoch=(9, 9)))
