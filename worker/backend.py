@@ -196,6 +196,8 @@ class ModelSpec:
     """Declared KV bytes per token of one sequence."""
     context_length: int = 0
     """Most tokens of prompt and answer together; 0: the files say."""
+    base: str = ""
+    """A LoRA adapter: name of the loaded model that it belongs to. It has no KV blocks of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,15 +213,18 @@ class Backend(Protocol):
     """Owned and called by one thread of the engine process; nothing here may block longer than one step."""
 
     def load(self, spec: ModelSpec, memory_budget: int) -> Blocks:
-        """Load weights and lay out KV blocks within `memory_budget` bytes. Raises `LlmosError` if it cannot."""
+        """Load weights and lay out KV blocks within `memory_budget` bytes. Raises `LlmosError` if it cannot.
+
+        An adapter (`spec.base`) becomes usable by the attempts at its base that name it; it has no blocks.
+        """
         ...
 
     def unload(self, name: str) -> None:
-        """Forget a model; its attempts are cancelled. An unknown name is ignored."""
+        """Forget a model with its adapters, or an adapter; its attempts are cancelled. An unknown name is ignored."""
         ...
 
     def blocks(self) -> Mapping[str, Blocks]:
-        """KV blocks per loaded model, as of now."""
+        """KV blocks per loaded model, as of now; none for an adapter."""
         ...
 
     def admit(self, attempt: Attempt) -> None:

@@ -38,6 +38,7 @@ class Tensor(NamedTuple):
     dtype: str
     elements: int
     bytes: int
+    shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -73,4 +74,4 @@ def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
     shape = entry["shape"]
     if not 0 <= start <= end or not all(isinstance(side, int) and side >= 0 for side in shape):
         raise ValueError(f"offsets or shape of {name[:80]}")
-    return Tensor(name, str(entry["dtype"]), math.prod(shape), end - start)
+    return Tensor(name, str(entry["dtype"]), math.prod(shape), end - start, tuple(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,10 +16,12 @@ from worker.backend import Attempt, Blocks, CacheChange, Failure, ModelSpec, Out
 from worker.engine.device import select_device
 from worker.engine.engine import Engine, EngineOptions, kv_blocks
 from worker.engine.loading import load
+from worker.engine.lora import read_adapter
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "int8"]
+_NO_BLOCKS = Blocks(0, 0)
 
 
 class TorchBackend:
@@ -45,12 +48,16 @@ class TorchBackend:
         self._clock = clock or SystemClock()
         self._options = options
         self._engines: dict[str, Engine] = {}
+        self._adapters: dict[str, str] = {}
+        """Loaded adapters and their base."""
 
     def load(self, spec: ModelSpec, memory_budget: int) -> Blocks:
         """See `Backend`. Raises SourceError, UnsupportedFeature, or Unavailable if not one block fits."""
         if spec.folder is None:
             raise SourceError(f"{spec.name} has no folder to load from.")
-        self._engines.pop(spec.name, None)
+        self.unload(spec.name)
+        if spec.base:
+            return self._load_adapter(spec, spec.folder)
         decoder = load(spec.folder, self._device, spec.context_length, kernels=self.precision == "int8")
         self._engines[spec.name] = engine = Engine(
             decoder, kv_blocks(decoder, memory_budget), self._clock, name=spec.name, options=self._options
@@ -60,10 +67,23 @@ class TorchBackend:
     def unload(self, name: str) -> None:
         """See `Backend`."""
         self._engines.pop(name, None)
+        base = self._adapters.pop(name, None)
+        if base is not None:
+            self._engines[base].drop_adapter(name)
+        self._adapters = {adapter: base for adapter, base in self._adapters.items() if base in self._engines}
+
+    def _load_adapter(self, spec: ModelSpec, folder: Path) -> Blocks:
+        engine = self._engines.get(spec.base)
+        if engine is None:
+            raise Unavailable(f"The model {spec.base}, to which {spec.name} belongs, is not loaded here.")
+        engine.load_adapter(spec.name, read_adapter(folder))
+        self._adapters[spec.name] = spec.base
+        return _NO_BLOCKS
 
     def blocks(self) -> Mapping[str, Blocks]:
         """See `Backend`."""
-        return {name: engine.blocks() for name, engine in self._engines.items()}
+        own = {name: engine.blocks() for name, engine in self._engines.items()}
+        return own | dict.fromkeys(self._adapters, _NO_BLOCKS)
 
     def admit(self, attempt: Attempt) -> None:
         """See `Backend`. Raises Unavailable if the model is not loaded or has too few blocks, or `InvalidRequest`."""

@@ -16,6 +16,7 @@ from worker.engine.attention import KVRow
 from worker.engine.batch import Batch, Picker, plan
 from worker.engine.blocks import BlockManager
 from worker.engine.kv import BLOCK_TOKENS, block_bytes
+from worker.engine.lora import Adapter, Adapters
 from worker.engine.paged import Servable
 from worker.engine.report import Report
 from worker.engine.roster import Roster
@@ -61,6 +62,7 @@ class Engine:
         self._name = name
         self._manager = BlockManager(blocks)
         self._paged = decoder.with_memory(blocks)
+        self._adapters = Adapters(decoder)
         self._roster = Roster(self._manager, self._paged.memory, options.max_running)
         self._arrivals = itertools.count()
         self._changes = itertools.count(1)
@@ -69,6 +71,18 @@ class Engine:
     def preemptions(self) -> int:
         """How often an attempt had to give way and wait again."""
         return self._roster.preemptions
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Make an adapter usable, in place of one of the same name. Raises SourceError if it does not fit the model."""
+        self.drop_adapter(name)
+        self._adapters.load(name, adapter)
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; its attempts are cancelled. An unknown name is ignored."""
+        for run in self._roster.runs:
+            if run.attempt.adapter == name:
+                self._roster.forget(run)
+        self._adapters.drop(name)
 
     def blocks(self) -> Blocks:
         """KV blocks, as of now. Those that only the prefix cache keeps are free."""
@@ -86,6 +100,7 @@ class Engine:
     def admit(self, attempt: Attempt) -> None:
         """Queue an attempt of a request that has none here. Raises InvalidRequest, PromptTooLong or Unavailable."""
         _check(attempt, self._decoder)
+        self._adapters.check(attempt.adapter)
         run = Run(attempt, self._decoder.end_tokens, next(self._arrivals))
         if run.blocks_at(attempt.max_tokens) > self._manager.total:
             raise Unavailable("The request needs more KV blocks than this worker has.")
@@ -144,6 +159,7 @@ class Engine:
             [position for span in spans for position in range(span.first, span.end)],
             [KVRow(span.kv.slots, position + 1) for span in spans for position in range(span.first, span.end)],
             wanted,
+            self._adapters.rows(span.run.attempt.adapter for span in spans for _ in range(span.first, span.end)),
         )
 
     def _pick(self, pickers: Sequence[Picker], logits: Tensor, report: Report) -> None:

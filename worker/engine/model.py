@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from llmos.errors import SourceError, UnsupportedFeature
 from worker.engine import attention
+from worker.engine.adapted import AdaptedLayers
 from worker.engine.attention import Attention, KVRow, LayerCall, PagedAttention
 from worker.engine.kv import KVPool, LayerShape
 from worker.engine.layers import TILE_ROWS, FixedRowLinear, steady_layers, unknown_weights
+from worker.engine.lora import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Decoder:
     end_tokens: frozenset[int]
     device: torch.device
     weight_bytes: int
+    adapted: AdaptedLayers
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -49,10 +52,27 @@ class Decoder:
         """See `Servable`."""
         return PagedDecoder(self, KVPool(self.layers, blocks, self.device, DTYPE))
 
+    def put_adapter(self, number: int, adapter: Adapter) -> None:
+        """See `AdapterHolder`."""
+        self.adapted.put(number, adapter)
+
+    def drop_adapter(self, number: int) -> None:
+        """See `AdapterHolder`."""
+        self.adapted.drop(number)
+
     def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], attend: Attention, wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        attend: Attention,
+        wanted: Sequence[int],
+        adapters: Sequence[int] = (),
     ) -> Tensor:
-        """One pass over rows of any sequences, one token each. Logits of the rows in `wanted`: [wanted, vocabulary]."""
+        """One pass over rows of any sequences, one token each. Logits of the rows in `wanted`: [wanted, vocabulary].
+
+        `adapters` are the numbers of the rows' adapters; empty: none has one.
+        """
+        self.adapted.assign(adapters)
         padding = [0] * (-len(tokens) % TILE_ROWS)
         out = self.model(
             input_ids=torch.tensor([[*tokens, *padding]], device=self.device),
@@ -73,11 +93,16 @@ class PagedDecoder:
     memory: KVPool
 
     def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[KVRow], wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[KVRow],
+        wanted: Sequence[int],
+        adapters: Sequence[int] = (),
     ) -> Tensor:
         """See `Paged`."""
         targets = torch.stack([row.slots[row.length - 1] for row in rows])
-        return self.decoder.forward(tokens, positions, PagedAttention(self.memory, rows, targets), wanted)
+        return self.decoder.forward(tokens, positions, PagedAttention(self.memory, rows, targets), wanted, adapters)
 
 
 def read(folder: Path, device: torch.device) -> Any:
@@ -111,6 +136,7 @@ def prepare(model: Any, device: torch.device, context_length: int = 0) -> Decode
         end_tokens=end_tokens(model, config),
         device=device,
         weight_bytes=_weight_bytes(model),
+        adapted=AdaptedLayers(model, device),
     )
 
 

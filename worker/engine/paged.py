@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worker.engine.attention import KVRow
 from worker.engine.kv import LayerShape
+from worker.engine.lora import AdapterHolder
 
 
 class KVMemory(Protocol):
@@ -33,16 +34,22 @@ class Paged(Protocol):
         ...
 
     def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[KVRow], wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[KVRow],
+        wanted: Sequence[int],
+        adapters: Sequence[int] = (),
     ) -> Tensor:
         """One pass over rows of any sequences, one token each; each is written to the last slot that it sees.
 
         Rows of one sequence share their `slots` tensor. Logits of the rows in `wanted`, float32 [wanted, vocabulary].
+        `adapters` are the numbers of the rows' adapters, 0 for none; empty: no row has one.
         """
         ...
 
 
-class Servable(Protocol):
+class Servable(AdapterHolder, Protocol):
     """A loaded model."""
 
     @property

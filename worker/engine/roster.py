@@ -35,6 +35,11 @@ class Roster:
         """Those that run; who goes first comes first."""
         return sorted(self._running.values(), key=_order)
 
+    @property
+    def runs(self) -> list[Run]:
+        """All, in no order."""
+        return [*self._waiting, *self._running.values()]
+
     def find(self, request_id: str) -> Run | None:
         """The request's attempt, if there is one."""
         queued = (run for run in self._waiting if run.attempt.request_id == request_id)

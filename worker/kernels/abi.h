@@ -5,17 +5,20 @@
 #pragma once
 #include <stdint.h>
 
-#define LLK_ABI 2
+#define LLK_ABI 3
 #define LLK_GROUP 64         // inputs that share a scale
 #define LLK_COLUMNS 16       // outputs of a packed block
 #define LLK_BLOCK_TOKENS 64  // tokens of a KV block
 #define LLK_KEY_TILE 8       // tokens whose keys are interleaved
+#define LLK_TARGETS 7        // projections that an adapter may change: q, k, v, out, gate, up, down
+#define LLK_MOST_RANK 64     // of an adapter
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum llk_status { LLK_OK = 0, LLK_BAD_SHAPE, LLK_BAD_TOKEN, LLK_BAD_POSITION, LLK_BAD_BLOCK, LLK_BAD_ROW, LLK_NO_MEMORY };
+enum llk_status { LLK_OK = 0, LLK_BAD_SHAPE, LLK_BAD_TOKEN, LLK_BAD_POSITION, LLK_BAD_BLOCK, LLK_BAD_ROW,
+                  LLK_BAD_ADAPTER, LLK_NO_MEMORY };
 enum llk_isa { LLK_PORTABLE = 0, LLK_AVX2 = 1, LLK_AVX512_VNNI = 2, LLK_ISA_COUNT = 3 };
 enum llk_kind { LLK_INT8 = 0, LLK_FP16 = 1, LLK_FP32 = 2, LLK_KIND_COUNT = 3 };
 enum llk_activation { LLK_SILU = 0, LLK_GELU_TANH = 1 };
@@ -48,6 +51,17 @@ typedef struct {
   const llk_layer* layer;
 } llk_shape;
 
+// What an adapter adds to the projections of a layer: up (down x). NULL where it changes nothing.
+typedef struct {
+  const float* down[LLK_TARGETS];  // [rank / 8][inputs][8]
+  const float* up[LLK_TARGETS];    // [outputs / 8][rank][8]
+} llk_adapter_layer;
+
+typedef struct {
+  const llk_adapter_layer* layer;  // [layers]
+  int32_t rank;                    // a multiple of 8
+} llk_adapter;
+
 // Rows of a step: one token each, of any sequences, at any positions. A row sees its own sequence up to itself; what it
 // sees must lie in the pool or be a row of this step.
 typedef struct {
@@ -58,6 +72,9 @@ typedef struct {
   float* logits;                                 // [wanted_rows][vocabulary]
   void* const* keys;                             // per layer: [blocks][kv_heads][64 / 8][head_dim][8]
   void* const* values;                           // per layer: [blocks][kv_heads][64][head_dim]
+  int32_t adapter_count;
+  const llk_adapter* adapters;  // [adapter_count]
+  const int32_t* adapter;       // [rows]: number of the row's adapter, -1 for none; or NULL: no row has one
 } llk_step_args;
 
 typedef struct llk_model llk_model;

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-ABI = 2
+ABI = 3
 GROUP = 64
 """Inputs of a linear layer that share a scale; their number must be a multiple of it."""
 HEAD_MULTIPLE = 16
 KV_BLOCK_TOKENS = 64
 KEY_TILE = 8
+MOST_RANK = 64
+"""Of an adapter."""
+TARGETS = 7
+"""Projections that an adapter may change, in the order of `llmos.store.adapter.TARGETS`."""
 
 MESSAGES = {
     1: "the shape does not fit the kernels",
@@ -18,7 +22,8 @@ MESSAGES = {
     3: "a position lies outside the model's context or the block table",
     4: "a block number lies outside the pool",
     5: "a row number, or the number of rows, lies outside its range",
-    6: "not enough memory",
+    6: "a row names an adapter that is not there",
+    7: "not enough memory",
 }
 
 
@@ -54,6 +59,18 @@ class Shape(Structure):
     )
 
 
+class AdapterLayer(Structure):
+    """`llk_adapter_layer`."""
+
+    _fields_ = (("down", c_void_p * TARGETS), ("up", c_void_p * TARGETS))
+
+
+class Adapter(Structure):
+    """`llk_adapter`."""
+
+    _fields_ = (("layer", POINTER(AdapterLayer)), ("rank", c_int32))
+
+
 class StepArgs(Structure):
     """`llk_step_args`."""
 
@@ -61,6 +78,9 @@ class StepArgs(Structure):
         *((name, c_int32) for name in ("rows", "sequences", "table_width", "wanted_rows", "blocks")),
         *((name, c_void_p) for name in ("tokens", "positions", "sequence", "tables", "wanted")),
         *((name, c_void_p) for name in ("logits", "keys", "values")),
+        ("adapter_count", c_int32),
+        ("adapters", POINTER(Adapter)),
+        ("adapter", c_void_p),
     )
 
 

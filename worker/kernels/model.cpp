@@ -37,6 +37,17 @@ bool fits(const llk_shape& s, const llk_layer& l) {
 
 bool within(int value, int limit) { return value >= 0 && value < limit; }
 
+llk_status check_adapters(const llk_step_args& a) {
+  if (!a.adapter) return LLK_OK;
+  for (int row = 0; row < a.rows; row++) {
+    if (a.adapter[row] == -1) continue;
+    if (!within(a.adapter[row], a.adapter_count)) return LLK_BAD_ADAPTER;
+    const llk_adapter& adapter = a.adapters[a.adapter[row]];
+    if (!adapter.layer || adapter.rank < 8 || adapter.rank > LLK_MOST_RANK || adapter.rank % 8) return LLK_BAD_ADAPTER;
+  }
+  return LLK_OK;
+}
+
 // Neighbouring rows share their keys' way from memory, as far as a block and a work item reach.
 void group_rows(llk_model& model, const llk_step_args& a, int limit) {
   model.groups.clear();
@@ -79,7 +90,7 @@ llk_status check_step(const llk_shape& s, const llk_step_args& a) {
   }
   for (int i = 0; i < a.wanted_rows; i++)
     if (!within(a.wanted[i], a.rows)) return LLK_BAD_ROW;
-  return LLK_OK;
+  return check_adapters(a);
 }
 
 bool reserve(llk_model& model) {
@@ -98,6 +109,7 @@ bool reserve(llk_model& model) {
     state.quantized = take<int16_t>(model, rows * widest(s));
     state.scales = take<float>(model, rows);
     state.normed = take<float>(model, rows * s.hidden);
+    state.lowered = take<float>(model, rows * kLoweredWidth);
     state.progress = take<Progress>(model, stages(s));
     model.groups.reserve(rows);
   } catch (const std::bad_alloc&) {

@@ -11,6 +11,7 @@ struct Activations {
   const int16_t* quantized;   // [rows][width], for int8 weights
   const float* scales;        // [rows], of `quantized`
   int rows, width;
+  const float* lowered = nullptr;  // [rows][kLoweredWidth]: see lora.h
 };
 
 template <class Product, int ROWS, class T>

@@ -2,7 +2,8 @@
 #pragma once
 #include "abi.h"
 
-constexpr int kMaxQueries = 16;  // of one attention item
+constexpr int kMaxQueries = 16;                   // of one attention item
+constexpr int kLoweredWidth = 3 * LLK_MOST_RANK;  // at most three projections share their input: q, k and v
 
 // A layer's stages in order; each is over when all of its units are.
 enum Stage { kNorm, kQkv, kAttention, kMixed, kOut, kMlpNorm, kGateUp, kGated, kDown, kStagesPerLayer };
@@ -26,6 +27,7 @@ struct ThreadScratch {
   int16_t* quantized;  // [widest]
   float scale;
   float* normed;  // [hidden]
+  float lowered[kLoweredWidth];
 };
 
 // How far a stage is: units taken and units finished.
@@ -48,7 +50,8 @@ struct State {
   float *x, *branch, *qkv, *mixed, *gated;  // [max_rows] x hidden, hidden, q + k + v, q, intermediate
   int16_t* quantized;                       // [max_rows][widest]
   float* scales;                            // [max_rows]
-  float* normed;                            // [max_rows][hidden], for matrices that are not int8
+  float* normed;                            // [max_rows][hidden], for adapters and matrices that are not int8
+  float* lowered;                           // [max_rows][kLoweredWidth]: inputs of a stage after their adapters' `down`
   Progress* progress;                       // [layers * kStagesPerLayer + kLastStages], zero when a step starts
   ThreadScratch* scratch;                   // [threads]
   int32_t layer;                            // of `attend`

@@ -1,6 +1,7 @@
 // One step of a Llama-shaped model. Compiled once per instruction set (LLK_TABLE names the result), so nothing here may
 // have external linkage but that table: the linker must not give one instruction set's code to another.
 #include "attention.h"
+#include "lora.h"
 #include "numeric.h"
 #include "product.h"
 #include "state.h"
@@ -39,6 +40,7 @@ struct RowSlot {
   float* plain;
   int16_t* quantized;
   float* scale;
+  float* lowered;
 };
 
 // A row as the matrix wants it: normed (NULL: as it is, int8 only), and quantized for int8 weights.
@@ -56,34 +58,43 @@ template <class F>
 inline Activations prepare_rows(State& s, int stage, int thread, int rows, int width, bool changes_state, F row) {
   if (rows == 1 && !changes_state) {
     ThreadScratch& own = s.scratch[thread];
-    row(0, RowSlot{own.normed, own.quantized, &own.scale});
-    return {own.normed, own.quantized, &own.scale, 1, width};
+    row(0, RowSlot{own.normed, own.quantized, &own.scale, own.lowered});
+    return {own.normed, own.quantized, &own.scale, 1, width, own.lowered};
   }
   share_rows(s, stage, rows, [&](int r) {
     const size_t at = (size_t)r * width;
-    row(r, RowSlot{s.normed + at, s.quantized + at, s.scales + r});
+    row(r, RowSlot{s.normed + at, s.quantized + at, s.scales + r, s.lowered + (size_t)r * kLoweredWidth});
   });
-  return {s.normed, s.quantized, s.scales, rows, width};
+  return {s.normed, s.quantized, s.scales, rows, width, s.lowered};
 }
 
-// Adds what the branch before left, if that waited for a norm (`pending`), then norm and quantization.
+// Adds what the branch before left, if that waited for a norm (`pending`), then norm, quantization, lowering.
 inline Activations normed_rows(State& s, int stage, int thread, const llk_matrix& m, const float* norm,
-                               const float* pending) {
+                               const float* pending, Lowering to) {
   const int hidden = s.shape->hidden;
   const float epsilon = s.shape->epsilon;
   const auto row = [&](int r, const RowSlot& out) {
     float* x = s.x + (size_t)r * hidden;
     if (pending) add_normed(x, s.branch + (size_t)r * hidden, pending, epsilon, hidden);
     prepare_row(m, x, norm, epsilon, out);
+    if (const llk_adapter* adapter = adapter_of(s, r)) {
+      if (m.kind == LLK_INT8) normalize_row(x, norm, epsilon, hidden, out.plain);
+      lower(*adapter, to, out.plain, hidden, out.lowered);
+    }
   };
   return prepare_rows(s, stage, thread, s.args->rows, hidden, pending != nullptr, row);
 }
 
-inline Activations plain_rows(State& s, int stage, int thread, const llk_matrix& m, const float* rows) {
-  if (m.kind != LLK_INT8) return {rows, nullptr, nullptr, s.args->rows, m.inputs};
-  return prepare_rows(s, stage, thread, s.args->rows, m.inputs, false, [&](int r, const RowSlot& out) {
-    prepare_row(m, rows + (size_t)r * m.inputs, nullptr, 0.f, out);
-  });
+inline Activations plain_rows(State& s, int stage, int thread, const llk_matrix& m, const float* rows, Lowering to) {
+  if (m.kind != LLK_INT8 && !s.args->adapter) return {rows, nullptr, nullptr, s.args->rows, m.inputs};
+  const auto row = [&](int r, const RowSlot& out) {
+    const float* x = rows + (size_t)r * m.inputs;
+    if (m.kind == LLK_INT8) prepare_row(m, x, nullptr, 0.f, out);
+    if (const llk_adapter* adapter = adapter_of(s, r)) lower(*adapter, to, x, m.inputs, out.lowered);
+  };
+  Activations prepared = prepare_rows(s, stage, thread, s.args->rows, m.inputs, false, row);
+  prepared.plain = rows;
+  return prepared;
 }
 
 inline void rotate(float* head, int dim, const float* cosines, const float* sines) {
@@ -145,7 +156,11 @@ inline void project_heads(State& s, int layer, const Activations& a) {
   const llk_layer& l = shape.layer[layer];
   const int heads = shape.heads + 2 * shape.kv_heads, per_head = shape.head_dim / kColumns, width = l.qkv.outputs;
   share(s, layer * kStagesPerLayer + kQkv, heads, 1, [&](int head, int) {
+    const int slot = head < shape.heads ? 0 : head < shape.heads + shape.kv_heads ? 1 : 2;
+    const int first = (slot == 0 ? 0 : slot == 1 ? shape.heads : shape.heads + shape.kv_heads) * per_head;
     multiply(l.qkv, head * per_head, (head + 1) * per_head, a, [&](int row, int block, F8 low, F8 high) {
+      lift(s, layer, kToQ + slot, slot, a, row, 2 * (block - first), low);
+      lift(s, layer, kToQ + slot, slot, a, row, 2 * (block - first) + 1, high);
       float* out = s.qkv + (size_t)row * width + (size_t)block * kColumns;
       const float* bias = l.qkv_bias ? l.qkv_bias + (size_t)block * kColumns : nullptr;
       store(out, bias ? low + load(bias) : low);
@@ -184,10 +199,13 @@ inline void attend_rows(State& s, int stage, int thread, int layer, const float*
 }
 
 // Adds a branch's output to the stream, or leaves it where its norm will find it.
-inline void add_branch(State& s, int stage, const llk_matrix& m, const Activations& a, const float* bias, bool normed) {
+inline void add_branch(State& s, int stage, const llk_matrix& m, const Activations& a, const float* bias, bool normed,
+                       Lowering from) {
   const int hidden = s.shape->hidden;
   multiply_shared(s, stage, m, a, [&](int row, int block, F8 low, F8 high) {
     const size_t at = (size_t)row * hidden + (size_t)block * kColumns;
+    lift(s, from.layer, from.target, 0, a, row, 2 * block, low);
+    lift(s, from.layer, from.target, 0, a, row, 2 * block + 1, high);
     if (bias) {
       low = low + load(bias + (size_t)block * kColumns);
       high = high + load(bias + (size_t)block * kColumns + 8);
@@ -203,16 +221,21 @@ inline void run_layer(State& s, int thread, int layer, const float* pending) {
   const llk_shape& shape = *s.shape;
   const llk_layer& l = shape.layer[layer];
   const int first = layer * kStagesPerLayer;
-  project_heads<KV>(s, layer, normed_rows(s, first + kNorm, thread, l.qkv, l.attention_norm, pending));
+  const Lowering to_heads = {layer, kToQ, 3}, to_out = {layer, kToOut, 1};
+  const Lowering to_gate = {layer, kToGate, 2}, to_down = {layer, kToDown, 1};
+  project_heads<KV>(s, layer, normed_rows(s, first + kNorm, thread, l.qkv, l.attention_norm, pending, to_heads));
   attend_rows<KV>(s, first + kAttention, thread, layer, s.qkv, (size_t)l.qkv.outputs, s.mixed);
-  const Activations heads = plain_rows(s, first + kMixed, thread, l.out, s.mixed);
-  add_branch(s, first + kOut, l.out, heads, l.out_bias, l.post_attention_norm != nullptr);
-  const Activations normed = normed_rows(s, first + kMlpNorm, thread, l.gate_up, l.mlp_norm, l.post_attention_norm);
+  const Activations heads = plain_rows(s, first + kMixed, thread, l.out, s.mixed, to_out);
+  add_branch(s, first + kOut, l.out, heads, l.out_bias, l.post_attention_norm != nullptr, to_out);
+  const Activations normed =
+      normed_rows(s, first + kMlpNorm, thread, l.gate_up, l.mlp_norm, l.post_attention_norm, to_gate);
   multiply_shared(s, first + kGateUp, l.gate_up, normed, [&](int row, int block, F8 gate, F8 up) {
+    lift(s, layer, kToGate, 0, normed, row, block, gate);
+    lift(s, layer, kToUp, 1, normed, row, block, up);
     store(s.gated + (size_t)row * shape.intermediate + (size_t)block * 8, activate(shape.activation, gate) * up);
   });
-  const Activations gated = plain_rows(s, first + kGated, thread, l.down, s.gated);
-  add_branch(s, first + kDown, l.down, gated, nullptr, l.post_mlp_norm != nullptr);
+  const Activations gated = plain_rows(s, first + kGated, thread, l.down, s.gated, to_down);
+  add_branch(s, first + kDown, l.down, gated, nullptr, l.post_mlp_norm != nullptr, to_down);
 }
 
 inline void logits(State& s, int thread, const float* pending) {

@@ -21,20 +21,11 @@ LENGTH = 100
 """More than a block, and more than a window."""
 
 
-def _rounded(model: Any) -> None:
-    """Give every weight the value that its packed form stands for."""
-    loaded = kernels.load()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(loaded.unpack(loaded.pack(parameter)))
-
-
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_logits_are_transformers_for_the_packed_weights(packed: Packed, family: str) -> None:
     """With weights equal, int16 activations and fp32 keys and values cost less than a thousandth."""
     model = tiny.model(family)
-    _rounded(model)
+    tiny.round_weights(model)
     tokens = tiny.text(LENGTH)
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0]
@@ -182,7 +173,7 @@ def test_keys_and_values_lie_where_the_pool_says(packed: Packed, isa: Isa, kv_dt
     pool = decoder.open_pool(2)
     tiny.prefill(decoder, pool, [1], tokens)
     model = tiny.model("llama")
-    _rounded(model)
+    tiny.round_weights(model)
     with torch.inference_mode():
         cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
     keys, values = pool.read(2, 1)

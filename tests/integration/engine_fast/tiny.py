@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from worker import kernels
 from worker.engine.attention import KVRow
 from worker.engine.fast import FastDecoder, FastKVPool, FastRows
 
@@ -59,6 +60,15 @@ def model(family: str) -> Any:
             if weight.ndim == 1:
                 weight += 0.1 * torch.randn_like(weight)
     return made
+
+
+def round_weights(model: Any) -> None:
+    """Give every weight the value that its packed form stands for."""
+    loaded = kernels.load()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(loaded.unpack(loaded.pack(parameter)))
 
 
 def text(length: int, seed: int = 0) -> list[int]:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.attention import KVRow
+from worker.engine.fast.adapters import AdapterTable
 from worker.engine.fast.packing import KindOf, PackedModel, all_int8, open_model, pack
 from worker.engine.fast.pool import FastKVPool
 from worker.engine.kv import BLOCK_TOKENS, LayerShape
+from worker.engine.lora import Adapter
 from worker.kernels import Isa, Kernels, abi, load
 from worker.kernels.binding import address, check
 
@@ -73,6 +75,7 @@ class FastDecoder:
         self._handle = open_model(packed, kernels, self.isa)
         self._close = weakref.finalize(self, self._library.llk_close, self._handle)
         shape = packed.shape
+        self._adapters = AdapterTable(shape)
         self.layers: Sequence[LayerShape] = [call.shape for call in packed.calls]
         self.vocabulary = int(shape.vocabulary)
         self.context_length: int | None = int(shape.positions)
@@ -84,20 +87,34 @@ class FastDecoder:
         """See `worker.engine.paged.Servable`."""
         return PagedFastDecoder(self, self.open_pool(blocks))
 
+    def put_adapter(self, number: int, adapter: Adapter) -> None:
+        """See `worker.engine.lora.AdapterHolder`."""
+        self._adapters.put(number, adapter)
+
+    def drop_adapter(self, number: int) -> None:
+        """See `worker.engine.lora.AdapterHolder`."""
+        self._adapters.drop(number)
+
     def open_pool(self, blocks: int) -> FastKVPool:
         """KV memory of `blocks` blocks for this model."""
         return FastKVPool(self.layers, blocks, self.kv_dtype)
 
     def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], attend: FastRows, wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        attend: FastRows,
+        wanted: Sequence[int],
+        adapters: Sequence[int] = (),
     ) -> Tensor:
         """One pass over rows of any sequences, one token each; writes their keys and values.
 
-        Logits of the rows in `wanted`, float32 [wanted, vocabulary]. Raises ValueError, before anything is written, for
-        a token, position or block that is out of range.
+        Logits of the rows in `wanted`, float32 [wanted, vocabulary]. `adapters` are the numbers of the rows' adapters,
+        0 for none; empty: none has one. Raises ValueError, before anything is written, for a token, position, block or
+        adapter that is out of range.
         """
-        if not len(tokens) == len(positions) == len(attend.sequence):
-            raise ValueError("tokens, positions and rows differ in number")
+        if not len(tokens) == len(positions) == len(attend.sequence) == (len(adapters) or len(tokens)):
+            raise ValueError("tokens, positions, rows and adapters differ in number")
         if attend.pool.dtype != self.kv_dtype or list(attend.pool.shapes) != list(self.layers):
             raise ValueError("the pool was made for another model")
         ids, places = np.asarray(tokens, np.int32), np.asarray(positions, np.int32)
@@ -105,11 +122,15 @@ class FastDecoder:
         if rows and not 0 <= rows[0] <= rows[-1] < len(ids):
             raise ValueError(abi.MESSAGES[5])
         logits = torch.empty(len(rows), self.vocabulary)
+        adapted = np.asarray(adapters, np.int32) - np.int32(1) if any(adapters) else None
         for first in range(0, len(ids), MAX_ROWS):
             part = slice(first, first + MAX_ROWS)
             low, high = (sum(row < bound for row in rows) for bound in (first, first + MAX_ROWS))
             asked = np.asarray(rows[low:high], np.int32) - np.int32(first)
-            self._step(ids[part], places[part], attend.sequence[part], attend, asked, logits[low:high])
+            args = self._args(ids[part], places[part], attend.sequence[part], attend, asked, logits[low:high])
+            if adapted is not None:
+                self._adapters.fill(args, adapted[part])
+            check(self._library.llk_step(self._handle, ctypes.byref(args)))
         if rows == list(wanted):
             return logits
         return logits[[rows.index(row) for row in wanted]]
@@ -129,12 +150,6 @@ class FastDecoder:
         library, handle = self._library, self._handle
         check(library.llk_attend(handle, layer, ctypes.byref(args), address(queries), address(out)))
         return out
-
-    def _step(
-        self, ids: Int32s, places: Int32s, sequence: Int32s, attend: FastRows, wanted: Int32s, logits: Tensor
-    ) -> None:
-        args = self._args(ids, places, sequence, attend, wanted, logits)
-        check(self._library.llk_step(self._handle, ctypes.byref(args)))
 
     @staticmethod
     def _args(
@@ -167,10 +182,15 @@ class PagedFastDecoder:
     memory: FastKVPool
 
     def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[KVRow], wanted: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[KVRow],
+        wanted: Sequence[int],
+        adapters: Sequence[int] = (),
     ) -> Tensor:
         """See `Paged`."""
-        return self.decoder.forward(tokens, positions, FastRows(self.memory, rows), wanted)
+        return self.decoder.forward(tokens, positions, FastRows(self.memory, rows), wanted, adapters)
 
 
 def fast_decoder(
