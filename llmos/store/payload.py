@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmos.errors import SourceError
-from llmos.store import files
+from llmos.store import adapter, files
 
 METADATA = frozenset(
     {
@@ -49,6 +49,11 @@ class Bundle:
         return replace(self, payloads=promised)
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter to a model instead of one."""
+        return any(payload.name == adapter.CONFIG for payload in self.payloads)
+
+    @property
     def gguf(self) -> Payload | None:
         first = self.payloads[0]
         return first if first.name.lower().endswith(".gguf") else None
@@ -61,7 +66,7 @@ def of_file(path: Path) -> Payload:
 
 def wanted(name: str) -> bool:
     """Whether a file of this name can be part of a model."""
-    return name in METADATA or name.lower().endswith((".safetensors", ".gguf"))
+    return name in METADATA or name == adapter.CONFIG or name.lower().endswith((".safetensors", ".gguf"))
 
 
 def bundle(payloads: Iterable[Payload], origin: str, name: str, license_id: str = "") -> Bundle:
@@ -70,6 +75,8 @@ def bundle(payloads: Iterable[Payload], origin: str, name: str, license_id: str 
     _refuse_twins(found, origin)
     weights = [payload for payload in found if payload.name.lower().endswith(".safetensors")]
     ggufs = [payload for payload in found if payload.name.lower().endswith(".gguf")]
+    if any(payload.name == adapter.WEIGHTS for payload in weights):
+        return Bundle(_adapter_files(found, weights, origin), name, license_id)
     if weights:
         return Bundle(weights + [payload for payload in found if payload.name in METADATA], name, license_id)
     if len(ggufs) == 1:
@@ -82,6 +89,16 @@ def bundle(payloads: Iterable[Payload], origin: str, name: str, license_id: str 
     if pickles := [payload.name for payload in found if Path(payload.name).suffix.lower() in PICKLES]:
         raise refuse_pickle(pickles[0])
     raise SourceError(f"{origin} has neither safetensors nor GGUF files.")
+
+
+def _adapter_files(found: Sequence[Payload], weights: Sequence[Payload], origin: str) -> list[Payload]:
+    """An adapter's own two files: what else training leaves beside them is its base's."""
+    own = [payload for payload in found if payload.name in (adapter.CONFIG, adapter.WEIGHTS)]
+    if len(own) < 2:
+        raise SourceError(f"{origin} has {adapter.WEIGHTS} but no {adapter.CONFIG}.")
+    if len(weights) > 1:
+        raise SourceError(f"{origin} holds a model and an adapter: import them from folders of their own.")
+    return own
 
 
 def refuse_pickle(name: str) -> SourceError:

@@ -26,6 +26,14 @@ CONFIG = {
 }
 
 
+LINEARS = {"q_proj": (16, 16), "v_proj": (8, 16), "down_proj": (16, 24)}
+"""Outputs and inputs of some projections of the model."""
+
+
+def _module(name: str) -> str:
+    return f"model.layers.0.{'mlp' if name == 'down_proj' else 'self_attn'}.{name}"
+
+
 def safetensors(tensors: Mapping[str, Sequence[int]], dtype: str = "F32", fill: bytes = b"\0") -> bytes:
     """A safetensors file: name to shape, every byte of the data `fill`."""
     width = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}[dtype]
@@ -58,6 +66,27 @@ def write_model(folder: Path, fill: bytes = b"\0", without: Sequence[str] = ()) 
     for name, data in model_files(fill).items():
         if name not in without:
             (folder / name).write_bytes(data)
+    return folder
+
+
+def write_base(folder: Path) -> Path:
+    """A model with the projections that the adapters of `write_peft` change."""
+    write_model(folder)
+    linears = {f"{_module(name)}.weight": shape for name, shape in LINEARS.items()}
+    (folder / "linears.safetensors").write_bytes(safetensors(linears))
+    return folder
+
+
+def write_peft(folder: Path, base: str, **config: Any) -> Path:
+    """A LoRA adapter of rank 2 to the model of `write_base`, as PEFT saves it; `config` changes its settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": [*LINEARS], **config}))
+    tensors: dict[str, Sequence[int]] = {}
+    for name, (outputs, inputs) in LINEARS.items():
+        tensors[f"base_model.model.{_module(name)}.lora_A.weight"] = (2, inputs)
+        tensors[f"base_model.model.{_module(name)}.lora_B.weight"] = (outputs, 2)
+    (folder / "adapter_model.safetensors").write_bytes(safetensors(tensors))
     return folder
 
 
