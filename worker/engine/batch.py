@@ -86,6 +86,11 @@ class Batch:
             for choice in span.pickers:
                 yield Picker(span.run, choice, range(row - 1 - len(span.draft), row), span.draft)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether there are only decoding choices and their drafts."""
+        return all(span.choice is not None and span.end - span.first == 1 + len(span.draft) for span in self.spans)
+
     def computed(self) -> None:
         """Keys and values of all rows are stored. Those of drafts do not count until the draft has proved right."""
         for span in self.spans:

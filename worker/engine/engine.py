@@ -13,8 +13,9 @@ from llmos.clock import Clock
 from llmos.errors import InternalError, InvalidRequest, PromptTooLong, Unavailable
 from worker.backend import Attempt, Blocks, CacheChange, Stage, StepResult
 from worker.engine.attention import KVRow
-from worker.engine.batch import Batch, Picker, plan
+from worker.engine.batch import PREFILL_TOKENS, Batch, Picker, plan
 from worker.engine.blocks import BlockManager
+from worker.engine.draft import Drafting
 from worker.engine.kv import BLOCK_TOKENS, block_bytes
 from worker.engine.lora import Adapter, Adapters
 from worker.engine.paged import Servable
@@ -45,6 +46,8 @@ class EngineOptions:
 
     max_running: int = 64
     """Most choices that run at once; a single attempt may have more."""
+    drafting: bool = True
+    """Guess tokens that repeat earlier text, where that pays."""
 
 
 class Engine:
@@ -64,6 +67,7 @@ class Engine:
         self._paged = decoder.with_memory(blocks)
         self._adapters = Adapters(decoder)
         self._roster = Roster(self._manager, self._paged.memory, options.max_running)
+        self._drafting = Drafting() if options.drafting else None
         self._arrivals = itertools.count()
         self._changes = itertools.count(1)
 
@@ -122,7 +126,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> StepResult:
         """Start what fits, compute one batch, pick tokens."""
-        report = Report()
+        report, begun = Report(), self._clock.monotonic()
         self._start_waiting(report)
         batch = self._plan()
         if batch.spans:
@@ -132,6 +136,8 @@ class Engine:
             self._end_prefills(report)
             self._pick(pickers, logits, report)
             self._end_runs(report)
+            if self._drafting is not None and batch.decodes:
+                self._drafting.cost.add(logits.shape[0], self._clock.monotonic() - begun)
         return report.result(self._cache_changes())
 
     def _start_waiting(self, report: Report) -> None:
@@ -148,7 +154,11 @@ class Engine:
         running = self._roster.running
         for run in running:
             run.adopt()
-        batch = plan(running)
+        if self._drafting is None:
+            batch = plan(running)
+        else:
+            self._drafting.begin(running, PREFILL_TOKENS)
+            batch = plan(running, self._drafting.propose)
         self._roster.make_room(batch)
         return batch
 

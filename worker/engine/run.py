@@ -9,6 +9,7 @@ from llmos.errors import InternalError
 from worker.backend import Attempt, FinishReason
 from worker.engine.blocks import BlockManager
 from worker.engine.kv import BLOCK_TOKENS
+from worker.engine.lookup import Gram, Lookup
 from worker.engine.paged import KVMemory
 from worker.engine.sequence import SequenceKV, blocks_of
 
@@ -25,6 +26,8 @@ class Choice:
     keep_until: int | None = None
     stored: SequenceKV | None = None
     """Its keys and values, once those of the prompt are computed."""
+    lookup: Lookup | None = None
+    """What guesses its next tokens, once something does."""
 
     @property
     def kv(self) -> SequenceKV:
@@ -56,6 +59,8 @@ class Run:
         """Set while the prompt is computed."""
         self.prompt_done = False
         """Keys and values of the whole prompt are stored."""
+        self.prompt_index: dict[Gram, int] | None = None
+        """What its choices' look-ups share."""
         self.prefilled = False
         self.prefill_tokens = 0
         self.produced = 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.engine.tiny import FAMILIES, Transcript, attempt, prompts
+from tests.integration.engine.tiny import FAMILIES, Transcript, attempt, logprobs, prompts
 from worker.backend import Attempt, ModelSpec, Sampling
 from worker.backends.torch import TorchBackend
 
@@ -57,11 +57,6 @@ def alone(written: Callable[[str], tuple[Path, Any]]) -> Callable[[str], Transcr
         return run_alone(backend, mixed())
 
     return of
-
-
-def logprobs(found: Transcript) -> dict[tuple[str, int, int], object]:
-    """Compared bit for bit: they show a difference long before a token does."""
-    return {(out.request_id, out.choice, out.index): out.logprobs for out in found.outputs}
 
 
 @pytest.mark.parametrize(("family", "threads"), [*((family, 1) for family in FAMILIES), ("llama", 3)])

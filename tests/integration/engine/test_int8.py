@@ -13,8 +13,8 @@ import pytest
 
 from llmos.store import Store, import_model
 from tests.fakes.models import model_files
-from tests.integration.engine.test_exactness import ANSWER, KINDS, logprobs, mixed, run_alone
-from tests.integration.engine.tiny import Transcript, attempt, prompts
+from tests.integration.engine.test_exactness import ANSWER, KINDS, mixed, run_alone
+from tests.integration.engine.tiny import Transcript, attempt, logprobs, prompts
 from tests.integration.engine_fast import tiny
 from worker import kernels
 from worker.backend import ModelSpec, Sampling

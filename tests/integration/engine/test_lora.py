@@ -13,7 +13,7 @@ import transformers
 
 from llmos.errors import SourceError, Unavailable
 from tests.fakes.adapters import RandomAdapter
-from tests.integration.engine.tiny import Transcript, attempt, generate, prompts
+from tests.integration.engine.tiny import Transcript, attempt, generate, logprobs, prompts
 from tests.integration.engine_fast import tiny as fast_tiny
 from worker import kernels
 from worker.backend import Attempt, ModelSpec, Sampling
@@ -82,10 +82,6 @@ def run(backend: TorchBackend, *requests: Attempt) -> Transcript:
     return Transcript().run(backend)
 
 
-def logprobs(found: Transcript) -> dict[Any, Any]:
-    return {(out.request_id, out.index): out.logprobs for out in found.outputs}
-
-
 @pytest.mark.parametrize("path", ["llama", "gemma3", "kernels"])
 def test_eight_adapters_in_one_batch_of_sixteen_equal_each_alone(path: str, tiny: Callable[[str], Tiny]) -> None:
     backend, _, _ = tiny(path)
@@ -93,7 +89,7 @@ def test_eight_adapters_in_one_batch_of_sixteen_equal_each_alone(path: str, tiny
     alone: dict[Any, Any] = {}
     for one in (*sixteen(), *plain):
         alone |= logprobs(run(backend, one))
-    assert all(alone[f"plain {name}", index] != entry for (name, index), entry in alone.items() if name.isdigit())
+    assert all(alone[f"plain {name}", 0, index] != entry for (name, _, index), entry in alone.items() if name.isdigit())
     batch = logprobs(run(backend, *sixteen()))
     assert batch == {key: entry for key, entry in alone.items() if key in batch}
     mixed = [*sixteen(), *plain]

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.text.prefix import prefix_hashes
 from llmos.clock import SystemClock
-from tests.integration.engine.tiny import Transcript, attempt, prompts
+from tests.integration.engine.tiny import Transcript, attempt, logprobs, prompts
 from worker.backend import Attempt, Sampling, Stage
 from worker.engine.device import select_device
 from worker.engine.engine import Engine
@@ -42,10 +42,6 @@ def prefilled(found: Transcript) -> dict[str, int]:
 
 def cached(found: Transcript) -> dict[str, int]:
     return {output.request_id: output.cached_tokens for output in found.outputs if output.index == 0}
-
-
-def logprobs(found: Transcript) -> dict[tuple[str, int, int], object]:
-    return {(out.request_id, out.choice, out.index): out.logprobs for out in found.outputs}
 
 
 def test_only_the_tail_after_a_cached_prefix_is_computed(decoder: Any) -> None:

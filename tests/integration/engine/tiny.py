@@ -129,3 +129,12 @@ class Transcript:
         self.outputs.append(output)
         if output.finish is not None:
             self.finishes[key] = output.finish
+
+
+def logprobs(found: Transcript) -> dict[tuple[str, int, int], object]:
+    """By request, choice and index. Compared bit for bit: they show a difference long before a token does."""
+    return {
+        (out.request_id, out.choice, index): logprob
+        for out in found.outputs
+        for index, logprob in enumerate(out.logprobs, start=out.index)
+    }
