@@ -40,15 +40,22 @@ inline size_t kv_offset(int block, int kv_heads, int kv_head, int head_dim) {
   return ((size_t)block * kv_heads + kv_head) * kTokens * head_dim;
 }
 
-// Scores of 16 tokens (two tiles of `keys`) from `token` of the block on, for N queries.
+template <class KV>
+inline const typename KV::type* keys_of(const KVHead& kv, int block) {
+  return (const typename KV::type*)kv.keys + kv_offset(kv.table[block], kv.kv_heads, kv.kv_head, kv.head_dim);
+}
+
+// Scores of 16 tokens (two tiles of `keys`) from `token` of the block on, for N queries. `ahead`: as many elements that
+// are soon to be read.
 template <class KV, int N>
 LLK_INLINE void score_tiles(const typename KV::type* keys, int dim, const float* const* query, float (*scores)[kTokens],
-                            int token) {
+                            int token, const typename KV::type* ahead) {
   F8 low[N], high[N];
 #pragma GCC unroll 4
   for (int q = 0; q < N; q++) low[q] = high[q] = splat(0.f);
   for (int d = 0; d < dim; d++) {
     const F8 k_low = KV::get(keys + d * kTile), k_high = KV::get(keys + (dim + d) * kTile);
+    __builtin_prefetch(ahead + d * 2 * kTile);
 #pragma GCC unroll 4
     for (int q = 0; q < N; q++) {
       const F8 x = splat(query[q][d]);
@@ -63,10 +70,10 @@ LLK_INLINE void score_tiles(const typename KV::type* keys, int dim, const float*
   }
 }
 
-// out[d..d+16] += weights of tokens first <= t < last times their values, for N queries.
+// out[d..d+16] += weights of tokens first <= t < last times their values, for N queries. `ahead` as above.
 template <class KV, int N>
 LLK_INLINE void weigh_values(const typename KV::type* values, int dim, int first, int last, float (*weights)[kTokens],
-                             float* const* out, int d) {
+                             float* const* out, int d, const typename KV::type* ahead) {
   F8 low[N], high[N];
 #pragma GCC unroll 4
   for (int q = 0; q < N; q++) {
@@ -75,6 +82,7 @@ LLK_INLINE void weigh_values(const typename KV::type* values, int dim, int first
   }
   for (int t = first; t < last; t++) {
     const F8 v_low = KV::get(values + (size_t)t * dim + d), v_high = KV::get(values + (size_t)t * dim + d + 8);
+    __builtin_prefetch(ahead + t * 2 * kTile);
 #pragma GCC unroll 4
     for (int q = 0; q < N; q++) {
       const F8 x = splat(weights[q][t]);
@@ -132,26 +140,30 @@ inline void soften(AttentionScratch& s, int q, int first, int last, int visible_
 }
 
 template <class KV>
-inline void attend_block(const Queries& queries, const KVHead& kv, int block, int first, int last, AttentionScratch& s) {
+inline void attend_block(const Queries& queries, const KVHead& kv, int block, int first, int last, const void* next,
+                         AttentionScratch& s) {
   typedef typename KV::type T;
   const int dim = kv.head_dim, base = block * kTokens;
-  const size_t offset = kv_offset(kv.table[block], kv.kv_heads, kv.kv_head, dim);
-  const T *keys = (const T*)kv.keys + offset, *values = (const T*)kv.values + offset;
+  const T* keys = keys_of<KV>(kv, block);
+  const T* values = (const T*)kv.values + (keys - (const T*)kv.keys);
   const int from = first / (2 * kTile) * (2 * kTile), to = (last + 2 * kTile - 1) / (2 * kTile) * (2 * kTile);
   for (int t = from; t < to; t += 2 * kTile)
     by_four(queries.count, [&](int q, auto n) __attribute__((always_inline)) {
-      score_tiles<KV, n.value>(keys + (size_t)t * dim, dim, queries.query + q, s.scores + q, t);
+      const size_t at = (size_t)t * dim;
+      score_tiles<KV, n.value>(keys + at, dim, queries.query + q, s.scores + q, t, values + at);
     });
   for (int q = 0; q < queries.count; q++)
     soften(s, q, from, to, queries.first[q] - base, queries.last[q] - base, dim, kv.softcap, queries.out[q]);
   for (int d = 0; d < dim; d += 16)
     by_four(queries.count, [&](int q, auto n) __attribute__((always_inline)) {
-      weigh_values<KV, n.value>(values, dim, first, last, s.scores + q, queries.out + q, d);
+      const T* ahead = (const T*)next + d * kTokens;
+      weigh_values<KV, n.value>(values, dim, first, last, s.scores + q, queries.out + q, d, ahead);
     });
 }
 
+// `following`: keys that this thread is likely to read next.
 template <class KV>
-inline void attend(const Queries& queries, const KVHead& kv, AttentionScratch& s) {
+inline void attend(const Queries& queries, const KVHead& kv, const void* following, AttentionScratch& s) {
   int first = queries.first[0], last = queries.last[0];
   for (int q = 0; q < queries.count; q++) {
     first = queries.first[q] < first ? queries.first[q] : first;
@@ -163,7 +175,8 @@ inline void attend(const Queries& queries, const KVHead& kv, AttentionScratch& s
   for (int block = first / kTokens; block <= last / kTokens; block++) {
     const int base = block * kTokens;
     const int from = first > base ? first - base : 0, to = last - base < kTokens ? last - base + 1 : kTokens;
-    attend_block<KV>(queries, kv, block, from, to, s);
+    const void* next = block < last / kTokens ? keys_of<KV>(kv, block + 1) : following;
+    attend_block<KV>(queries, kv, block, from, to, next, s);
   }
   for (int q = 0; q < queries.count; q++) {
     const F8 scale = splat(1.f / sum(load(s.total[q])));

@@ -47,7 +47,7 @@ struct FloatProduct {
     repeat<kBases>([&](auto n) LLK_ALWAYS { at[n.value] = (const char*)(a + 4 * n.value * stride); });
     repeat<ROWS>([&](auto r) LLK_ALWAYS { total[r.value] = _mm512_setzero_ps(); });
     for (const T* end = p + (size_t)inputs * kColumns; p < end; p += kUnroll * kColumns) {
-      repeat<kLines>([&](auto n) LLK_ALWAYS { _mm_prefetch((const char*)p + kAhead + 64 * n.value, _MM_HINT_T0); });
+      repeat<kLines>([&](auto n) LLK_ALWAYS { __builtin_prefetch((const char*)p + kAhead + 64 * n.value); });
       repeat<kUnroll>([&](auto u) LLK_ALWAYS {
         const __m512 w = W::get(p + u.value * kColumns);
         repeat<ROWS>([&](auto r) LLK_ALWAYS { add<r.value, 4 * u.value>(total[r.value], w, at, bytes, 3 * bytes); });
@@ -85,9 +85,7 @@ struct FloatProduct {
 #pragma GCC unroll 1
     for (int k = 0; k < inputs; k++, p += kColumns) {
       const F8 w_low = W::get(p), w_high = W::get(p + 8);
-#if defined(__AVX2__)
-      _mm_prefetch((const char*)p + 2048, _MM_HINT_T0);
-#endif
+      __builtin_prefetch((const char*)p + 2048);
       repeat<ROWS>([&](auto r) LLK_ALWAYS {
         const F8 x = splat(a[r.value * stride + k]);
         low[r.value] = fma(x, w_low, low[r.value]);

@@ -39,8 +39,8 @@ struct Int8Product {
     const char* at[(ROWS + 3) / 4];
     repeat<(ROWS + 3) / 4>([&](auto n) LLK_ALWAYS { at[n.value] = bases[n.value]; });
     for (const int8_t* end = p + kScalesAt; p < end; p += kUnroll * kPairBytes) {
-      _mm_prefetch((const char*)p + kAhead, _MM_HINT_T0);
-      _mm_prefetch((const char*)p + kAhead + 64, _MM_HINT_T0);
+      __builtin_prefetch((const char*)p + kAhead);
+      __builtin_prefetch((const char*)p + kAhead + 64);
       repeat<kUnroll>([&](auto u) LLK_ALWAYS {
         const __m512i w = _mm512_cvtepi8_epi16(_mm256_load_si256((const __m256i*)(p + u.value * kPairBytes)));
         repeat<ROWS>([&](auto r) LLK_ALWAYS {
@@ -113,7 +113,7 @@ struct Int8Product {
         const int8_t* p = block + pair * kPairBytes;
         const __m256i w_low = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)p));
         const __m256i w_high = _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i*)(p + 16)));
-        if (pair % 2 == 0) _mm_prefetch((const char*)p + kAhead, _MM_HINT_T0);
+        if (pair % 2 == 0) __builtin_prefetch((const char*)p + kAhead);
         repeat<ROWS>([&](auto r) LLK_ALWAYS {
           add_pair(exact[r.value][0], exact[r.value][1], w_low, w_high, a + (size_t)r.value * stride + 2 * pair);
         });

@@ -170,32 +170,56 @@ inline void project_heads(State& s, int layer, const Activations& a) {
   });
 }
 
-template <class KV>
-inline void attend_item(State& s, int thread, int layer, const float* queries, size_t stride, float* out, int item) {
+// First position that a row sees.
+inline int first_seen(const State& s, int layer, int row) {
+  const int position = s.args->positions[row], window = s.shape->layer[layer].window;
+  return window > 0 && position >= window ? position - window + 1 : 0;
+}
+
+// An item of attention: neighbouring rows, and query heads that share a key head.
+struct Item {
+  RowGroup group;
+  int first_head;
+  KVHead kv;
+};
+
+inline Item item_of(const State& s, int layer, int number) {
   const llk_shape& shape = *s.shape;
-  const int dim = shape.head_dim, heads = s.heads_per_item, items = shape.heads / heads;
-  const RowGroup group = s.groups[item / items];
-  const int first_head = item % items * heads, window = shape.layer[layer].window;
+  const int items = shape.heads / s.heads_per_item, first_head = number % items * s.heads_per_item;
+  const RowGroup group = s.groups[number / items];
+  const int32_t* table = s.args->tables + (size_t)s.args->sequence[group.row] * s.args->table_width;
+  const int kv_head = first_head / (shape.heads / shape.kv_heads);
+  const KVHead kv = {s.args->keys[layer], s.args->values[layer], table, shape.kv_heads, kv_head, shape.head_dim,
+                     shape.attention_softcap};
+  return {group, first_head, kv};
+}
+
+template <class KV>
+inline void attend_item(State& s, int thread, int layer, const float* queries, size_t stride, float* out, int number,
+                        int items) {
+  const llk_shape& shape = *s.shape;
+  const Item item = item_of(s, layer, number);
   Queries wanted;
   wanted.count = 0;
-  for (int row = group.row; row < group.row + group.count; row++)
-    for (int head = first_head; head < first_head + heads; head++) {
-      const int position = s.args->positions[row], n = wanted.count++;
-      wanted.query[n] = queries + (size_t)row * stride + (size_t)head * dim;
-      wanted.out[n] = out + ((size_t)row * shape.heads + head) * dim;
-      wanted.first[n] = window > 0 && position >= window ? position - window + 1 : 0;
-      wanted.last[n] = position;
+  for (int row = item.group.row; row < item.group.row + item.group.count; row++)
+    for (int head = item.first_head; head < item.first_head + s.heads_per_item; head++) {
+      const int n = wanted.count++;
+      wanted.query[n] = queries + (size_t)row * stride + (size_t)head * shape.head_dim;
+      wanted.out[n] = out + ((size_t)row * shape.heads + head) * shape.head_dim;
+      wanted.first[n] = first_seen(s, layer, row);
+      wanted.last[n] = s.args->positions[row];
     }
-  const KVHead kv = {s.args->keys[layer], s.args->values[layer],
-                     s.args->tables + (size_t)s.args->sequence[group.row] * s.args->table_width,
-                     shape.kv_heads, first_head / (shape.heads / shape.kv_heads), dim, shape.attention_softcap};
-  attend<KV>(wanted, kv, s.scratch[thread].attention);
+  const Item next = number + 1 < items ? item_of(s, layer, number + 1) : item;
+  const void* following = keys_of<KV>(next.kv, first_seen(s, layer, next.group.row) / kTokens);
+  attend<KV>(wanted, item.kv, following, s.scratch[thread].attention);
 }
 
 template <class KV>
 inline void attend_rows(State& s, int stage, int thread, int layer, const float* queries, size_t stride, float* out) {
   const int items = s.group_count * (s.shape->heads / s.heads_per_item);
-  share(s, stage, items, 1, [&](int item, int) { attend_item<KV>(s, thread, layer, queries, stride, out, item); });
+  share(s, stage, items, 1, [&](int item, int) {
+    attend_item<KV>(s, thread, layer, queries, stride, out, item, items);
+  });
 }
 
 // Adds a branch's output to the stream, or leaves it where its norm will find it.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import inspect
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +14,13 @@ from torch import Tensor, nn
 from llmos.errors import UnsupportedFeature
 from worker.engine import attention
 from worker.engine.attention import LayerCall
+from worker.engine.fast.arena import Arena, aligned
 from worker.engine.fast.support import activation, head_dim, why_not
 from worker.kernels import Kernels, Kind, abi
 from worker.kernels.binding import PackedMatrix, address
 
 KindOf = Callable[[str], Kind]
 """How to store a matrix: `embedding` (if tied, the head too), `head`, or `layers.N.` with qkv, out, gate_up or down."""
-_ALIGN = 64
 _INTERLEAVE = 8
 """Outputs of gate, then as many of up, in a packed block."""
 
@@ -35,28 +33,6 @@ class PackedModel:
     calls: list[LayerCall]
     weight_bytes: int
     kept: list[object] = field(default_factory=list)
-
-
-class _Arena:
-    """One stretch of memory for all packed weights, in huge pages where the system has them."""
-
-    def __init__(self, size: int) -> None:
-        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # A kernel without huge pages refuses; ordinary ones only cost speed.
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._used = 0
-
-    def take(self, size: int) -> Tensor:
-        """Aligned memory that lives as long as the arena or the tensor."""
-        start, self._used = self._used, self._used + _aligned(size)
-        return self._memory[start : start + size]
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
 
 
 def all_int8(name: str) -> Kind:
@@ -84,7 +60,7 @@ class _Packer:
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
         shapes = self._matrix_shapes()
         sizes = (kernels.packed_bytes(outputs, inputs, kind_of(name)) for name, (outputs, inputs) in shapes.items())
-        self._arena = _Arena(sum(map(_aligned, sizes)))
+        self._arena = Arena(sum(map(aligned, sizes)))
 
     def pack(self, max_rows: int, kv_dtype: torch.dtype) -> PackedModel:
         config, calls = self._config, layer_calls(self._model)

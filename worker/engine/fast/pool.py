@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from worker.engine.fast.arena import Arena, aligned
 from worker.engine.kv import BLOCK_TOKENS, LayerShape
 from worker.kernels import abi
 
@@ -22,12 +24,12 @@ class FastKVPool:
         self.shapes = tuple(shapes)
         self.blocks = blocks
         self.dtype = dtype
-        # Not filled: the operating system gives pages on first touch, and a slot is written before it is read.
-        self._keys = [
-            torch.empty(blocks, s.kv_heads, BLOCK_TOKENS // abi.KEY_TILE, s.key_dim, abi.KEY_TILE, dtype=dtype)
-            for s in shapes
-        ]
-        self._values = [torch.empty(blocks, s.kv_heads, BLOCK_TOKENS, s.value_dim, dtype=dtype) for s in shapes]
+        tiles = BLOCK_TOKENS // abi.KEY_TILE
+        keys = [(blocks, s.kv_heads, tiles, s.key_dim, abi.KEY_TILE) for s in shapes]
+        values = [(blocks, s.kv_heads, BLOCK_TOKENS, s.value_dim) for s in shapes]
+        # Not filled: a slot is written before it is read.
+        arena = Arena(sum(aligned(math.prod(size) * dtype.itemsize) for size in (*keys, *values)))
+        self._keys, self._values = ([_tensor(arena, size, dtype) for size in sizes] for sizes in (keys, values))
         self.keys = _addresses(self._keys)
         self.values = _addresses(self._values)
 
@@ -44,6 +46,10 @@ class FastKVPool:
         """Keys and values of one block in order of position: twice [kv_heads, BLOCK_TOKENS, dim]."""
         keys = self._keys[layer][block].transpose(-1, -2)
         return keys.reshape(keys.shape[0], BLOCK_TOKENS, -1), self._values[layer][block]
+
+
+def _tensor(arena: Arena, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return arena.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
