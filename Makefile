@@ -15,7 +15,7 @@ ORDER := tests/unit tests/architecture tests/integration tests/e2e tests/faults
 # Handed over in the environment, so that quotes in a prompt stay what they are.
 export PROMPT
 
-.PHONY: help install run test unit faults lint format protos
+.PHONY: help install run test unit faults lint format protos peers bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -54,3 +54,11 @@ format: $(INSTALLED) ## bring the code into shape
 
 protos: $(INSTALLED) ## generate the stubs from protos/
 	$(BIN)/python protos/generate.py
+
+peers: $(INSTALLED) ## build what we are compared with: llama.cpp, vLLM (some minutes)
+	$(BIN)/python -m bench.peers.make
+
+bench: $(INSTALLED) ## every benchmark, peers included; SAVE=1 appends to bench/results
+	@status=0; for name in engine kernels; do \
+		echo "== bench.$$name"; $(BIN)/python -m bench.$$name $(if $(SAVE),--save) || status=$$?; \
+	done; exit $$status

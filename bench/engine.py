@@ -1,0 +1,212 @@
+"""llmos's engine against llama.cpp, vLLM and transformers: decode, prefill, and the share of the machine's limits.
+
+    python -m bench.engine --quick --json
+
+All sides run the same model, prompts and output length with the same threads, in processes of their own, in turn for
+several rounds; a row has the medians, and the median and spread of the rounds' ratios. `make peers` builds the peers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import command
+from bench.corpus import Texts
+from bench.divergence import kl
+from bench.limits import Meter, decode_weights
+from bench.peers.places import GEMMA3, SMOLLM2, Model, python
+from bench.rows import Row, at_least, in_turn, reported
+from bench.sides import side
+from bench.sides.side import Side
+from llmos.store import Store, default_store_path
+from worker.config import WorkerConfig
+
+LLAMA_Q8, LLAMA_F16, VLLM, TRANSFORMERS = "llama.cpp Q8_0", "llama.cpp F16", "vLLM", "transformers"
+EVERYBODY = (LLAMA_Q8, LLAMA_F16, VLLM, TRANSFORMERS)
+THREADS = 2
+PROMPT = 32
+"""Tokens of the short prompts before decoding."""
+PREFILL = 1024
+ROUNDS, QUICK_ROUNDS = 5, 3
+SEQUENCES = (1, 4, 16, 32)
+STEPS = {1: 64, 4: 48, 16: 32, 32: 24}
+KL_TOKENS = 256
+LIMIT_SHARE = 0.75
+BYTES_PER_WEIGHT = {"int8": 1 + 2 / 64, "fp32": 4.0}
+"""What a decode step reads: int8 has a 16-bit scale per 64 weights."""
+
+Measure = Callable[[Side, Texts, int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to measure on every side."""
+
+    name: str
+    measure: Measure
+    """Given a side, texts in its tokens and the number of the round; higher is better."""
+    aims: Mapping[str, float]
+    """Peer to the ratio that is aimed at; peers without one are reported only."""
+
+
+def decode(sequences: int) -> Measure:
+    """Tokens per second of all sequences together, greedy, from short prompts."""
+
+    def measure(one: Side, texts: Texts, number: int) -> float:
+        del number
+        return one.decode(texts.windows(sequences, PROMPT), STEPS[sequences])
+
+    return measure
+
+
+def prefill(one: Side, texts: Texts, number: int) -> float:
+    """Prompt tokens per second; a prompt of its own for each round, so that no cache has it."""
+    return one.prefill(texts.windows(16, PREFILL)[number % 16])
+
+
+def cases(aims: Mapping[int, Mapping[str, float]], prefill_aims: Mapping[str, float]) -> list[Case]:
+    """Decode at each number of sequences, and prefill."""
+    decoding = [Case(f"decode, {n} sequence{'s' * (n > 1)}", decode(n), aims.get(n, {})) for n in SEQUENCES]
+    return [*decoding, Case(f"prefill, {PREFILL} tokens", prefill, prefill_aims)]
+
+
+SMOLLM2_CASES = cases(
+    {1: {LLAMA_Q8: 1.5}, 4: {LLAMA_Q8: 2.5}, 16: {LLAMA_Q8: 2.5, VLLM: 5.0}, 32: {LLAMA_Q8: 2.5}}, {LLAMA_Q8: 2.0}
+)
+GEMMA3_CASES = cases({1: {LLAMA_Q8: 1.2}, 4: {LLAMA_Q8: 2.0}, 16: {LLAMA_Q8: 2.0}, 32: {LLAMA_Q8: 2.0}}, {})
+
+
+class Sides:
+    """The processes of one model's sides, ours first; ended together."""
+
+    def __init__(self, model: Model, peers: Sequence[str], precision: str) -> None:
+        self.model = model
+        self.folder = folder(model)
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            self.ours = stack.enter_context(side.ours(self.folder, THREADS, precision))
+            self.peers = {name: stack.enter_context(start(name, model, self.folder)) for name in peers}
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Sides:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def folder(model: Model) -> Path:
+    """The model's files in the store. Raises ModelNotFound."""
+    store = Store(default_store_path())
+    return store.materialize(store.resolve(model.name))
+
+
+def start(name: str, model: Model, files: Path) -> Side:
+    """A peer with its model loaded. Raises MissingPeer."""
+    if name in (LLAMA_Q8, LLAMA_F16):
+        return side.llama_cpp(model, name.split()[1].lower(), THREADS)
+    return side.vllm(files, THREADS) if name == VLLM else side.transformers(files, THREADS)
+
+
+def require(models: Iterable[Model], peers: Iterable[str]) -> None:
+    """Raise MissingPeer before anything is measured, if a peer is not there."""
+    for name in peers:
+        if name in (LLAMA_Q8, LLAMA_F16):
+            python("llama_cpp")
+            for model in models:
+                model.gguf(name.split()[1].lower())
+        elif name == VLLM:
+            python("vllm")
+
+
+def compare(sides: Sides, wanted: Sequence[Case], rounds: int) -> Iterator[tuple[Row, list[float]]]:
+    """Rows of the cases against each peer, and our own rounds. A first round that nobody counts warms all up."""
+    texts = Texts(sides.folder)
+    for case in wanted:
+        everyone = [sides.ours, *sides.peers.values()]
+        for one in everyone:
+            case.measure(one, texts, rounds)
+        measures = [lambda number, one=one, case=case: case.measure(one, texts, number) for one in everyone]
+        ours, *theirs = in_turn(rounds, measures)
+        for peer, found in zip(sides.peers, theirs, strict=True):
+            yield (
+                at_least(f"{sides.model.label}: {case.name}, {peer}", "tokens/s", ours, found, case.aims.get(peer)),
+                ours,
+            )
+
+
+def divergences(sides: Sides) -> Iterator[Row]:
+    """Each side's mean KL divergence from transformers' fp32 on one text."""
+    texts = Texts(sides.folder).windows(1, KL_TOKENS)
+    with side.transformers(sides.folder, THREADS) as reference:
+        expected = reference.logits(texts[0])
+    ours = kl(expected, sides.ours.logits(texts[0]))
+    for peer, one in sides.peers.items():
+        if peer != TRANSFORMERS:
+            yield reported(
+                f"{sides.model.label}: mean KL to fp32, {peer}", "nats", ours, kl(expected, one.logits(texts[0]))
+            )
+
+
+def shares(sides: Sides, speeds: Mapping[str, list[float]]) -> Iterator[Row]:
+    """Our speed to what memory (one sequence) and integer units (32 sequences) allow at most.
+
+    The weights are all that is counted, read once per step and multiplied once per token; KV and attention come on top.
+    """
+    weights, limits = decode_weights(sides.folder), Meter().measure(THREADS)
+    size = BYTES_PER_WEIGHT[sides.ours.about["precision"]]
+    bounds = (
+        ("decode, 1 sequence", "memory reads", limits.read_bytes / (weights * size), LIMIT_SHARE),
+        ("decode, 32 sequences", "16-bit multiply-adds", limits.int16 / weights, LIMIT_SHARE),
+        ("decode, 32 sequences", "8-bit multiply-adds", limits.int8 / weights, None),
+    )
+    for case, what, bound, target in bounds:
+        if case in speeds:
+            name = f"{sides.model.label}: {case}, limit of {what}"
+            yield at_least(name, "tokens/s", speeds[case], [bound] * len(speeds[case]), target)
+
+
+def measure(quick: bool, peers: Sequence[str], only: str, precision: str, versions: list[str]) -> Iterator[Row]:
+    """All rows."""
+    models = [(SMOLLM2, SMOLLM2_CASES, peers)]
+    if not quick:
+        models.append((GEMMA3, GEMMA3_CASES, [peer for peer in peers if peer == LLAMA_Q8]))
+    models = [(model, some, names) for model, every, names in models if (some := _named(model, every, only)) and names]
+    for model, _, names in models:
+        require([model], names)
+    for model, some, names in models:
+        with Sides(model, names, precision) as sides:
+            versions.extend(str(one.about["version"]) for one in (sides.ours, *sides.peers.values()))
+            speeds: dict[str, list[float]] = {}
+            for row, ours in compare(sides, some, QUICK_ROUNDS if quick else ROUNDS):
+                speeds[row.case.split(": ")[1].rsplit(", ", 1)[0]] = ours
+                yield row
+            if not quick:
+                yield from shares(sides, speeds)
+            yield from divergences(sides)
+
+
+def _named(model: Model, every: Iterable[Case], only: str) -> list[Case]:
+    return [case for case in every if only in f"{model.label}: {case.name}"]
+
+
+def main() -> int:
+    """See `bench.command`."""
+    parser = command.parser("engine", __doc__, "decode and prefill against llama.cpp Q8_0 only, in less than a minute")
+    parser.add_argument("--peers", help=f"comma-separated, of: {', '.join(EVERYBODY)}")
+    parser.add_argument("--precision", default=WorkerConfig().precision, help="ours; by default the worker's")
+    options = parser.parse_args()
+    peers = options.peers.split(",") if options.peers else [LLAMA_Q8] if options.quick else list(EVERYBODY)
+    if unknown := set(peers) - set(EVERYBODY):
+        parser.error(f"unknown peer: {', '.join(unknown)}")
+    return command.run(
+        "engine", options, lambda versions: measure(options.quick, peers, options.only, options.precision, versions)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""llmos's engine, loaded, admitted to and stepped as the worker's engine process does it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.sides.calls import Tokens, serve
+from worker.backend import Attempt, Epoch, ModelSpec, Sampling
+from worker.backends.torch import TorchBackend
+from worker.engine.attention import KVRow
+from worker.engine.loading import load
+
+MODEL = "model"
+MEMORY = 6 << 30
+LOGIT_ROWS = 64
+
+
+class Ours:
+    """Implements `bench.sides.calls.Engine`."""
+
+    def load(self, model: str, threads: int, precision: str) -> dict[str, Any]:
+        """See `Engine`."""
+        self._folder = Path(model)
+        self._backend = TorchBackend(threads=threads, precision=precision)  # type: ignore[arg-type]
+        self._backend.load(ModelSpec(name=MODEL, version="", folder=self._folder), MEMORY)
+        self._numbers = itertools.count(1)
+        return {"version": f"llmos, {self._backend.precision}", "precision": self._backend.precision}
+
+    def decode(self, prompts: list[Tokens], steps: int) -> dict[str, float]:
+        """See `Engine`."""
+        names = self._admit(prompts, steps + sum(map(len, prompts)))
+        self._until_first_tokens(names)
+        start, tokens = time.perf_counter(), 0
+        for _ in range(steps):
+            tokens += sum(len(output.token_ids) for output in self._backend.step().outputs)
+        seconds = time.perf_counter() - start
+        self._drop(names)
+        return {"tokens": tokens, "seconds": seconds}
+
+    def prefill(self, prompt: Tokens) -> dict[str, float]:
+        """See `Engine`."""
+        start = time.perf_counter()
+        names = self._admit([prompt], 2)
+        self._until_first_tokens(names)
+        seconds = time.perf_counter() - start
+        self._drop(names)
+        return {"tokens": len(prompt), "seconds": seconds}
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tokens, path: str) -> dict[str, Any]:
+        """See `Engine`. What the step loop computes with, asked for all rows."""
+        decoder = load(self._folder, torch.device("cpu"), kernels=self._backend.precision == "int8")
+        blocks = -(-len(tokens) // 64)
+        paged = decoder.with_memory(blocks)
+        slots = paged.memory.slots(range(blocks))
+        found = []
+        for first in range(0, len(tokens), LOGIT_ROWS):
+            part = range(first, min(first + LOGIT_ROWS, len(tokens)))
+            rows = [KVRow(slots, position + 1) for position in part]
+            found.append(paged.forward(tokens[first : part.stop], part, rows, range(len(part))))
+        np.save(path, torch.cat(found).numpy())
+        return {}
+
+    def _admit(self, prompts: Sequence[Tokens], max_tokens: int) -> set[str]:
+        names = set()
+        for prompt in prompts:
+            name = f"request-{next(self._numbers)}"
+            names.add(name)
+            self._backend.admit(
+                Attempt(
+                    request_id=name,
+                    epoch=Epoch(1, 1),
+                    model=MODEL,
+                    prompt=prompt,
+                    max_tokens=max_tokens,
+                    sampling=Sampling(temperature=0.0),
+                    ignore_eos=True,
+                )
+            )
+        return names
+
+    def _until_first_tokens(self, names: set[str]) -> None:
+        waiting = set(names)
+        while waiting:
+            result = self._backend.step()
+            if result.failures:
+                raise RuntimeError(result.failures[0].message)
+            waiting -= {output.request_id for output in result.outputs}
+
+    def _drop(self, names: set[str]) -> None:
+        for name in names:
+            self._backend.cancel(name)
+
+
+if __name__ == "__main__":
+    serve(Ours())
