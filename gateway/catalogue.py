@@ -63,6 +63,15 @@ class Catalogue:
             raise UnsupportedFeature(f"The model '{name}' does not offer {capability}.", param="model")
         return model
 
+    def base_of(self, model: requests_pb2.CatalogueModel) -> requests_pb2.CatalogueModel:
+        """The model itself, or the one that an adapter applies to. Raises ModelNotFound."""
+        if not model.base_model:
+            return model
+        base = self._models.get(model.base_model)
+        if base is None:
+            raise ModelNotFound(f"The base of the adapter '{model.name}' is not served at present.", param="model")
+        return base
+
     def models(self) -> Sequence[ModelInfo]:
         """Served models in order of name."""
         return [
@@ -72,6 +81,7 @@ class Catalogue:
                 context_length=model.context_length,
                 capabilities=frozenset(model.capabilities),
                 created_unix_s=model.created_unix_s,
+                base_model=model.base_model,
             )
             for model in self._models.values()
         ]

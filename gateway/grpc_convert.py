@@ -209,4 +209,5 @@ def served_model(model: ModelInfo) -> pb.ServedModel:
         context_length=model.context_length,
         capabilities=sorted(model.capabilities),
         created_unix_s=model.created_unix_s,
+        base_model=model.base_model,
     )

@@ -75,6 +75,7 @@ def fleet_request(
     request: GenerationRequest,
     identity: Identity,
     model: requests_pb2.CatalogueModel,
+    base: requests_pb2.CatalogueModel,
     token_ids: Sequence[int],
     *,
     inner_id: str,
@@ -82,16 +83,22 @@ def fleet_request(
     max_tokens: int,
     salt: bytes,
 ) -> request_pb2.Request:
-    """The request as scheduler and workers know it; deadline, trace and resume are set when it is submitted."""
+    """The request as scheduler and workers know it; deadline, trace and resume are set when it is submitted.
+
+    `base` is the model itself, or what it applies to if it is an adapter.
+    """
+    adapter = model if model.base_model else requests_pb2.CatalogueModel()
     params = request.params
     return request_pb2.Request(
         request_id=inner_id,
         tenant=identity.tenant,
-        model=model.name,
-        model_version=model.version,
+        model=base.name,
+        model_version=base.version,
         tokenizer_hash=model.tokenizer_hash,
         token_ids=token_ids,
-        prefix_hashes=prefix_hashes(token_ids, model_version=model.version, tenant=identity.tenant, salt=salt),
+        prefix_hashes=prefix_hashes(
+            token_ids, model_version=base.version, tenant=identity.tenant, adapter=adapter.version, salt=salt
+        ),
         sampling=_sampling(params, seed),
         max_tokens=max_tokens,
         min_tokens=params.min_tokens,
@@ -99,6 +106,8 @@ def fleet_request(
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         priority=_PRIORITY[identity.priority],
+        adapter=adapter.name,
+        adapter_version=adapter.version,
     )
 
 

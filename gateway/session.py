@@ -118,6 +118,7 @@ class Sessions:
         """See `Engine`. The stream is registered and submitted when this returns."""
         self._admit()
         model = self._catalogue.find(request.model, request.kind)
+        base = self._catalogue.base_of(model)
         inner_id, public_id = self._name(request, identity, request_id)
         span = self._telemetry.start(
             span_name(request),
@@ -129,7 +130,7 @@ class Sessions:
         try:
             rules = await self._catalogue.rules(model)
             token_ids = await self._tokenize(request, rules, span, inner_id)
-            return self._begin(request, identity, model, rules, token_ids, span, inner_id, public_id)
+            return self._begin(request, identity, model, base, rules, token_ids, span, inner_id, public_id)
         except BaseException as error:
             self._telemetry.finish(span, error.code if isinstance(error, LlmosError) else "cancelled")
             raise
@@ -238,6 +239,7 @@ class Sessions:
         request: GenerationRequest,
         identity: Identity,
         model: requests_pb2.CatalogueModel,
+        base: requests_pb2.CatalogueModel,
         rules: TextRules,
         token_ids: Sequence[int],
         span: Span,
@@ -250,6 +252,7 @@ class Sessions:
             request,
             identity,
             model,
+            base,
             token_ids,
             inner_id=inner_id,
             seed=seed,

@@ -160,6 +160,8 @@ class ModelInfo:
     context_length: int
     capabilities: frozenset[str]
     created_unix_s: int
+    base_model: str = ""
+    """Adapters: name of the model that it applies to."""
 
 
 class Engine(Protocol):

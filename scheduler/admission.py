@@ -74,6 +74,7 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
         raise Overloaded("Too many requests are waiting; try again later.", retry_after_s=pause)
     parked_key = (request.model, request.model_version)
     live = LiveRequest.accept(request, gateway_id, event.stream_id, key or parked_key, now)
+    live.adapter = _adapter(state, request)
     live.attempts = live.attempts_before = state.last_attempts.get(live.id, now) or 0
     home = state.workers.get(state.claims.get(live.id, ""))
     if request.resume and home is not None:
@@ -92,13 +93,24 @@ def _resolve(state: State, request: request_pb2.Request) -> ModelKey | None:
     """The exact version to run; None: not known yet, and it may still turn up."""
     model = state.catalogue.get(request.model)
     key = (request.model, request.model_version or (model.version if model is not None else ""))
-    if model is None or (key[1] != model.version and not _offered(state, key)):
+    lacks_adapter = bool(request.adapter) and _adapter(state, request) is None
+    if model is None or lacks_adapter or (key[1] != model.version and not _offered(state, key)):
         if state.settled and not request.resume:
-            raise ModelNotFound(f"The fleet does not serve a model '{request.model}'.", param="model")
+            asked = request.adapter or request.model
+            raise ModelNotFound(f"The fleet does not serve a model '{asked}'.", param="model")
         return None
     if key[1] == model.version and request.tokenizer_hash != model.tokenizer_hash:
         raise InvalidRequest("The prompt was made with another tokenizer than the model's.", param="tokenizer_hash")
     return key
+
+
+def _adapter(state: State, request: request_pb2.Request) -> ModelKey | None:
+    """The exact version of the adapter to apply; None if there is none, or it is not known."""
+    known = state.catalogue.get(request.adapter)
+    if known is None or not request.adapter or known.base_model != request.model:
+        return None
+    key = (request.adapter, request.adapter_version or known.version)
+    return key if key[1] == known.version or _offered(state, key) else None
 
 
 def _offered(state: State, key: ModelKey) -> bool:
@@ -147,7 +159,7 @@ def unpark(state: State, now: float, out: Outbox) -> None:
             continue
         if key is not None:
             del state.parked[live.id]
-            live.key = key
+            live.key, live.adapter = key, _adapter(state, live.request)
             if not finish_exhausted(state, live, out):
                 enqueue(state, live, out)
 

@@ -9,7 +9,10 @@ from scheduler.workers import HOPELESS, LOADED, WorkerView
 
 
 class Catalogue:
-    """Names enter when a worker has loaded them and leave some time after the last worker that could serve them."""
+    """Names enter when a worker has loaded them and leave some time after the last worker that could serve them.
+
+    An adapter's enters when its base is loaded: it is loaded itself once somebody asks for it.
+    """
 
     def __init__(self) -> None:
         self.revision = 0
@@ -62,6 +65,7 @@ def _offered(
             name, version = slot.key
             if slot.state not in HOPELESS:
                 possible.add(name)
-            if slot.state == LOADED:
+            base = worker.slots.get(slot.base)
+            if slot.state == LOADED or (slot.state not in HOPELESS and base is not None and base.state == LOADED):
                 loaded.setdefault(name, {})[version] = slot.record.model
     return loaded, possible

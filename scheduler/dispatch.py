@@ -6,6 +6,7 @@ from llmos.errors import Unavailable
 from scheduler.commands import StartAttempt
 from scheduler.events import DeadlinePassed, Event, Sweep
 from scheduler.lifecycle import fail, forget_claim
+from scheduler.loads import adapter_is_lost, want_adapter
 from scheduler.members import refresh_catalogue
 from scheduler.requests import Attempt, LiveRequest, ModelKey
 from scheduler.state import Outbox, State
@@ -26,6 +27,7 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
             return False  # the worker that runs it may be about to say so
         worker = state.placement.place(live)
         if worker is None:
+            want_adapter(state, live, now, out)
             return False
         _start(state, live, worker, now, out)
         return True
@@ -38,7 +40,10 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
 
 def _start(state: State, live: LiveRequest, worker: WorkerView, now: float, out: Outbox) -> None:
     live.attempts += 1
-    attempt = Attempt(state.term, live.attempts, worker.id, live.blocks, live.key[0])
+    adapter = live.adapter[0] if live.adapter is not None else ""
+    attempt = Attempt(state.term, live.attempts, worker.id, live.blocks, live.key[0], adapter)
+    if adapter:
+        worker.slots[adapter].used_at = now
     if state.claims.get(live.id) != worker.id:
         forget_claim(state, live.id, out, tell=True)
     state.claims.pop(live.id, None)
@@ -53,6 +58,7 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     state.timers.at(now + SWEEP_S, Sweep())
     refresh_catalogue(state, now, out)
     _give_up_stranded(state, now, out)
+    _give_up_adapters(state, out)
     _forget_deadlines(state)
     waited_for = state.waiting.keys()
     for key in list(state.nobody_since):
@@ -78,6 +84,14 @@ def _give_up_stranded(state: State, now: float, out: Outbox) -> None:
         if now - began >= state.policy.no_worker_grace_s:
             fail(state, state.requests[request_id], _too_large(), out)
     state.waiting.recall()
+
+
+def _give_up_adapters(state: State, out: Outbox) -> None:
+    """End what waits for an adapter that failed to load wherever it is."""
+    models = state.waiting.keys()
+    for live in [live for key in models for live in state.waiting.waiting_for(key)]:
+        if live.adapter is not None and adapter_is_lost(state, live.adapter):
+            fail(state, live, Unavailable(f"No worker can load the adapter '{live.adapter[0]}'."), out)
 
 
 def _forget_deadlines(state: State) -> None:

@@ -5,6 +5,7 @@ The plan is a pure function of the record, so that a new leader comes to the sam
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,28 +52,50 @@ def demand(record: registry_pb2.ModelRecord, min_kv_tokens: int) -> Demand:
     return Demand(record.weight_bytes, record.workspace_bytes, tokens * record.kv_bytes_per_token)
 
 
-def plan(record: registry_pb2.WorkerRecord, min_kv_tokens: int) -> list[Allocation | Unfit]:
-    """Place a worker's models in the order it names them.
+def plan(record: registry_pb2.WorkerRecord, min_kv_tokens: int, adapter_slots: int = 0) -> list[Allocation | Unfit]:
+    """Place a worker's models in the order it names them, and adapters with their base.
 
-    What is left on a device afterwards is divided evenly among its models as KV cache. No device is ever promised more
-    than its memory.
+    Beside a model, the bytes of its `adapter_slots` largest adapters are kept free. What is left on a device afterwards
+    is divided evenly among its models as KV cache. No device is ever promised more than its memory.
     """
     left = {device.id: device.memory_bytes for device in record.capacity.devices}
     placed: list[tuple[registry_pb2.ModelRecord, str, int]] = []
     unfit: list[Allocation | Unfit] = []
+    roomy: dict[str, str] = {}
     for model in record.models:
-        need = demand(model, min_kv_tokens).total
-        device = _device_for(need, left, record.capacity.devices)
+        if model.model.base_model:
+            continue
+        need, beside = demand(model, min_kv_tokens).total, _adapters_bytes(record, model.model.name, adapter_slots)
+        device = _device_for(need + beside, left, record.capacity.devices)
+        if device is not None:
+            roomy[model.model.name] = device
+            left[device] -= beside
+        else:
+            device = _device_for(need, left, record.capacity.devices)
         if device is None:
             unfit.append(Unfit(model.model.name, model.model.version, _reason(need, left)))
             continue
         left[device] -= need
         placed.append((model, device, need))
     sharers = {device: sum(d == device for _, d, _ in placed) for device in left}
-    return unfit + [
+    models: list[Allocation | Unfit] = [
         Allocation(m.model.name, m.model.version, device, need + left[device] // sharers[device])
         for m, device, need in placed
     ]
+    return unfit + models + [_beside(model, roomy) for model in record.models if model.model.base_model]
+
+
+def _adapters_bytes(record: registry_pb2.WorkerRecord, base: str, slots: int) -> int:
+    sizes = (model.weight_bytes for model in record.models if model.model.base_model == base)
+    return sum(heapq.nlargest(slots, sizes))
+
+
+def _beside(adapter: registry_pb2.ModelRecord, roomy: dict[str, str]) -> Allocation | Unfit:
+    """An adapter goes where its base is, if that left room for adapters."""
+    device = roomy.get(adapter.model.base_model)
+    if device is None:
+        return Unfit(adapter.model.name, adapter.model.version, "its base is not here, or leaves no room for adapters")
+    return Allocation(adapter.model.name, adapter.model.version, device, adapter.weight_bytes)
 
 
 def _device_for(need: int, left: dict[str, int], devices: Sequence[fleet_pb2.Device]) -> str | None:

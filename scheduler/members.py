@@ -8,10 +8,10 @@ from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import fleet_pb2
 from scheduler import admission, events
 from scheduler.commands import Dial, HangUp, Order, SendCatalogue
-from scheduler.ledger import Allocation, plan
 from scheduler.lifecycle import forget_claim, migrate
+from scheduler.loads import order_loads
 from scheduler.state import Outbox, State
-from scheduler.workers import AVAILABLE, ModelSlot, WorkerView
+from scheduler.workers import ModelSlot, WorkerView
 
 _SETTLE_AGAIN_S = 0.25
 
@@ -62,7 +62,7 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     for slot in worker.slots.values():
         slot.ordered = False
     models_changed(state, worker, event.report.models, now, out)
-    _order_loads(state, worker, out)
+    order_loads(state, worker, out)
     refresh_catalogue(state, now, out)
     for running in event.report.running:
         _reconcile(state, worker, running, now, out)
@@ -122,30 +122,8 @@ def models_changed(
         state.room_changed(worker, slot)
     if changed:
         state.standing_changed(worker)
-        _order_loads(state, worker, out)
+        order_loads(state, worker, out)
         refresh_catalogue(state, now, out)
-
-
-def _order_loads(state: State, worker: WorkerView, out: Outbox) -> None:
-    """Load what is available and fits. The plan depends on the record alone, so every leader makes the same one."""
-    if all(slot.state != AVAILABLE for slot in worker.slots.values()):
-        return
-    for decision in plan(worker.record, state.policy.min_kv_tokens):
-        slot = worker.slots[decision.model]
-        if slot.state != AVAILABLE or slot.ordered:
-            continue
-        if isinstance(decision, Allocation):
-            slot.ordered = True
-            load = work_pb2.LoadModel(
-                model=decision.model,
-                version=decision.version,
-                device_id=decision.device_id,
-                memory_budget_bytes=decision.budget_bytes,
-            )
-            out.append(Order(worker.id, work_pb2.Command(load=load)))
-        else:
-            slot.state = fleet_pb2.MODEL_STATE_UNFIT
-            slot.detail = decision.reason
 
 
 def refresh_catalogue(state: State, now: float, out: Outbox) -> None:

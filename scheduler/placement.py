@@ -91,7 +91,7 @@ class RoomIndex:
 
     workers: Mapping[str, WorkerView]
     pools: Mapping[ModelKey, WorkerPool]
-    """Usable workers with a free block."""
+    """Usable workers with a free block; of an adapter, those that have it loaded."""
     freed: Mapping[ModelKey, Set[str]]
     """Workers whose room just grew."""
     looking: Set[ModelKey]
@@ -125,7 +125,7 @@ class Roomy:
         workers = self.index.workers
         for worker_id in sorted(self.index.freed.get(ask.live.key, ()))[: self.count]:
             yield workers[worker_id]
-        pool = self.index.pools.get(ask.live.key)
+        pool = self.index.pools.get(ask.live.adapter or ask.live.key)
         if pool is not None and ask.live.key in self.index.looking:
             # More than will be scored: some may be too full for a large request.
             for worker_id in pool.draw(4 * self.count, ask.live.id):
@@ -133,11 +133,13 @@ class Roomy:
 
 
 class HasRoom:
-    """Capacity is never exceeded: the model is loaded, the worker takes work, enough blocks are free."""
+    """Capacity is never exceeded: model and adapter are loaded, the worker takes work, enough blocks are free."""
 
     def admits(self, ask: Ask, worker: WorkerView) -> bool:
         slot = worker.slot_for(ask.live.key)
         if slot is None or not worker.usable:
+            return False
+        if ask.live.adapter is not None and not worker.loaded(ask.live.adapter):
             return False
         return slot.fits(ask.blocks, ask.blocks if ask.live.id in worker.unclaimed else 0)
 

@@ -37,5 +37,9 @@ class Policy:
     """Most workers that are scored for one placement."""
     min_kv_tokens: int = 2048
     """Tokens of KV cache below which loading a model makes no sense (or its context, if shorter)."""
+    adapter_slots: int = 16
+    """Most adapters that are loaded beside one model on a worker; the one used longest ago gives way to another."""
+    adapter_wanted_s: float = 0.1
+    """Pause before another worker is looked for that could load an adapter."""
     max_choices: int = 16
     """Most choices of one request."""

@@ -76,6 +76,8 @@ class Attempt:
     blocks: int
     """KV blocks set aside for it on its worker."""
     model: str
+    adapter: str = ""
+    """Name of the adapter that it uses; empty: none."""
     promised: int = 0
     """Blocks of them that no frame of the worker reflects yet."""
     produced: int = 0
@@ -110,6 +112,8 @@ class LiveRequest:
     """Workers that an attempt was lost or failed on."""
     fingerprint: str = ""
     """Numerics of the worker that produced the first tokens; empty before."""
+    adapter: ModelKey | None = None
+    """The adapter to apply to the model of `key`, whose queue it waits in and whose blocks it takes."""
 
     @classmethod
     def accept(
@@ -154,6 +158,8 @@ class LiveRequest:
         order = work_pb2.Dispatch(epoch=self.attempt.epoch)
         order.request.CopyFrom(self.request)
         order.request.model_version = self.key[1]
+        if self.adapter is not None:
+            order.request.adapter_version = self.adapter[1]
         del order.request.resume[:]
         order.request.resume.extend(self.resume())
         if self.deadline_at < math.inf:

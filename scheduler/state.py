@@ -51,7 +51,7 @@ class State:
     gateways: dict[str, GatewayView] = field(default_factory=dict)
     workers: dict[str, WorkerView] = field(default_factory=dict)
     pools: dict[ModelKey, WorkerPool] = field(default_factory=dict)
-    """Usable workers with a free block, by model version."""
+    """Usable workers with a free block, by model version; with an adapter loaded, by its version."""
     freed: dict[ModelKey, set[str]] = field(default_factory=dict)
     """Workers whose room grew since waiting requests were last offered to them."""
     looking: set[ModelKey] = field(default_factory=set)
@@ -64,6 +64,8 @@ class State:
     """KV blocks of the largest loaded slot of each model; absent: not known since something changed."""
     reachable: dict[ModelKey, int] = field(default_factory=dict)
     """The same, of workers that may be given new work now."""
+    wanted_at: dict[ModelKey, float] = field(default_factory=dict)
+    """Adapters: when a worker was last looked for that could load one."""
     stranded_since: dict[str, float] = field(default_factory=dict)
     """Waiting requests that are too large for every such worker, as of the last sweep."""
     catalogue: Catalogue = field(default_factory=Catalogue)
@@ -94,9 +96,11 @@ class State:
     def room_changed(self, worker: WorkerView, slot: ModelSlot) -> None:
         """Keep `pools` and `freed` true after a slot, or its worker's standing, has changed."""
         key = slot.key
-        if worker.usable and slot.state == LOADED and slot.available > 0:
+        # Requests for an adapter wait in its base's queue.
+        queue = worker.slots[slot.base].key if slot.base in worker.slots else key
+        if worker.usable and slot.state == LOADED and (slot.base or slot.available > 0):
             self.pools.setdefault(key, WorkerPool()).add(worker.id)
-            self.freed.setdefault(key, set()).add(worker.id)
+            self.freed.setdefault(queue, set()).add(worker.id)
         else:
             self.lost_room(worker.id, key)
 

@@ -88,7 +88,7 @@ def _request(live: LiveRequest, now: float) -> fleet_pb2.RequestInfo:
     return fleet_pb2.RequestInfo(
         request_id=live.id,
         state=_request_state(live),
-        model=live.request.model,
+        model=live.request.adapter or live.request.model,
         tenant=live.request.tenant,
         worker=live.attempt.worker_id if live.attempt is not None else "",
         attempt=live.attempts,

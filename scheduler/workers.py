@@ -30,11 +30,18 @@ class ModelSlot:
     """Part of `held` that the worker's last word cannot reflect yet."""
     ordered: bool = False
     """A load order is on its way."""
+    used_at: float = 0.0
+    """Adapters: when an attempt last began."""
     key: ModelKey = field(init=False)
     """Name and version."""
 
     def __post_init__(self) -> None:
         self.key = (self.record.model.name, self.record.model.version)
+
+    @property
+    def base(self) -> str:
+        """Adapters: name of the model that it belongs to, whose blocks it uses. Empty for a model."""
+        return self.record.model.base_model
 
     @property
     def available(self) -> int:
@@ -92,6 +99,11 @@ class WorkerView:
         """Its slot of that model if the version is the same."""
         slot = self.slots.get(key[0])
         return slot if slot is not None and slot.key == key else None
+
+    def loaded(self, key: ModelKey) -> bool:
+        """Whether that model or adapter is loaded here."""
+        slot = self.slot_for(key)
+        return slot is not None and slot.state == LOADED
 
     def set_aside(self, request_id: str, attempt: Attempt) -> None:
         """Count a dispatch that is about to be sent. What it replaces on the worker pays for it there."""

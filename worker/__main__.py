@@ -23,12 +23,13 @@ from llmos.rpc import RpcServer, run_until_signal
 from llmos.store import default_store_path
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2
+from worker.adapters import hold_with_adapters
 from worker.backends import USES_GPUS
 from worker.config import WorkerConfig
 from worker.core import WorkerCore
 from worker.engine_link import EngineLink
 from worker.engine_process import EngineSetup
-from worker.models import HeldModel, hold
+from worker.models import HeldModel
 from worker.probe import Probe, RecordedProbe, local_probe
 from worker.registration import Registration
 from worker.service import WorkService
@@ -54,7 +55,7 @@ class WorkerProcess:
     async def serve(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set; then finish what runs, within the configured time. Raises SetupError."""
         config = self._config
-        held = await asyncio.to_thread(hold, config.backend, config.model, config.store, config.precision)
+        held = await asyncio.to_thread(hold_with_adapters, config.backend, config.model, config.store, config.precision)
         capacity = await asyncio.to_thread(_probe(config).measure)
         telemetry = Telemetry("worker", self._id, clock=self._clock, otlp_endpoint=config.otlp_endpoint)
         spans = ExecuteSpans(telemetry)

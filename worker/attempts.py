@@ -42,6 +42,11 @@ class Running:
     delivered: dict[int, int] = field(default_factory=dict)
     """Choice to the next index expected from the engine."""
     keep_until: dict[int, int] = field(default_factory=dict)
+    adapter: str = ""
+
+    def uses(self, model: str) -> bool:
+        """Whether it needs a model or adapter of that name."""
+        return model in (self.model, self.adapter)
 
     def next_index(self, choice: int) -> int:
         """Index that the engine's next token of the choice must have."""
@@ -106,6 +111,7 @@ class AttemptTable:
             epoch=epoch_from_wire(dispatch.epoch),
             model=request.model,
             open_choices=set(range(max(1, request.choices))),
+            adapter=request.adapter,
         )
         for entry in request.resume:
             running.delivered[entry.choice] = len(entry.token_ids)

@@ -256,7 +256,7 @@ class WorkerCore:
             self._outbox.add_failure(_failure(request_id, epoch, error))
         if verdict not in (Verdict.BEGIN, Verdict.REPLACE):
             return []
-        refusal = self._refusal(dispatch.request.model)
+        refusal = self._refusal(dispatch.request.model, dispatch.request.adapter)
         if refusal is not None:
             self._outbox.add_failure(_failure(request_id, epoch, refusal))
             return []
@@ -271,14 +271,15 @@ class WorkerCore:
             return [] if older is None else [_cancel(older)]
         return [command]
 
-    def _refusal(self, model: str) -> LlmosError | None:
+    def _refusal(self, model: str, adapter: str) -> LlmosError | None:
         """What is the worker's doing, and none of the request's, is a lost attempt: it moves on at no cost."""
         if self._draining:
             return AttemptLost("The worker takes nothing new.")
-        if self._shelf.loaded(model) and self._state.ready:
+        missing = next((name for name in (model, adapter) if name and not self._shelf.loaded(name)), "")
+        if not missing and self._state.ready:
             return None
-        kind = AttemptLost if self._shelf.ordered(model) else Unavailable
-        return kind(f"The model {model} is not loaded here.")
+        kind = AttemptLost if not missing or self._shelf.ordered(missing) else Unavailable
+        return kind(f"The model {missing or model} is not loaded here.")
 
     def _stop(self, request_id: str, epoch: Epoch) -> Iterable[work_pb2.Command]:
         running = self._table.get(request_id)
@@ -302,7 +303,7 @@ class WorkerCore:
         self._shelf.unload(name)
         self._cache.forget(name)
         error = AttemptLost(f"The model {name} was unloaded.")
-        for running in [running for running in self._table.running if running.model == name]:
+        for running in [running for running in self._table.running if running.uses(name)]:
             self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
         return [command]
 

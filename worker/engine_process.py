@@ -44,6 +44,7 @@ class EngineModel(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
     context_length: int = 0
+    base: str = ""
 
     def spec(self) -> ModelSpec:
         """For the backend."""
@@ -54,6 +55,7 @@ class EngineModel(msgspec.Struct, frozen=True, kw_only=True):
             self.weight_bytes,
             self.kv_bytes_per_token,
             self.context_length,
+            self.base,
         )
 
 

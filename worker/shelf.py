@@ -62,6 +62,9 @@ class Shelf:
         if order.version not in ("", held.engine.version):
             self._set(order.model, FAILED, detail=f"This worker holds version {held.engine.version[:12]}.")
             return None
+        if held.engine.base and held.engine.base not in self._orders:
+            self._set(order.model, FAILED, detail=f"Its base, {held.engine.base}, is not loaded here.")
+            return None
         complete = work_pb2.LoadModel()
         complete.CopyFrom(order)
         complete.memory_budget_bytes = order.memory_budget_bytes or self._largest
@@ -70,10 +73,12 @@ class Shelf:
         return complete
 
     def unload(self, name: str) -> None:
-        """Take an order to unload."""
-        self._orders.pop(name, None)
-        if name in self._states and self._states[name].state != UNFIT:
-            self._set(name, AVAILABLE)
+        """Take an order to unload a model, and its adapters with it."""
+        adapters = [model.name for model in self._held.values() if model.engine.base == name]
+        for gone in (name, *(adapter for adapter in adapters if adapter in self._orders)):
+            self._orders.pop(gone, None)
+            if gone in self._states and self._states[gone].state != UNFIT:
+                self._set(gone, AVAILABLE)
 
     def engine_said(self, model: fleet_pb2.NodeModel) -> None:
         """Take the engine's word on a model that it was ordered to load."""

@@ -128,6 +128,8 @@ def _model(model: ModelInfo) -> dict[str, Any]:
         "max_model_len": model.context_length,
         "version": model.version,
         "capabilities": sorted(model.capabilities),
+        "root": model.name,
+        "parent": model.base_model or None,
     }
 
 

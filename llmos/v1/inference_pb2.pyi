@@ -1146,6 +1146,7 @@ class ServedModel(google.protobuf.message.Message):
     CONTEXT_LENGTH_FIELD_NUMBER: builtins.int
     CAPABILITIES_FIELD_NUMBER: builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: builtins.int
+    BASE_MODEL_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name to use in requests."""
     version: builtins.str
@@ -1154,6 +1155,8 @@ class ServedModel(google.protobuf.message.Message):
     """Most tokens of prompt and answer together."""
     created_unix_s: builtins.int
     """When the version was made, seconds since 1970."""
+    base_model: builtins.str
+    """Adapters: name of the model that it applies to."""
     @property
     def capabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """What it can do: `chat`, `completion`, `embed`, `classify`, `score`."""
@@ -1166,7 +1169,8 @@ class ServedModel(google.protobuf.message.Message):
         context_length: builtins.int = ...,
         capabilities: collections.abc.Iterable[builtins.str] | None = ...,
         created_unix_s: builtins.int = ...,
+        base_model: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capabilities", b"capabilities", "context_length", b"context_length", "created_unix_s", b"created_unix_s", "name", b"name", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "capabilities", b"capabilities", "context_length", b"context_length", "created_unix_s", b"created_unix_s", "name", b"name", "version", b"version"]) -> None: ...
 
 global___ServedModel = ServedModel

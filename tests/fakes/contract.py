@@ -42,6 +42,7 @@ def make_record(
     weights: int = 1 * GIB,
     context: int = 1024,
     models: tuple[str, ...] = (MODEL,),
+    adapters: tuple[str, ...] = (),
 ) -> registry_pb2.WorkerRecord:
     """A worker with one processor and the given models."""
     return registry_pb2.WorkerRecord(
@@ -57,8 +58,13 @@ def make_record(
                 weight_bytes=weights,
             )
             for name in models
-        ],
+        ]
+        + [registry_pb2.ModelRecord(model=_adapter(name, context), weight_bytes=GIB // 16) for name in adapters],
     )
+
+
+def _adapter(name: str, context: int) -> requests_pb2.CatalogueModel:
+    return requests_pb2.CatalogueModel(name=name, version=VERSION, context_length=context, base_model=MODEL)
 
 
 @dataclass
@@ -81,6 +87,8 @@ class SimWorker:
     running: dict[str, Running] = field(default_factory=dict)
     loaded: bool = True
     draining: bool = False
+    adapters: dict[str, bool] = field(default_factory=dict)
+    """Adapters to `MODEL`, and whether they are loaded."""
     highest_term: int = 0
     inbox: deque[object] = field(default_factory=deque)
     sequence: int = 0
@@ -105,13 +113,19 @@ class SimWorker:
             name=MODEL, version=VERSION, state=state, total_blocks=blocks, free_blocks=self.free if self.loaded else 0
         )
 
+    def node_models(self) -> list[fleet_pb2.NodeModel]:
+        """The model, and the adapters to it."""
+        states = {True: fleet_pb2.MODEL_STATE_LOADED, False: fleet_pb2.MODEL_STATE_AVAILABLE}
+        adapters = (fleet_pb2.NodeModel(name=n, version=VERSION, state=states[on]) for n, on in self.adapters.items())
+        return [self.node_model(), *adapters]
+
     def report(self) -> work_pb2.WorkerReport:
         running = [
             work_pb2.RunningAttempt(request_id=id_, epoch=request_pb2.Epoch(term=r.epoch[0], attempt=r.epoch[1]))
             for id_, r in self.running.items()
         ]
         return work_pb2.WorkerReport(
-            worker_id=self.id, running=running, models=[self.node_model()], numerics_fingerprint="n"
+            worker_id=self.id, running=running, models=self.node_models(), numerics_fingerprint="n"
         )
 
     def obey(self, command: object) -> None:
@@ -132,8 +146,15 @@ class SimWorker:
                 running.done[command.finish.choice] = True
                 if all(running.done):
                     self._over(command.finish.request_id)
+        elif kind == "load" and command.load.model in self.adapters:
+            assert self.loaded, "an adapter before its base"
+            self.adapters[command.load.model] = True
         elif kind == "load":
             self.loaded = True
+        elif kind == "unload":
+            users = [running.request.adapter for running in self.running.values()]
+            assert command.unload.model not in users, "an adapter was dropped while it was used"
+            self.adapters[command.unload.model] = False
 
     def _over(self, request_id: str) -> None:
         """An attempt has ended; its epoch is never computed again."""
@@ -159,6 +180,9 @@ class SimWorker:
                 assert value == token(request.request_id, resume.choice, index)
             positions[resume.choice], done[resume.choice] = len(resume.token_ids), resume.finished
         assert not all(done)
+        if request.adapter:
+            assert (request.model, request.adapter_version) == (MODEL, VERSION)
+            assert self.adapters[request.adapter], "an adapter was not loaded"
         self.running[request.request_id] = Running(
             epoch, request, positions, done, blocks_needed(request, done.count(False))
         )
@@ -178,7 +202,7 @@ class SimWorker:
                 self._over(id_)
         frame.failures.extend(self.failures)
         self.failures.clear()
-        frame.models.append(self.node_model())
+        frame.models.extend(self.node_models())
         return frame
 
     def _token(self, id_: str, running: Running, choice: int) -> request_pb2.Output:

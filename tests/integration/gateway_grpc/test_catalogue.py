@@ -54,6 +54,31 @@ async def test_a_conversation_is_rendered_tokenized_and_read_back(new_scheduler:
     assert sorted(scheduler.fetched) == sorted(BLOBS)
 
 
+async def test_an_adapter_is_asked_for_by_its_name_and_travels_with_its_base(new_scheduler: NewScheduler) -> None:
+    tone = echo_model("tone", version="t1", base_model="echo")
+    scheduler, address = await new_scheduler(models=[echo_model(), tone, echo_model("stray", base_model="gone")])
+    prompt = "x" * 200
+    async with running(address) as gateway:
+        await gateway.ready()
+        sent = {}
+        for name in ("echo", "tone"):
+            request = GenerationRequest("completion", name, Params(max_tokens=8), text=prompt)
+            await gateway.sessions.generate(request, ALICE, request_id="", trace=TraceHeaders())
+            sent[name] = await scheduler.next_submit()
+        assert [(one.model, one.adapter, one.adapter_version) for one in sent.values()] == [
+            ("echo", "", ""),
+            ("echo", "tone", "t1"),
+        ]
+        assert sent["echo"].model_version == sent["tone"].model_version == echo_model().version
+        assert list(sent["echo"].token_ids) == list(sent["tone"].token_ids)
+        assert len(sent["tone"].prefix_hashes) == 3
+        assert not set(sent["echo"].prefix_hashes) & set(sent["tone"].prefix_hashes)
+        with pytest.raises(ModelNotFound, match="base"):
+            await start(gateway, GenerationRequest("completion", "stray", Params(max_tokens=8), text=prompt))
+        listed = {model.name: model.base_model for model in gateway.sessions.models()}
+        assert listed == {"echo": "", "tone": "echo", "stray": "gone"}
+
+
 async def test_what_a_template_refuses_is_the_clients_error(new_scheduler: NewScheduler) -> None:
     _, address = await new_scheduler(models=[MODEL], blobs=BLOBS)
     async with running(address) as gateway:

@@ -145,6 +145,7 @@ async def test_models(serve: Serve) -> None:
     (model,) = (await server.client.models.list()).data
     assert (model.id, model.object, model.created, model.owned_by) == ("tiny", "model", CREATED, "llmos")
     assert await server.client.models.retrieve("tiny") == model
+    assert (model.root, model.parent) == ("tiny", None)  # type: ignore[attr-defined]  # as vLLM says it
     with pytest.raises(openai.NotFoundError) as caught:
         await server.client.models.retrieve("org/other")
     assert caught.value.code == "model_not_found"

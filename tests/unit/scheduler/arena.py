@@ -55,10 +55,19 @@ class Arena:
         self.now += seconds
         self.post(events.Tick())
 
-    def add_worker(self, worker_id: str, blocks: int = 64, *, loaded: bool = True, memory: int = 16 * GIB) -> SimWorker:
-        """Register and attach a worker."""
+    def add_worker(
+        self,
+        worker_id: str,
+        blocks: int = 64,
+        *,
+        loaded: bool = True,
+        memory: int = 16 * GIB,
+        adapters: tuple[str, ...] = (),
+    ) -> SimWorker:
+        """Register and attach a worker. Its adapters are there and not loaded."""
         worker = self.workers[worker_id] = SimWorker(worker_id, blocks, loaded=loaded)
-        self.post(events.WorkerRegistered(make_record(worker_id, memory=memory)))
+        worker.adapters = dict.fromkeys(adapters, False)
+        self.post(events.WorkerRegistered(make_record(worker_id, memory=memory, adapters=adapters)))
         self.attach(worker_id)
         return worker
 
@@ -117,7 +126,7 @@ class Arena:
         self.core = Core("s2", term, self.policy, self.now)
         for worker in self.workers.values():
             worker.inbox.clear()
-            self.post(events.WorkerRegistered(make_record(worker.id)))
+            self.post(events.WorkerRegistered(make_record(worker.id, adapters=tuple(worker.adapters))))
         self.links.clear()
         self.post(events.MembersListed())
         for gateway in self.gateways.values():

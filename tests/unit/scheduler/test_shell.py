@@ -28,7 +28,8 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.contract import make_record, make_request
 
 PURE = [
-    "admission", "catalogue", "commands", "core", "dispatch", "events", "frames", "ledger", "lifecycle", "members",
+    "admission", "catalogue", "commands", "core", "dispatch", "events", "frames", "ledger", "lifecycle",
+    "loads", "members",
     "outflow", "placement", "policy", "recent", "requests", "span_ring", "state", "takeover", "timers", "views",
     "waiting", "workers",
 ]  # fmt: skip

@@ -1,0 +1,119 @@
+"""Adapters on a worker: which it holds, and that one is never there without its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmos.errors import ConfigError
+from llmos.internal.v1 import registry_pb2, requests_pb2, work_pb2
+from llmos.store import Store, import_model
+from llmos.v1 import fleet_pb2
+from tests.fakes.models import LINEARS, write_base, write_model, write_peft
+from tests.unit.worker.rig import LOADED, Rig, dispatch, load
+from worker.adapters import hold_with_adapters
+from worker.engine_process import EngineModel
+from worker.models import HeldModel, echo_model
+from worker.shelf import Shelf
+
+AVAILABLE, FAILED = fleet_pb2.MODEL_STATE_AVAILABLE, fleet_pb2.MODEL_STATE_FAILED
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A base, two adapters to it, and another model."""
+    store = Store(tmp_path / "store")
+    import_model(store, str(write_base(tmp_path / "base")), environ={})
+    import_model(store, str(write_model(tmp_path / "other")), environ={})
+    import_model(store, str(write_peft(tmp_path / "tone", "base")), environ={})
+    import_model(store, str(write_peft(tmp_path / "style", "base", lora_alpha=1)), environ={})
+    return store
+
+
+def test_a_worker_holds_the_adapters_to_its_models(store: Store) -> None:
+    base, style, tone = hold_with_adapters("torch", ["base"], store.path, "fp32")
+    assert [model.name for model in (base, style, tone)] == ["base", "style", "tone"]
+    record, wanted = tone.record.model, base.record.model
+    assert (record.base_model, record.version) == ("base", store.resolve("tone").version)
+    assert (record.tokenizer_hash, record.context_length) == (wanted.tokenizer_hash, wanted.context_length)
+    assert list(record.capabilities) == list(wanted.capabilities)
+    # Rank 2 is padded to 8.
+    assert tone.record.weight_bytes == 4 * 8 * sum(map(sum, LINEARS.values()))
+    assert (tone.record.kv_bytes_per_token, tone.record.workspace_bytes) == (0, 0)
+    spec = tone.engine.spec()
+    assert spec.base == "base"
+    assert spec.folder is not None
+    assert (spec.folder / "adapter_config.json").is_file()
+    assert [model.name for model in hold_with_adapters("torch", ["other"], store.path, "fp32")] == ["other"]
+
+
+def test_an_adapter_may_be_named_beside_its_base_but_not_alone(store: Store) -> None:
+    names = [model.name for model in hold_with_adapters("torch", ["tone", "base"], store.path, "fp32")]
+    assert names == ["base", "style", "tone"]
+    for alone in (["tone"], ["other", "tone"]):
+        with pytest.raises(ConfigError, match="tone is an adapter"):
+            hold_with_adapters("torch", alone, store.path, "fp32")
+
+
+def test_an_adapter_to_another_version_of_its_base_is_not_held(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "base" / "chat_template.jinja").write_text("other")
+    import_model(store, str(tmp_path / "base"), environ={})
+    assert [model.name for model in hold_with_adapters("torch", ["base"], store.path, "fp32")] == ["base"]
+
+
+def test_damaged_adapters_are_left_out(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    tone = store.resolve("tone")
+    weights = next(file for file in tone.files if file.path.endswith(".safetensors"))
+    style = store.resolve("style")
+    assert weights.sha256 in {file.sha256 for file in style.files}
+    config = next(file for file in tone.files if file.path.endswith(".json"))
+    store.blob_path(config.sha256).unlink()
+    assert [model.name for model in hold_with_adapters("torch", ["base"], store.path, "fp32")] == ["base", "style"]
+    assert "tone is damaged" in caplog.text
+
+
+def _adapter(name: str, base: str) -> HeldModel:
+    model = requests_pb2.CatalogueModel(name=name, version="1", base_model=base)
+    return HeldModel(registry_pb2.ModelRecord(model=model), EngineModel(name=name, version="1", base=base))
+
+
+def shelf() -> Shelf:
+    capacity = fleet_pb2.Capacity(devices=[fleet_pb2.Device(id="cpu", memory_bytes=2**30)])
+    return Shelf([echo_model("echo"), _adapter("tone", "echo"), _adapter("style", "echo")], capacity)
+
+
+def states(of: Shelf) -> dict[str, int]:
+    return {model.name: model.state for model in of.all()}
+
+
+def said(name: str, state: fleet_pb2.ModelState.ValueType) -> fleet_pb2.NodeModel:
+    return fleet_pb2.NodeModel(name=name, state=state)
+
+
+def test_an_adapter_is_loaded_after_its_base_and_goes_with_it() -> None:
+    held = shelf()
+    assert held.order(work_pb2.LoadModel(model="tone")) is None
+    assert states(held)["tone"] == FAILED
+    for name in ("echo", "style"):
+        assert held.order(work_pb2.LoadModel(model=name)) is not None
+        held.engine_said(said(name, LOADED))
+    assert [order.model for order in held.orders] == ["echo", "style"]
+    held.unload("echo")
+    assert states(held) == {"echo": AVAILABLE, "style": AVAILABLE, "tone": FAILED}
+    assert not list(held.orders)
+
+
+def test_attempts_need_the_adapter_and_end_with_it() -> None:
+    rig = Rig()
+    rig.shelf = rig.core._shelf = shelf()
+    for name in ("echo", "tone"):
+        rig.send(load(name))
+        rig.shelf.engine_said(said(name, LOADED))
+    wanted, lacking = dispatch("a"), dispatch("b")
+    wanted.dispatch.request.adapter, lacking.dispatch.request.adapter = "tone", "style"
+    rig.send(wanted, lacking, dispatch("c"))
+    assert [failure.request_id for failure in rig.core.next_frame().failures] == ["b"]
+    rig.send(work_pb2.Command(unload=work_pb2.UnloadModel(model="tone")))
+    assert [failure.request_id for failure in rig.core.next_frame().failures] == ["a"]
+    assert rig.running() == [("c", 1)]
