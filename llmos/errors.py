@@ -5,6 +5,7 @@
     |   |-- InvalidRequest              a field is missing, malformed or out of bounds   400
     |   |   |-- PromptTooLong           prompt + max_tokens exceed the context           400
     |   |   |-- UnsupportedFeature      the model or this release cannot do it           400
+    |   |   |-- InvalidConstraint       a schema or regex that cannot be followed        400
     |   |   |-- MethodNotAllowed        the route exists, not for this HTTP method       405
     |   |   `-- UnsupportedMediaType    the body is not JSON by its headers              415
     |   |-- Unauthenticated             no key, or a wrong one                           401
@@ -85,6 +86,12 @@ class UnsupportedFeature(InvalidRequest):
     """The model, or this release, does not offer what was asked for."""
 
     code = "unsupported_feature"
+
+
+class InvalidConstraint(InvalidRequest):
+    """What the output must look like is contradictory, malformed, or too complex to follow."""
+
+    code = "invalid_constraint"
 
 
 class MethodNotAllowed(InvalidRequest):

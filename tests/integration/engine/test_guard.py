@@ -1,0 +1,87 @@
+"""The process in which constraints are tried: what it refuses, what it survives."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmos.clock import SystemClock
+from llmos.errors import InvalidConstraint, Unavailable, UnsupportedFeature
+from tests.fakes import json_tokens
+from tests.fakes.json_tokens import END, SIZE, decode, encode
+from tests.integration.engine.tiny import attempt
+from worker.backend import Constraint
+from worker.engine.grammar.grammars import open_grammars
+from worker.engine.grammar.guard import Guard
+
+pytestmark = pytest.mark.torch
+
+ENDLESS = Constraint("json_schema", '{"type": "integer", "multipleOf": 9999991}')
+"""Compiling it would take more than ten seconds."""
+GOOD = Constraint("regex", "a+b?")
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    guard = Guard()
+    yield guard
+    guard.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return json_tokens.write(tmp_path)
+
+
+def test_endless_work_is_cut_off_and_the_next_check_goes_on(guard: Guard, folder: Path) -> None:
+    key = guard.open(folder, SIZE, {END})
+    first = guard.pid
+    guard.check(key, GOOD)
+    with pytest.raises(InvalidConstraint, match="too complex"):
+        guard.check(key, ENDLESS)
+    guard.check(key, GOOD)
+    assert guard.pid == first
+
+
+def test_a_killed_process_is_replaced(guard: Guard, folder: Path) -> None:
+    key = guard.open(folder, SIZE, {END})
+    guard.check(key, GOOD)
+    first = guard.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(Unavailable):
+        guard.check(key, GOOD)
+    for _ in range(2):
+        try:
+            guard.check(key, GOOD)
+        except Unavailable:  # its end may not have been noticed yet
+            continue
+    assert guard.pid not in (None, first)
+
+
+def test_attempts_get_matchers_that_stand_where_their_choices_do(guard: Guard, folder: Path) -> None:
+    grammars = open_grammars(guard, folder, SIZE, frozenset({END}), SystemClock())
+    assert grammars is not None
+    resumed = attempt("a", [1], choices=3, resume={1: encode("aab")}, finished_choices=frozenset({0}))
+    found = grammars.prepare(resumed, GOOD).result(10)
+    assert {number: matcher.complete for number, matcher in found.items()} == {1: True, 2: False}
+    refused = [grammars.prepare(resumed, ENDLESS) for _ in range(8)]
+    for future in refused:
+        with pytest.raises(InvalidConstraint):
+            future.result(10)
+    with pytest.raises(InvalidConstraint):
+        grammars.prepare(attempt("b", [1], resume={0: encode("ac")}), GOOD).result(10)
+    grammars.close()
+
+
+def test_a_model_whose_tokenizer_does_not_fit_has_no_grammars(guard: Guard, tmp_path: Path, folder: Path) -> None:
+    (other := tmp_path / "other").mkdir()
+    assert open_grammars(guard, other, SIZE, frozenset(), SystemClock()) is None
+    with pytest.raises(UnsupportedFeature):
+        guard.check(guard.open(other, SIZE, ()), GOOD)
+    guard.check(guard.open(folder, SIZE, {END}), GOOD)
+    assert decode(encode("aab")) == "aab"
