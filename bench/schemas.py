@@ -40,6 +40,13 @@ def most_bytes(schema: Schema) -> int:
     return int(schema["x-bytes"])
 
 
+def without_bounds(schema: Any) -> Any:
+    """The schema as it is sent: without what `most_bytes` reads."""
+    if isinstance(schema, dict):
+        return {key: without_bounds(value) for key, value in schema.items() if key != "x-bytes"}
+    return [without_bounds(value) for value in schema] if isinstance(schema, list) else schema
+
+
 def _value(source: random.Random, depth: int) -> Schema:
     """A value that is nested exactly `depth` deep."""
     if depth == 0:

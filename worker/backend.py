@@ -141,6 +141,8 @@ class Failure:
     epoch: Epoch
     code: str
     message: str
+    param: str = ""
+    """The offending field, if any."""
 
 
 class Stage(Enum):

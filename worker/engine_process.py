@@ -128,7 +128,7 @@ class Engine:
         try:
             self._backend.admit(attempt)
         except LlmosError as error:
-            failure = Failure(attempt.request_id, attempt.epoch, error.code, error.message)
+            failure = Failure(attempt.request_id, attempt.epoch, error.code, error.message, error.param or "")
             self._failures.append(wire.failure_to_wire(failure))
 
     def _load(self, order: work_pb2.LoadModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 
+import llguidance
 import torch
 import transformers
 
@@ -24,6 +25,6 @@ def torch_fingerprint(device: torch.device | None = None, precision: str = "fp32
     else:
         processor = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
     dtype = str(DTYPE).removeprefix("torch.")
-    libraries = f"torch-{torch.__version__} transformers-{transformers.__version__}"
+    libraries = f"torch-{torch.__version__} transformers-{transformers.__version__} llguidance-{llguidance.__version__}"
     kernels = "" if precision == "fp32" else f" {precision} kernels-{KERNEL_REVISION}"
     return f"engine-{ENGINE_REVISION} {dtype}{kernels} {processor} {libraries}"

@@ -137,6 +137,7 @@ def failure_to_wire(failure: Failure) -> request_pb2.Failure:
         epoch=epoch_to_wire(failure.epoch),
         code=failure.code,
         message=failure.message,
+        param=failure.param,
     )
 
 

@@ -28,10 +28,11 @@ def create(
 def _torch(threads: int, precision: Literal["fp32", "int8"]) -> tuple[Backend, str]:
     try:
         from worker.backends.torch import TorchBackend
+        from worker.engine.grammar.guard import Guard
         from worker.fingerprint import torch_fingerprint
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "transformers", "safetensors", "tokenizers", "numpy"):
+        if error.name in ("torch", "transformers", "safetensors", "tokenizers", "numpy", "llguidance"):
             raise MissingExtra("worker", "The torch backend") from error
         raise
-    backend = TorchBackend(threads=threads, precision=precision)
+    backend = TorchBackend(threads=threads, precision=precision, guard=Guard())
     return backend, torch_fingerprint(precision=backend.precision)

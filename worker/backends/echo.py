@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmos.clock import Clock, SystemClock
-from llmos.errors import PromptTooLong, Unavailable
+from llmos.errors import PromptTooLong, Unavailable, UnsupportedFeature
 from worker.backend import (
     Attempt,
     Blocks,
@@ -146,6 +146,8 @@ class EchoBackend:
             if not attempt.epoch.after(older.attempt.epoch):
                 return
             self.cancel(attempt.request_id)
+        if attempt.constraint is not None:
+            raise UnsupportedFeature("The echo backend cannot constrain its output.", param="constraint")
         sequences = _sequences(attempt)
         _check_fits(attempt, len(sequences), pool)
         pool.runs[attempt.request_id] = _Run(attempt, prompt_digest(attempt.prompt), sequences)

@@ -15,8 +15,11 @@ from worker import kernels
 from worker.backend import Attempt, Blocks, CacheChange, Failure, ModelSpec, Output, StageDone, StepResult
 from worker.engine.device import select_device
 from worker.engine.engine import Engine, EngineOptions, kv_blocks
+from worker.engine.grammar.grammars import Grammars, open_grammars
+from worker.engine.grammar.guard import Guard
 from worker.engine.loading import load
 from worker.engine.lora import read_adapter
+from worker.engine.paged import Servable
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class TorchBackend:
 
     `threads` are torch's, for the whole process; `device` is `auto`, `cpu` or `cuda`. `precision` is what is wanted:
     int8 needs a CPU and the kernels, which may be compiled now; otherwise it serves in fp32 and says so in the log.
+    `guard` tries constraints; without one, output cannot be constrained.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class TorchBackend:
         precision: Precision = "fp32",
         kernels_available: Callable[[], bool] = kernels.available,
         options: EngineOptions | None = None,
+        guard: Guard | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self._device = select_device(device)
@@ -47,6 +52,7 @@ class TorchBackend:
         """What it serves in, wherever the model allows it."""
         self._clock = clock or SystemClock()
         self._options = options
+        self._guard = guard
         self._engines: dict[str, Engine] = {}
         self._adapters: dict[str, str] = {}
         """Loaded adapters and their base."""
@@ -60,13 +66,20 @@ class TorchBackend:
             return self._load_adapter(spec, spec.folder)
         decoder = load(spec.folder, self._device, spec.context_length, kernels=self.precision == "int8")
         self._engines[spec.name] = engine = Engine(
-            decoder, kv_blocks(decoder, memory_budget), self._clock, name=spec.name, options=self._options
+            decoder,
+            kv_blocks(decoder, memory_budget),
+            self._clock,
+            name=spec.name,
+            options=self._options,
+            grammars=self._open_grammars(spec.folder, decoder),
         )
         return engine.blocks()
 
     def unload(self, name: str) -> None:
         """See `Backend`."""
-        self._engines.pop(name, None)
+        engine = self._engines.pop(name, None)
+        if engine is not None:
+            engine.close()
         base = self._adapters.pop(name, None)
         if base is not None:
             self._engines[base].drop_adapter(name)
@@ -119,6 +132,11 @@ class TorchBackend:
                 stages.extend(result.stages)
                 cache.extend(result.cache)
         return StepResult(outputs, failures, stages, cache)
+
+    def _open_grammars(self, folder: Path, decoder: Servable) -> Grammars | None:
+        if self._guard is None:
+            return None
+        return open_grammars(self._guard, folder, decoder.vocabulary, decoder.end_tokens, self._clock)
 
 
 def _possible(wanted: Precision, device: torch.device, available: Callable[[], bool]) -> Precision:

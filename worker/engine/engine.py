@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llmos.clock import Clock
-from llmos.errors import InternalError, InvalidRequest, PromptTooLong, Unavailable
+from llmos.errors import (
+    InternalError,
+    InvalidConstraint,
+    InvalidRequest,
+    PromptTooLong,
+    Unavailable,
+    UnsupportedFeature,
+)
 from worker.backend import Attempt, Blocks, CacheChange, Stage, StepResult
 from worker.engine.attention import KVRow
 from worker.engine.batch import PREFILL_TOKENS, Batch, Picker, plan
 from worker.engine.blocks import BlockManager
 from worker.engine.draft import Drafting
+from worker.engine.grammar.grammars import Grammars
 from worker.engine.kv import BLOCK_TOKENS, block_bytes
 from worker.engine.lora import Adapter, Adapters
 from worker.engine.paged import Servable
+from worker.engine.preparing import Preparing
 from worker.engine.report import Report
 from worker.engine.roster import Roster
 from worker.engine.run import Run
@@ -28,6 +37,8 @@ _WORKSPACE_BYTES = 32 << 20
 """Set aside for the activations of a step, besides its logits."""
 _LOGIT_ROWS = 64
 """Rows of logits (and as many of noise, in float64) that are set aside for."""
+_VERDICT_S = 0.01
+"""How long a step that has nothing to compute waits for a constraint."""
 
 
 def kv_blocks(decoder: Servable, memory_budget: int) -> int:
@@ -53,11 +64,18 @@ class EngineOptions:
 class Engine:
     """Owns a model, its KV memory and its attempts. Called by one thread.
 
-    `name` is the model's, for what is reported.
+    `name` is the model's, for what is reported; `grammars` its own, None if its output cannot be constrained.
     """
 
     def __init__(
-        self, decoder: Servable, blocks: int, clock: Clock, *, name: str = "", options: EngineOptions | None = None
+        self,
+        decoder: Servable,
+        blocks: int,
+        clock: Clock,
+        *,
+        name: str = "",
+        options: EngineOptions | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         options = options or EngineOptions()
         self._decoder = decoder
@@ -68,6 +86,8 @@ class Engine:
         self._adapters = Adapters(decoder)
         self._roster = Roster(self._manager, self._paged.memory, options.max_running)
         self._drafting = Drafting() if options.drafting else None
+        self._grammars = grammars
+        self._preparing = Preparing()
         self._arrivals = itertools.count()
         self._changes = itertools.count(1)
 
@@ -83,9 +103,9 @@ class Engine:
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; its attempts are cancelled. An unknown name is ignored."""
-        for run in self._roster.runs:
+        for run in [*self._roster.runs, *self._preparing.runs]:
             if run.attempt.adapter == name:
-                self._roster.forget(run)
+                self._forget(run)
         self._adapters.drop(name)
 
     def blocks(self) -> Blocks:
@@ -94,39 +114,51 @@ class Engine:
 
     def busy(self) -> bool:
         """Whether any attempt waits or runs."""
-        return bool(self._roster)
+        return bool(self._roster or self._preparing)
 
     def epoch(self, request_id: str) -> tuple[int, int] | None:
         """Epoch of the request's attempt here, if there is one."""
-        run = self._roster.find(request_id)
+        run = self._find(request_id)
         return None if run is None else run.epoch
 
     def admit(self, attempt: Attempt) -> None:
-        """Queue an attempt of a request that has none here. Raises InvalidRequest, PromptTooLong or Unavailable."""
+        """Queue an attempt of a request that has none here. Raises InvalidRequest (or a leaf of it) or Unavailable."""
         _check(attempt, self._decoder)
         self._adapters.check(attempt.adapter)
         run = Run(attempt, self._decoder.end_tokens, next(self._arrivals))
         if run.blocks_at(attempt.max_tokens) > self._manager.total:
             raise Unavailable("The request needs more KV blocks than this worker has.")
-        self._roster.add(run)
+        if attempt.constraint is None:
+            self._roster.add(run)
+        elif self._grammars is None:
+            raise UnsupportedFeature("This model's output cannot be constrained.", param="constraint")
+        else:
+            self._preparing.add(run, self._grammars.prepare(attempt, attempt.constraint))
 
     def cancel(self, request_id: str, choice: int | None, keep_until: int | None) -> None:
         """See `Backend.cancel`."""
-        run = self._roster.find(request_id)
+        run = self._find(request_id)
         if run is None:
             return
         if choice is None:
-            self._roster.forget(run)
+            self._forget(run)
         elif choice in run.choices:
             run.choices[choice].keep_until = keep_until or 0
             run.drop_satisfied(run.choices[choice])
             if not run.choices:
-                self._roster.forget(run)
+                self._forget(run)
+
+    def close(self) -> None:
+        """Nothing more is asked of it."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     @torch.inference_mode()
     def step(self) -> StepResult:
         """Start what fits, compute one batch, pick tokens."""
-        report, begun = Report(), self._clock.monotonic()
+        report = Report()
+        self._queue_prepared(report)
+        begun = self._clock.monotonic()
         self._start_waiting(report)
         batch = self._plan()
         if batch.spans:
@@ -139,6 +171,15 @@ class Engine:
             if self._drafting is not None and batch.decodes:
                 self._drafting.cost.add(logits.shape[0], self._clock.monotonic() - begun)
         return report.result(self._cache_changes())
+
+    def _queue_prepared(self, report: Report) -> None:
+        if not self._roster:
+            self._preparing.wait(_VERDICT_S)
+        for run, error in self._preparing.ready():
+            if error is None:
+                self._roster.add(run)
+            else:
+                report.fail(run, error)
 
     def _start_waiting(self, report: Report) -> None:
         for run in self._roster.start():
@@ -195,16 +236,28 @@ class Engine:
         run, choice = picker.run, picker.choice
         if self._roster.find(run.attempt.request_id) is not run:
             return False
-        if pick is None:
-            report.fail(run, InternalError("The model gave logits that are not numbers."))
+        try:
+            if pick is None:
+                raise InternalError("The model gave logits that are not numbers.")
+            run.append(choice, pick.token_id)
+        except (InternalError, InvalidConstraint) as error:
+            report.fail(run, error)
             self._roster.forget(run)
             return False
-        run.append(choice, pick.token_id)
         reason = run.finish(choice)
         report.token(run, choice, pick, reason)
         if reason is not None:
             run.drop(choice)
         return reason is None and not run.drop_satisfied(choice)
+
+    def _find(self, request_id: str) -> Run | None:
+        return self._roster.find(request_id) or self._preparing.find(request_id)
+
+    def _forget(self, run: Run) -> None:
+        if self._preparing.find(run.attempt.request_id) is run:
+            self._preparing.forget(run)
+        else:
+            self._roster.forget(run)
 
     def _end_prefills(self, report: Report) -> None:
         for run in self._roster.running:
@@ -225,7 +278,8 @@ class Engine:
 
 def _sampling_row(picker: Picker) -> SamplingRow:
     run, choice = picker.run, picker.choice
-    return SamplingRow(run.attempt.sampling, choice.number, run.prompt, choice.tokens, run.barred(choice))
+    row = SamplingRow(run.attempt.sampling, choice.number, run.prompt, choice.tokens, run.barred(choice))
+    return row if choice.matcher is None else replace(row, allowed=choice.matcher.allowed(row.barred), barred=())
 
 
 def _check(attempt: Attempt, decoder: Servable) -> None:

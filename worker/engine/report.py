@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmos.errors import InternalError
+from llmos.errors import LlmosError
 from worker.backend import CacheChange, Failure, FinishReason, Output, Stage, StageDone, StepResult, TokenLogprob
 from worker.engine.run import Choice, Run
 from worker.engine.sampling import Pick
@@ -55,10 +55,11 @@ class Report:
         """A choice has ended without another token."""
         self._piece(run, choice, len(choice.tokens)).finish = finish
 
-    def fail(self, run: Run, error: InternalError) -> None:
+    def fail(self, run: Run, error: LlmosError) -> None:
         """A run is given up."""
         self._pieces = {key: piece for key, piece in self._pieces.items() if piece.run is not run}
-        self._failures.append(Failure(run.attempt.request_id, run.attempt.epoch, error.code, error.message))
+        attempt = run.attempt
+        self._failures.append(Failure(attempt.request_id, attempt.epoch, error.code, error.message, error.param or ""))
 
     def stage(self, run: Run, stage: Stage, tokens: int, now: float) -> None:
         """A stage of the run ends now; the next one begins."""

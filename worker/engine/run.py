@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llmos.errors import InternalError
 from worker.backend import Attempt, FinishReason
 from worker.engine.blocks import BlockManager
+from worker.engine.grammar.matcher import Matcher
 from worker.engine.kv import BLOCK_TOKENS
 from worker.engine.lookup import Gram, Lookup
 from worker.engine.paged import KVMemory
@@ -28,6 +29,8 @@ class Choice:
     """Its keys and values, once those of the prompt are computed."""
     lookup: Lookup | None = None
     """What guesses its next tokens, once something does."""
+    matcher: Matcher | None = None
+    """Where it stands in its grammar, if it has one."""
 
     @property
     def kv(self) -> SequenceKV:
@@ -162,13 +165,17 @@ class Run:
         return sorted(self.stops) if len(choice.tokens) < self.attempt.min_tokens else ()
 
     def finish(self, choice: Choice) -> FinishReason | None:
-        """Whether, and why, a choice has ended with its present tokens."""
+        """Whether, and why, a choice has ended with its present tokens. A complete grammar overrides min_tokens."""
+        if choice.matcher is not None and choice.matcher.complete:
+            return FinishReason.STOP
         if choice.tokens and choice.tokens[-1] in self.stops and len(choice.tokens) > self.attempt.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(choice.tokens) >= self.attempt.max_tokens else None
 
     def append(self, choice: Choice, token: int) -> None:
-        """Give a choice its next token, whose keys and values are yet to be computed."""
+        """Give a choice its next token, whose keys and values are yet to be computed. Raises InvalidConstraint."""
+        if choice.matcher is not None:
+            choice.matcher.advance((token,))
         choice.tokens.append(token)
         choice.kv.computed = self.known(choice) - 1
         self.produced += 1

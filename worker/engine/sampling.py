@@ -5,10 +5,10 @@ Randomness is Gumbel noise keyed by the token id (the Gumbel-max trick): the pic
 token. Rows are computed together, yet none depends on another: every operation here works row by row, whatever the
 number of rows and threads (`docs/decisions/0005-exactness-in-fp32.md`).
 
-Order, as in vLLM: logit bias, stop tokens barred by `min_tokens`, repetition penalty (over prompt and answer),
-frequency and presence penalty (over the answer), temperature, min-p, top-k, top-p. A filter is a threshold: values that
-tie with the last one kept are kept too. Greedy ties go to the lowest token id. Logprobs are those of the model's own
-logits, before any of this (vLLM's `raw_logprobs`).
+Order, as in vLLM: logit bias, stop tokens barred by `min_tokens`, what a grammar allows, repetition penalty (over
+prompt and answer), frequency and presence penalty (over the answer), temperature, min-p, top-k, top-p. A filter is a
+threshold: values that tie with the last one kept are kept too. Greedy ties go to the lowest token id. Logprobs are
+those of the model's own logits, before any of this (vLLM's `raw_logprobs`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class SamplingRow:
     """Tokens of this choice so far; the index of the pick is their number."""
     barred: Collection[int] = ()
     """Token ids that must not be picked."""
+    allowed: Tensor | None = None
+    """Which tokens may be picked, bool [vocabulary], at least one of them; None: all."""
 
     @property
     def index(self) -> int:
@@ -79,6 +81,7 @@ def _adjusts(row: SamplingRow) -> bool:
     options = row.sampling
     return bool(
         row.barred
+        or row.allowed is not None
         or options.logit_bias
         or options.presence_penalty
         or options.frequency_penalty
@@ -94,6 +97,8 @@ def _adjust(values: Tensor, row: SamplingRow) -> None:
         values[ids] += torch.tensor(list(options.logit_bias.values()), dtype=values.dtype, device=values.device)
     if row.barred:
         values[torch.tensor(sorted(row.barred), device=values.device)] = -math.inf
+    if row.allowed is not None:
+        values.masked_fill_(row.allowed.logical_not().to(values.device), -math.inf)
     if options.repetition_penalty != 1.0:
         ids = torch.tensor(sorted({*row.prompt, *row.generated}), device=values.device)
         seen = values[ids]

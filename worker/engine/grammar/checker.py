@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,15 +29,17 @@ from worker import pipe
 from worker.backend import Constraint
 from worker.engine.grammar.vocabulary import Vocabulary
 
-CPU_S = 0.4
-"""Processor time of a check."""
-WALL_S = 1.2
+CPU_S = 0.25
+"""Processor time of a check; what people write takes a few milliseconds."""
+WALL_S = 1.4
 """A check that took longer is given up, however little of the processor it got."""
+_STARVED_S = 0.05
+"""A check that was given up before it got this much of the processor says something about the machine only."""
 MEMORY_BYTES = 256 << 20
 """Address space that a check may take besides what the process has."""
 _STACK_BYTES = 2 << 20
 """Less than the engine's threads have: a recursion that passes here does not overflow there."""
-_NICENESS = 10
+_NICENESS = 5
 _PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("<I")
 
@@ -123,7 +125,7 @@ class Checker:
         here, there = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _check(self._vocabularies[order.vocabulary], order, there)
+            _check(self._vocabularies, order, there)
         os.close(there)
         self._checks[here] = _Check(order.number, pid, time.monotonic() + WALL_S)
         self._selector.register(here, selectors.EVENT_READ)
@@ -137,7 +139,7 @@ class Checker:
         os.close(source)
         check = self._checks.pop(source)
         _, status, used = os.wait4(check.pid, 0)
-        starved = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used.ru_utime < CPU_S / 4
+        starved = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used.ru_utime < _STARVED_S
         if check.answer:
             self._answer(msgspec.json.decode(check.answer, type=Verdict))
         else:
@@ -160,13 +162,14 @@ def _died(number: int, starved: bool) -> Verdict:
     return Verdict(number=number, code="invalid_constraint", message=message)
 
 
-def _check(vocabulary: Vocabulary, order: Order, answer: int) -> None:
+def _check(vocabularies: Mapping[int, Vocabulary], order: Order, answer: int) -> None:
     """The fork's whole life."""
     status = 1
     try:
         _confine()
         try:
-            vocabulary.compile(Constraint(order.kind, order.text, tuple(order.texts)))
+            constraint = Constraint(order.kind, order.text, tuple(order.texts))
+            vocabularies[order.vocabulary].compile(constraint)
             verdict = Verdict(number=order.number)
         except LlmosError as error:
             verdict = Verdict(number=order.number, code=error.code, message=error.message)

@@ -25,7 +25,7 @@ from worker.engine.grammar.vocabulary import Vocabulary
 Matchers = Mapping[int, Matcher]
 """By choice."""
 
-_THREADS = 4
+_THREADS = 2
 _WAIT_S = 10.0
 """An attempt whose constraint nobody has begun to look at for this long is refused."""
 _VERDICTS = 1024
@@ -40,22 +40,29 @@ class Grammars:
         self._vocabulary = vocabulary
         self._key = key
         self._clock = clock
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="constraints")
+        self._new = ThreadPoolExecutor(_THREADS, thread_name_prefix="new-constraints")
+        self._known = ThreadPoolExecutor(_THREADS, thread_name_prefix="constraints")
+        """Those with a verdict do not queue behind those without."""
         self._lock = threading.Lock()
         self._verdicts: OrderedDict[bytes, Future[None]] = OrderedDict()
 
     def prepare(self, attempt: Attempt, constraint: Constraint) -> Future[Matchers]:
         """Matchers of the attempt's choices, soon; or an LlmosError."""
-        return self._threads.submit(self._prepare, attempt, constraint, self._clock.monotonic() + _WAIT_S)
+        key = hashlib.sha256(repr(constraint).encode()).digest()
+        with self._lock:
+            verdict = self._verdicts.get(key)
+        threads = self._known if verdict is not None and verdict.done() else self._new
+        return threads.submit(self._prepare, attempt, constraint, key, self._clock.monotonic() + _WAIT_S)
 
     def close(self) -> None:
         """Prepare nothing more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._new, self._known):
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, attempt: Attempt, constraint: Constraint, begin_until: float) -> Matchers:
+    def _prepare(self, attempt: Attempt, constraint: Constraint, key: bytes, begin_until: float) -> Matchers:
         if self._clock.monotonic() > begin_until:
             raise Overloaded("Too many constraints wait to be checked; try again.", retry_after_s=1.0)
-        self._check(constraint)
+        self._check(constraint, key)
         start = self._vocabulary.compile(constraint)
         choices = set(range(attempt.choices)) - attempt.finished_choices
         return {number: self._matcher(attempt, number, start) for number in choices}
@@ -65,9 +72,8 @@ class Grammars:
         matcher.advance(attempt.resume.get(number, ()))
         return matcher
 
-    def _check(self, constraint: Constraint) -> None:
+    def _check(self, constraint: Constraint, key: bytes) -> None:
         """Raise what the checker process says, or said, of the constraint. Threads with the same one ask once."""
-        key = hashlib.sha256(repr(constraint).encode()).digest()
         with self._lock:
             verdict = self._verdicts.get(key)
             asks = verdict is None

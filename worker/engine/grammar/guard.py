@@ -20,10 +20,12 @@ from worker.backend import Constraint
 from worker.engine.grammar.checker import WALL_S, Order, Verdict
 from worker.engine.grammar.vocabulary import PARAM
 
-_ANSWER_S = WALL_S + 0.5
+_ANSWER_S = WALL_S + 0.4
 _SEND_S = 1
 _READ_S = 30.0
 """For a process that starts and reads a large vocabulary."""
+_Wanted = tuple[str, int, tuple[int, ...]]
+"""Folder, size and end tokens of a vocabulary."""
 _LOST = "The check of the constraint was lost; try again."
 
 
@@ -86,7 +88,7 @@ class Guard:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: _Process | None = None
-        self._vocabularies: dict[int, Order] = {}
+        self._vocabularies: dict[_Wanted, int] = {}
         self._numbers = iter(range(1 << 62))
 
     @property
@@ -98,11 +100,11 @@ class Guard:
         """Let the process read a vocabulary, without waiting; returns the number to ask with. See `Vocabulary`."""
         with self._lock:
             process = self._running()
-            key = next(self._numbers)
-            order = Order(number=key, vocabulary=key, folder=str(folder), size=size, end_tokens=sorted(end_tokens))
-            self._vocabularies[key] = order
-            process.read[key] = process.ask(order)
-        return key
+            wanted = (str(folder), size, tuple(sorted(end_tokens)))
+            if wanted not in self._vocabularies:
+                key = self._vocabularies[wanted] = next(self._numbers)
+                process.read[key] = process.ask(_read_order(wanted, key))
+            return self._vocabularies[wanted]
 
     def check(self, vocabulary: int, constraint: Constraint) -> None:
         """Try a constraint; takes less than 2 s once the vocabulary was read.
@@ -140,6 +142,11 @@ class Guard:
     def _running(self) -> _Process:
         if self._process is None or not self._process.alive:
             self._process = _Process()
-            for key, order in self._vocabularies.items():
-                self._process.read[key] = self._process.ask(order)
+            for wanted, key in self._vocabularies.items():
+                self._process.read[key] = self._process.ask(_read_order(wanted, key))
         return self._process
+
+
+def _read_order(wanted: _Wanted, key: int) -> Order:
+    folder, size, end_tokens = wanted
+    return Order(number=key, vocabulary=key, folder=folder, size=size, end_tokens=end_tokens)

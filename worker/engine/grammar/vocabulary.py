@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from llmos.errors import InvalidConstraint, UnsupportedFeature
 from worker.backend import Constraint
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 PARAM = "constraint"
 """The `param` of refusals; the gateway knows what its client called the field."""
-_JSON_STYLE = {
+_JSON_STYLE: JsonCompileOptions = {
     "item_separator": ", ",
     "key_separator": ": ",
     "whitespace_flexible": False,
