@@ -106,8 +106,11 @@ def alone(load: Load, mixed: Mapping[str, Attempt]) -> Transcript:
     return found
 
 
-def logprobs(found: Transcript) -> dict[tuple[str, int, int], object]:
-    return {(out.request_id, out.choice, out.index): out.logprobs for out in found.outputs}
+def logprobs(found: Transcript) -> dict[tuple[str, int], list[object]]:
+    by_choice: dict[tuple[str, int], list[object]] = {}
+    for out in found.outputs:
+        by_choice.setdefault((out.request_id, out.choice), []).extend(out.logprobs)
+    return by_choice
 
 
 def text(tokens: list[int]) -> str:
@@ -135,7 +138,7 @@ def test_the_bytes_are_the_same_among_others_and_after_preemption(
     together = Transcript().run(backend)
     assert [(failure.code, failure.param) for failure in together.failures] == [("invalid_constraint", "constraint")]
     assert {key: tokens for key, tokens in together.tokens.items() if key[0] != "free"} == alone.tokens
-    assert logprobs(alone).items() <= logprobs(together).items()
+    assert {key: entries for key, entries in logprobs(together).items() if key[0] != "free"} == logprobs(alone)
 
 
 def test_the_bytes_are_the_same_resumed_at_any_index(
@@ -180,7 +183,7 @@ def test_nobody_waits_for_a_constraint_that_is_being_checked(load: Load) -> None
     while len(found.failures) < 2:
         found.run(backend, steps=1)
         steps += 1
-        assert ("free", 0) in found.finishes or len(found.tokens["free", 0]) == before + steps
+        assert ("free", 0) in found.finishes or len(found.tokens["free", 0]) >= before + steps
     assert [failure.request_id for failure in found.failures] == ["bad", "endless"]
 
 
