@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from llmos.errors import Cancelled, InvalidRequest, LlmosError, ModelNotFound, Overloaded, PromptTooLong
+from llmos.errors import (
+    Cancelled,
+    InvalidRequest,
+    LlmosError,
+    ModelNotFound,
+    Overloaded,
+    PromptTooLong,
+    UnsupportedFeature,
+)
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from scheduler import events, takeover
 from scheduler.commands import CloseStream, Order, SendCatalogue, SendFailure
 from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted, forget_claim
-from scheduler.requests import STOP, LiveRequest, ModelKey, blocks_needed
+from scheduler.requests import STOP, LiveRequest, ModelKey, blocks_needed, capabilities_for, most_tokens
 from scheduler.state import GatewayView, Outbox, State
 from scheduler.workers import HOPELESS
 
@@ -66,7 +74,7 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
     request = event.request
     key = _resolve(state, request)
     if key is not None:
-        _check_size(state, request, key)
+        _check_fit(state, request, key)
     if not request.resume and len(state.waiting) + len(state.parked) >= state.policy.queue_limit:
         waiting = len(state.waiting) + len(state.parked)
         pause = state.drain.retry_after_ms(waiting, now) / 1000
@@ -131,12 +139,14 @@ def _check_shape(request: request_pb2.Request) -> None:
         raise InvalidRequest("A choice cannot hold more tokens than it may get.", param="resume")
 
 
-def _check_size(state: State, request: request_pb2.Request, key: ModelKey) -> None:
-    """Refuse at once what no worker could ever hold."""
+def _check_fit(state: State, request: request_pb2.Request, key: ModelKey) -> None:
+    """Refuse at once what the model does not do, and what no worker could ever hold."""
     if request.choices > state.policy.max_choices:
         raise InvalidRequest(f"At most {state.policy.max_choices} choices.", param="n")
     model = state.catalogue.get(key[0])
-    tokens = len(request.token_ids) + request.max_tokens
+    if model is not None and model.capabilities and capabilities_for(request).isdisjoint(model.capabilities):
+        raise UnsupportedFeature(f"The model '{request.model}' does not do what is asked of it.", param="model")
+    tokens = most_tokens(request)
     if model is not None and model.version == key[1] and tokens > model.context_length:
         raise PromptTooLong(
             f"Prompt and max_tokens make {tokens} tokens; the model's context is {model.context_length}.",
@@ -153,7 +163,7 @@ def unpark(state: State, now: float, out: Outbox) -> None:
         try:
             key = _resolve(state, live.request)
             if key is not None:
-                _check_size(state, live.request, key)
+                _check_fit(state, live.request, key)
         except LlmosError as error:
             fail(state, live, error, out)
             continue

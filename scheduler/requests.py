@@ -19,10 +19,28 @@ STOP = inference_pb2.FINISH_REASON_STOP
 ModelKey = tuple[str, str]
 """Name and version of a model."""
 
+_GENERATE = frozenset({"chat", "completion"})
+_CAPABILITIES = {
+    request_pb2.TASK_EMBED: frozenset({"embed"}),
+    request_pb2.TASK_CLASSIFY: frozenset({"classify"}),
+    request_pb2.TASK_SCORE: frozenset({"score"}),
+}
+
+
+def capabilities_for(request: request_pb2.Request) -> frozenset[str]:
+    """A model can do what is asked if it has one of these."""
+    return _CAPABILITIES.get(request.task, _GENERATE)
+
+
+def most_tokens(request: request_pb2.Request) -> int:
+    """Of prompt and answer of one choice. Only generation has an answer in tokens."""
+    answer = 0 if request.task in _CAPABILITIES else request.max_tokens
+    return len(request.token_ids) + answer
+
 
 def blocks_needed(request: request_pb2.Request, choices: int) -> int:
-    """KV blocks that `choices` sequences take when each is as long as it may become."""
-    return choices * math.ceil((len(request.token_ids) + request.max_tokens) / BLOCK_TOKENS)
+    """Blocks that `choices` sequences take when each is as long as it may become."""
+    return choices * math.ceil(most_tokens(request) / BLOCK_TOKENS)
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import msgspec
 
 from llmos.errors import SourceError
 from llmos.store import adapter
+from llmos.store.encoders import EncoderFacts, read_encoder, read_object
 from llmos.store.manifest import AdapterOf, Manifest, ManifestFile, seal
 from llmos.store.tensors import Tensor, main_dtype, read_header
 
@@ -27,7 +28,7 @@ def describe(
     folder: Path, files: Sequence[ManifestFile], *, source: str, license_id: str, created_unix_s: int
 ) -> Manifest:
     """The sealed manifest of the model that lies in `folder` as `files`. Raises `SourceError` if it is not one."""
-    config = _object(folder, "config.json")
+    config = read_object(folder, "config.json")
     if config is None:
         raise SourceError("The source has no config.json.")
     tokenizer_hash = next((file.sha256 for file in files if file.path == "tokenizer.json"), None)
@@ -40,7 +41,7 @@ def describe(
     template = chat_template(folder)
     return seal(
         Manifest(
-            **_demand(config, tensors),
+            **_demand(config, tensors, read_encoder(folder)),
             tokenizer_hash=tokenizer_hash,
             chat_template=template,
             chat_template_hash=hashlib.sha256(template.encode()).hexdigest() if template else "",
@@ -87,7 +88,7 @@ def chat_template(folder: Path) -> str:
         except UnicodeDecodeError as error:
             raise SourceError("chat_template.jinja of the source is not text in UTF-8.") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
-        found = (_object(folder, name) or {}).get("chat_template")
+        found = (read_object(folder, name) or {}).get("chat_template")
         if isinstance(found, list):  # several named ones: [{"name": ..., "template": ...}]
             named = (entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default")
             found = next(named, {}).get("template")
@@ -96,15 +97,16 @@ def chat_template(folder: Path) -> str:
     return ""
 
 
-def _demand(config: Json, tensors: Sequence[Tensor]) -> dict[str, Any]:
+def _demand(config: Json, tensors: Sequence[Tensor], encoder: EncoderFacts | None) -> dict[str, Any]:
     """What must be known to place the model; sizes are upper bounds for models that use less in some layers."""
     text = {**config, **_text_config(config)}
-    hidden, heads = _number(text, "hidden_size", "n_embd", "d_model"), _number(text, "num_attention_heads", "n_head")
-    layers = _number(text, "num_hidden_layers", "n_layer")
+    hidden = _number(text, "hidden_size", "n_embd", "d_model", "dim")
+    heads = _number(text, "num_attention_heads", "n_head", "n_heads")
+    layers = _number(text, "num_hidden_layers", "n_layer", "n_layers")
     kv_heads = _number(text, "num_key_value_heads", default=heads)
     head_dim = _number(text, "head_dim", default=hidden // heads)
     dtype = main_dtype(tensors)
-    return {
+    demand = {
         "architecture": _architecture(config),
         "model_type": str(config.get("model_type", "")),
         "layers": layers,
@@ -117,6 +119,15 @@ def _demand(config: Json, tensors: Sequence[Tensor]) -> dict[str, Any]:
         "parameter_count": sum(tensor.elements for tensor in tensors),
         "weight_bytes": sum(tensor.bytes for tensor in tensors),
         "kv_bytes_per_token": 2 * layers * kv_heads * head_dim * DTYPE_BYTES.get(dtype, 2),
+    }
+    if encoder is None:
+        return demand
+    return demand | {
+        "context_length": encoder.context_length,
+        "kv_bytes_per_token": 0,  # a text is computed at once and leaves nothing behind
+        "capabilities": encoder.capabilities,
+        "labels": encoder.labels,
+        "dimensions": encoder.dimensions,
     }
 
 
@@ -150,7 +161,7 @@ def _number(config: Json, *keys: str, default: int | None = None) -> int:
 
 def _special_token(folder: Path, key: str) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        value = (_object(folder, name) or {}).get(key)
+        value = (read_object(folder, name) or {}).get(key)
         if isinstance(value, dict):  # an AddedToken
             value = value.get("content")
         if isinstance(value, str):
@@ -160,7 +171,7 @@ def _special_token(folder: Path, key: str) -> str:
 
 def _eos_token_ids(folder: Path, config: Json) -> tuple[int, ...]:
     """As transformers' `generate` takes them: generation_config.json wins over config.json."""
-    for holder in (_object(folder, "generation_config.json") or {}, config, _text_config(config)):
+    for holder in (read_object(folder, "generation_config.json") or {}, config, _text_config(config)):
         value = holder.get("eos_token_id")
         if isinstance(value, int):
             return (value,)
@@ -169,14 +180,3 @@ def _eos_token_ids(folder: Path, config: Json) -> tuple[int, ...]:
                 raise SourceError("The source has an 'eos_token_id' that is no token id.")
             return tuple(value)
     return ()
-
-
-def _object(folder: Path, name: str) -> dict[str, Any] | None:
-    """A JSON object in a file, or None if there is no such file. Raises `SourceError` if it holds something else."""
-    path = folder / name
-    if not path.is_file():
-        return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise SourceError(f"{name} of the source is not a JSON object: {error}.") from error

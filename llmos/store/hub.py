@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmos.errors import MissingExtra, SourceError
-from llmos.store.payload import PICKLES, Bundle, bundle, model_name, of_file, refuse_pickle, wanted
+from llmos.store.encoders import POOLING_FILE
+from llmos.store.payload import PICKLES, Bundle, bundle, model_name, of_file, refuse_pickle, stored_name, wanted
 from llmos.store.progress import Progress
 
 REPOSITORY = re.compile(r"(?P<repository>[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?)(@(?P<revision>[A-Za-z0-9._/-]+))?")
@@ -51,17 +52,18 @@ def _fetch(repository: str, revision: str | None, work: Path, progress: Progress
         bar = _bar_class(progress)
         hub.hf_hub_download(repository, name, revision=info.sha, local_dir=work, etag_timeout=TIMEOUT_S, tqdm_class=bar)
         progress.advance(max(0, size - bar.seen))
-    payloads = [of_file(work / name) for name in sizes]
+    payloads = [of_file(work / name, stored_name(name) or "") for name in sizes]
     return bundle(payloads, repository, model_name(PurePosixPath(repository).name + ".hub"), _license(info))
 
 
 def _choose(repository: str, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The files to download: those in the repository's top folder that can be part of a model."""
+    """The files to download: those that can be part of a model, in the top folder, and the pooling's configuration."""
     top = {name: size for name, size in sizes.items() if "/" not in name}
+    pooling = {name: size for name, size in sizes.items() if name.count("/") == 1 and stored_name(name) == POOLING_FILE}
     chosen = {name: size for name, size in top.items() if wanted(name)}
     safetensors = any(name.endswith(".safetensors") for name in chosen)
     if safetensors:
-        return {name: size for name, size in chosen.items() if not name.lower().endswith(".gguf")}
+        return {name: size for name, size in chosen.items() if not name.lower().endswith(".gguf")} | pooling
     ggufs = {name: size for name, size in chosen.items() if name.lower().endswith(".gguf")}
     if len(ggufs) == 1:
         return ggufs

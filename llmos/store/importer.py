@@ -20,6 +20,7 @@ from llmos.store import files, hub, pypi
 from llmos.store.adapter import read_config
 from llmos.store.conversion import conversion_key, convert, require_converter
 from llmos.store.describe import describe, describe_adapter
+from llmos.store.encoders import POOLING_FILE
 from llmos.store.gguf import read_metadata
 from llmos.store.layout import check_name
 from llmos.store.manifest import Manifest, ManifestFile
@@ -91,7 +92,8 @@ def _local(path: Path, source: str) -> Bundle:
         return bundle([of_file(path)], path.name, path.stem)
     if path.is_dir():
         found = [of_file(child) for child in path.iterdir() if child.is_file() and _part_of_model(child.name)]
-        return bundle(found, path.name, path.name.lower())
+        pooling = [of_file(child, POOLING_FILE) for child in path.glob("*_Pooling/config.json")]
+        return bundle(found + pooling, path.name, path.name.lower())
     raise SourceError(f"'{source[:200]}' is no file, no folder, and does not begin with {': or '.join(SCHEMES)}:.")
 
 

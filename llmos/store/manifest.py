@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import msgspec
 
@@ -11,8 +12,8 @@ from llmos.store.layout import DIGEST
 
 PROVENANCE = frozenset({"name", "version", "source", "license", "created_unix_s"})
 """Fields that say where a version came from; the same bytes from elsewhere are the same version."""
-_ABSENT = frozenset({"adapter"})
-"""Fields that do not count while they are None: they came after the first versions were sealed."""
+_LATER = frozenset({"adapter", "capabilities", "labels", "dimensions"})
+"""Fields that earlier releases did not have: left out where they say nothing, so that old versions keep their hash."""
 
 
 class AdapterOf(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,6 +66,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bos_token: str = ""
     eos_token: str = ""
     eos_token_ids: tuple[int, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    """What an encoder does: `embed`, `classify`, `score`; () for a decoder."""
+    labels: tuple[str, ...] = ()
+    """Of a classifier, in the order of its values."""
+    dimensions: tuple[int, ...] = ()
+    """Lengths of vectors that an encoder makes, its own first."""
     files: tuple[ManifestFile, ...]
     """Sorted by path."""
     adapter: AdapterOf | None = None
@@ -81,11 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def version_of(manifest: Manifest) -> str:
     """SHA-256, in hex, of the manifest's content: what decides bytes, not where it came from."""
-    content = {
-        key: value
-        for key, value in msgspec.to_builtins(manifest).items()
-        if key not in PROVENANCE and not (key in _ABSENT and value is None)
-    }
+    content = {key: value for key, value in _fields(manifest).items() if key not in PROVENANCE}
     return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
@@ -97,7 +100,11 @@ def seal(manifest: Manifest) -> Manifest:
 
 def encode(manifest: Manifest) -> bytes:
     """JSON for people and programs, without the name: names are pointers and live elsewhere."""
-    return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(manifest, name="")), indent=2) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(_fields(manifest) | {"name": ""}), indent=2) + b"\n"
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    return {key: value for key, value in msgspec.to_builtins(manifest).items() if value or key not in _LATER}
 
 
 def decode(data: bytes, version: str) -> Manifest:

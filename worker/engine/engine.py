@@ -18,7 +18,7 @@ from llmos.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from worker.backend import Attempt, Blocks, CacheChange, Stage, StepResult
+from worker.backend import Attempt, Blocks, CacheChange, Stage, StepResult, Task
 from worker.engine.attention import KVRow
 from worker.engine.batch import PREFILL_TOKENS, Batch, Picker, plan
 from worker.engine.blocks import BlockManager
@@ -284,6 +284,8 @@ def _sampling_row(picker: Picker) -> SamplingRow:
 
 def _check(attempt: Attempt, decoder: Servable) -> None:
     """What would break a step for everybody must not get into one."""
+    if attempt.task is not Task.GENERATE:
+        raise UnsupportedFeature(f"The model does not {attempt.task.value}.", param="model")
     if not attempt.prompt:
         raise InvalidRequest("The prompt is empty.", param="prompt")
     if attempt.max_tokens < 1 or attempt.choices < 1:

@@ -7,7 +7,7 @@ last, partial vector differently. Both are replaced by calls of one fixed shape;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as nnf
@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 TILE_ROWS = 8
 """Rows of every matrix product. Reading the weights dominates at 1 row and still does at 8."""
+_WIDE_ROWS = (64, 32, 16)
+"""Rows of products that take the place of several tiles where a check at load finds the same bits."""
 _COLUMN_BLOCK_BYTES = 8 << 20
 """Weights of a product that is repeated for each tile of rows: they should still be in the cache the second time."""
 _VECTOR = 32
@@ -29,10 +31,11 @@ _NOT_ELEMENTWISE = (nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d, nn.GLU,
 class FixedRowLinear(nn.Module):
     """y = x W^T + b in products of exactly `TILE_ROWS` rows. Holds its own packed copy of the weights.
 
-    `weight` is [outputs, inputs], `bias` [outputs] or None, both float32.
+    `weight` is [outputs, inputs], `bias` [outputs] or None, both float32. `wide`: take more rows at a time while there
+    are so many, if that is seen to give the same bits for this layer.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight_bytes = weight.nbytes
@@ -41,6 +44,15 @@ class FixedRowLinear(nn.Module):
             (self._pack(weight[first:last].detach()), None if bias is None else bias[first:last].detach())
             for first, last in _column_blocks(weight)
         ]
+        self._tiles = [rows for rows in _WIDE_ROWS if wide and self._same_bits(rows, weight.device)] + [TILE_ROWS]
+
+    def _same_bits(self, rows: int, device: torch.device) -> bool:
+        noise = torch.randn(rows, self.in_features, generator=torch.Generator().manual_seed(0)).to(device)
+        tiles = torch.split(noise, TILE_ROWS)
+        return all(
+            torch.equal(self._product(noise, weight, bias), self._products(tiles, weight, bias))
+            for weight, bias in self._blocks
+        )
 
     def _pack(self, weight: Tensor) -> Tensor:
         if not self._packed:
@@ -52,15 +64,26 @@ class FixedRowLinear(nn.Module):
         """[..., inputs] to [..., outputs]."""
         rows = x.reshape(-1, self.in_features)
         count = rows.shape[0]
-        if count % TILE_ROWS:
-            rows = nnf.pad(rows, (0, 0, 0, -count % TILE_ROWS))
         if not count:
             return x.new_empty(*x.shape[:-1], self.out_features)
-        out = _joined([self._tiled(rows, weight, bias) for weight, bias in self._blocks], dim=1)
+        tiles = self._cut(rows)
+        out = _joined([self._products(tiles, weight, bias) for weight, bias in self._blocks], dim=1)
         return out[:count].view(*x.shape[:-1], self.out_features)
 
-    def _tiled(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _joined([self._product(tile, weight, bias) for tile in torch.split(rows, TILE_ROWS)], dim=0)
+    def _cut(self, rows: Tensor) -> list[Tensor]:
+        """Tiles, the widest first; the last one is padded."""
+        sizes: list[int] = []
+        left = rows.shape[0]
+        for size in self._tiles:
+            sizes += [size] * (left // size)
+            left %= size
+        tiles = list(torch.split(rows, [*sizes, left] if left else sizes))
+        if left:
+            tiles[-1] = nnf.pad(tiles[-1], (0, 0, 0, TILE_ROWS - left))
+        return tiles
+
+    def _products(self, tiles: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _joined([self._product(tile, weight, bias) for tile in tiles], dim=0)
 
     def _product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._packed:
@@ -99,20 +122,20 @@ class SteadyActivation(nn.Module):
         return out[: x.numel()].view(x.shape)
 
 
-def steady_layers(model: nn.Module) -> None:
-    """Replace, in place, every linear layer and activation of a model that is on its device."""
+def steady_layers(model: nn.Module, *, wide: bool = False) -> None:
+    """Replace, in place, every linear layer and activation of a model that is on its device. `wide`: see the layer."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            replacement = _replacement(child)
+            replacement = _replacement(child, wide)
             if replacement is not None:
                 setattr(parent, name, replacement)
 
 
-def _replacement(module: nn.Module) -> nn.Module | None:
+def _replacement(module: nn.Module, wide: bool) -> nn.Module | None:
     if isinstance(module, Conv1D):
-        return FixedRowLinear(module.weight.t(), module.bias)
+        return FixedRowLinear(module.weight.t(), module.bias, wide=wide)
     if type(module) is nn.Linear:
-        return FixedRowLinear(module.weight, module.bias)
+        return FixedRowLinear(module.weight, module.bias, wide=wide)
     if type(module).__module__ in _ACTIVATION_MODULES and not isinstance(module, _NOT_ELEMENTWISE):
         return SteadyActivation(module)
     return None

@@ -320,6 +320,7 @@ class CatalogueModel(google.protobuf.message.Message):
     CREATED_UNIX_S_FIELD_NUMBER: builtins.int
     BASE_MODEL_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    DIMENSIONS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     version: builtins.str
@@ -348,6 +349,10 @@ class CatalogueModel(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Classifiers: names of the labels, in the order of `Output.values`."""
 
+    @property
+    def dimensions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Embedding models: lengths of vectors that may be asked for, the model's own first."""
+
     def __init__(
         self,
         *,
@@ -363,8 +368,9 @@ class CatalogueModel(google.protobuf.message.Message):
         created_unix_s: builtins.int = ...,
         base_model: builtins.str = ...,
         labels: collections.abc.Iterable[builtins.str] | None = ...,
+        dimensions: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "bos_token", b"bos_token", "capabilities", b"capabilities", "chat_template_hash", b"chat_template_hash", "context_length", b"context_length", "created_unix_s", b"created_unix_s", "eos_token", b"eos_token", "labels", b"labels", "name", b"name", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_model", b"base_model", "bos_token", b"bos_token", "capabilities", b"capabilities", "chat_template_hash", b"chat_template_hash", "context_length", b"context_length", "created_unix_s", b"created_unix_s", "dimensions", b"dimensions", "eos_token", b"eos_token", "labels", b"labels", "name", b"name", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___CatalogueModel = CatalogueModel
 

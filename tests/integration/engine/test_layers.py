@@ -44,6 +44,15 @@ def test_linear_rows(inputs: int, outputs: int) -> None:
         torch.testing.assert_close(fixed(x), layer(x))
 
 
+def test_wide_linear_rows() -> None:
+    layer = nn.Linear(384, 1536)
+    with torch.inference_mode():
+        wide = FixedRowLinear(layer.weight, layer.bias, wide=True)
+        check_rows(wide, 384)
+        x = torch.randn(91, 384)
+        assert torch.equal(wide(x), FixedRowLinear(layer.weight, layer.bias)(x))
+
+
 def test_linear_rows_without_packed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_has_mkldnn", False)
     layer = nn.Linear(576, 200, bias=False)

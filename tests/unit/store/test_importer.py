@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from llmos.errors import LlmosError, MissingExtra, SourceError
 from llmos.store import DEFAULT_NAME, DEFAULT_SOURCE, Manifest, Store, default, ensure_default, import_model
 from llmos.store.conversion import NEEDED, convert
 from llmos.store.progress import Silent
-from tests.fakes.models import gguf_header, model_files, write_model
+from llmos.store.wheel import Wheel
+from tests.fakes.models import CONFIG, gguf_header, model_files, write_model, write_wheel
 from tests.fakes.store import Converter, Recorder
 
 GGUF = gguf_header({"general.architecture": "llama"}) + b"weights"
@@ -132,6 +134,26 @@ def test_a_folder_is_copied_and_stays_the_users(store: Store, tmp_path: Path) ->
     assert progress.complete()
     (folder / "config.json").write_text("changed by the user")
     store.verify(entry)
+
+
+def test_an_encoder_brings_how_its_vectors_are_made(store: Store, tmp_path: Path) -> None:
+    """From a folder, and from a wheel, in which other files are called config.json too."""
+    bert = {"architectures": ["BertModel"], "model_type": "bert", "max_position_embeddings": 64}
+    own = {
+        "config.json": json.dumps(CONFIG | bert).encode(),
+        "modules.json": b'[{"type": "x.Transformer"}, {"type": "x.Pooling"}, {"type": "x.Normalize"}]',
+        "1_Pooling/config.json": b'{"pooling_mode_cls_token": true}',
+    }
+    folder = write_model(tmp_path / "mini", without=("chat_template.jinja",))
+    (folder / "1_Pooling").mkdir()
+    for name, data in own.items():
+        (folder / name).write_bytes(data)
+    entry = import_model(store, str(folder))
+    assert (entry.capabilities, entry.dimensions, entry.kv_bytes_per_token) == (("embed",), (16,), 0)
+    assert (store.materialize(entry) / "pooling.json").read_bytes() == own["1_Pooling/config.json"]
+    members = {f"pkg/model/{name}": data for name, data in (model_files() | own).items() if "chat" not in name}
+    wheel = Wheel(write_wheel(tmp_path, "mini", members))
+    assert {payload.name for payload in wheel.payloads()} == {file.path for file in entry.files}
 
 
 def test_what_a_failed_import_staged_does_not_reach_the_next_one(store: Store, tmp_path: Path) -> None:

@@ -89,3 +89,12 @@ def test_a_manifest_whose_files_would_lie_elsewhere_is_refused(file: dict[str, o
 def test_a_manifest_under_another_version_is_refused() -> None:
     with pytest.raises(StoreCorrupt):
         decode(encode(ENTRY), "0" * 64)
+
+
+def test_fields_of_later_releases_leave_earlier_versions_alone() -> None:
+    """What a release without them called this version."""
+    assert ENTRY.version == "cba7f2b76feb4478f0db485f612ccdb7124e21d103bac70d81e3892232eb62e5"
+    assert b"labels" not in encode(ENTRY)
+    labelled = seal(msgspec.structs.replace(ENTRY, capabilities=("classify",), labels=("a", "b")))
+    assert labelled.version != ENTRY.version
+    assert decode(encode(labelled), labelled.version) == labelled
