@@ -36,8 +36,8 @@ SEQUENCES = (1, 4, 16, 32)
 STEPS = {1: 64, 4: 48, 16: 32, 32: 24}
 KL_TOKENS = 256
 LIMIT_SHARE = 0.75
-BYTES_PER_WEIGHT = {"int8": 1 + 2 / 64, "fp32": 4.0}
-"""What a decode step reads: int8 has a 16-bit scale per 64 weights."""
+BYTES_PER_WEIGHT = {"int8": 1 + 2 / 64, "fp16": 2.0, "fp32": 4.0}
+"""What a decode step reads: int8 has a 16-bit scale per 64 weights. Of a mixed plan, the widest counts."""
 
 Measure = Callable[[Side, Texts, int], float]
 
@@ -158,7 +158,7 @@ def shares(sides: Sides, speeds: Mapping[str, list[float]]) -> Iterator[Row]:
     The weights are all that is counted, read once per step and multiplied once per token; KV and attention come on top.
     """
     weights, limits = decode_weights(sides.folder), Meter().measure(THREADS)
-    size = BYTES_PER_WEIGHT[sides.ours.about["precision"]]
+    size = max(BYTES_PER_WEIGHT[kind] for kind in sides.ours.about["precision"].split("+"))
     bounds = (
         ("decode, 1 sequence", "memory reads", limits.read_bytes / (weights * size), LIMIT_SHARE),
         ("decode, 32 sequences", "16-bit multiply-adds", limits.int16 / weights, LIMIT_SHARE),

@@ -9,6 +9,7 @@ from pathlib import Path
 from llmos.errors import ConfigError, StoreCorrupt
 from llmos.internal.v1 import registry_pb2, requests_pb2
 from llmos.store import Manifest, Store
+from llmos.store.precision import Precision, content_version, identity
 from worker.engine_process import EngineModel
 from worker.models import HeldModel, hold
 
@@ -18,7 +19,7 @@ _FLOAT32_BYTES = 4
 _RANK_MULTIPLE = 8
 
 
-def hold_with_adapters(backend: str, names: Sequence[str], store: Path | None, precision: str) -> list[HeldModel]:
+def hold_with_adapters(backend: str, names: Sequence[str], store: Path | None, precision: Precision) -> list[HeldModel]:
     """See `hold`; with all adapters to those models, named or not. Raises ConfigError for one without its base."""
     if backend == "echo":
         return hold(backend, names, store, precision)
@@ -36,7 +37,7 @@ def hold_with_adapters(backend: str, names: Sequence[str], store: Path | None, p
 
 def held_adapters(store: Store, bases: Sequence[HeldModel]) -> Iterator[HeldModel]:
     """Adapters of `bases`, in order of name. Damaged ones are left out, and named in the log."""
-    by_version = {base.engine.version: base for base in bases}
+    by_version = {content_version(base.engine.version): base for base in bases}
     for entry in _adapters(store):
         base = by_version.get(entry.adapter.base_version) if entry.adapter is not None else None
         if base is not None and store.whole(entry):
@@ -56,12 +57,14 @@ def _adapters(store: Store) -> list[Manifest]:
 def _held(store: Store, entry: Manifest, base: HeldModel) -> HeldModel:
     model = requests_pb2.CatalogueModel()
     model.CopyFrom(base.record.model)
-    model.name, model.version, model.base_model = entry.name, entry.version, base.name
+    # Its bytes depend on the precision of its base.
+    version = identity(entry.version, base.engine.plan)
+    model.name, model.version, model.base_model = entry.name, version, base.name
     model.created_unix_s = entry.created_unix_s
     record = registry_pb2.ModelRecord(model=model, weight_bytes=_weight_bytes(entry))
     engine = EngineModel(
         name=entry.name,
-        version=entry.version,
+        version=version,
         folder=str(store.materialize(entry)),
         weight_bytes=record.weight_bytes,
         base=base.name,

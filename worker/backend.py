@@ -12,6 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, Protocol
 
+from llmos.store.precision import PrecisionPlan
+
 
 class FinishReason(Enum):
     """Why a choice ended, in OpenAI's words."""
@@ -200,6 +202,8 @@ class ModelSpec:
     """Most tokens of prompt and answer together; 0: the files say."""
     base: str = ""
     """A LoRA adapter: name of the loaded model that it belongs to. It has no KV blocks of its own."""
+    plan: PrecisionPlan | None = None
+    """The version's own; None: it has none, and is computed in fp32."""
 
 
 @dataclass(frozen=True, slots=True)

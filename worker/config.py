@@ -10,6 +10,7 @@ from llmos.addresses import is_loopback, is_wildcard
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
 from llmos.etcd import EtcdConfig
+from llmos.store.precision import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,9 @@ class WorkerConfig:
     """File to write once it serves: JSON with id, pid and port."""
     backend: Literal["echo", "torch"] = "torch"
     """What computes: `torch` runs real models, `echo` makes up tokens."""
-    precision: Literal["fp32", "int8"] = "fp32"
-    """Of the torch backend: `int8` runs Llama-shaped models through the kernels on the CPU, others in fp32."""
+    precision: Precision = "auto"
+    """Of the torch backend: `auto` serves each model as its plan says where the kernels can, and else in fp32; `fp32`,
+    `fp16` and `int8` serve every model in that."""
     model: tuple[str, ...] = ()
     """Models that it can load: names in the model store; for echo NAME, or NAME=40GiB to declare its weights."""
     store: Path | None = None

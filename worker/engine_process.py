@@ -17,12 +17,12 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from llmos.errors import LlmosError, ModelNotFound, SetupError
 from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.store.precision import Precision, PrecisionPlan
 from llmos.v1 import fleet_pb2
 from worker import backends, pipe, wire
 from worker.backend import Backend, Blocks, Failure, ModelSpec, StepResult
@@ -45,6 +45,7 @@ class EngineModel(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int = 0
     context_length: int = 0
     base: str = ""
+    plan: PrecisionPlan | None = None
 
     def spec(self) -> ModelSpec:
         """For the backend."""
@@ -56,6 +57,7 @@ class EngineModel(msgspec.Struct, frozen=True, kw_only=True):
             self.kv_bytes_per_token,
             self.context_length,
             self.base,
+            self.plan,
         )
 
 
@@ -67,7 +69,7 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float
     models: tuple[EngineModel, ...]
     log_level: str = "info"
-    precision: Literal["fp32", "int8"] = "fp32"
+    precision: Precision = "auto"
 
 
 class Transmit:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmos.errors import ConfigError, NotFound
+from llmos.errors import ConfigError, MissingExtra, NotFound, SourceError, StoreBusy
 from llmos.internal.v1 import registry_pb2, requests_pb2
 from llmos.store import Manifest, Store
+from llmos.store.planning import ensure_plan, plannable
+from llmos.store.precision import PlanRecord, Precision, PrecisionPlan, identity
+from worker import demand
 from worker.backends import echo
 from worker.engine_process import EngineModel
+from worker.kernels.library import preferred
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1024 * 1024
-_FLOAT32_BYTES, _FLOAT16_BYTES, _SCALE_BYTES = 4, 2, 2
-_KERNEL_GROUP, _KERNEL_OUTPUTS, _KERNEL_HEAD_MULTIPLE = 64, 16, 16
-KERNEL_FAMILIES = frozenset(
-    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"}
-)
-_WORKSPACE_BYTES = 256 * 1024 * 1024
-"""Activations, logits and sampling of one step of a small model."""
-_ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)")
@@ -43,15 +42,21 @@ class HeldModel:
         return self.record.model.name
 
 
-def hold(backend: str, names: Sequence[str], store: Path | None, precision: str = "fp32") -> list[HeldModel]:
-    """The models behind `--model`, with what they take in `precision`.
+def hold(
+    backend: str,
+    names: Sequence[str],
+    store: Path | None,
+    precision: Precision = "auto",
+    kernels_available: Callable[[], bool] = preferred,
+) -> list[HeldModel]:
+    """The models behind `--model`, with what they take in `precision`. May measure plans and compile the kernels now.
 
     Raises ModelNotFound for one that the store lacks, ConfigError for a bad name.
     """
     if backend == "echo":
         held = [echo_model(text) for text in names or ("echo",)]
     elif names:
-        held = [_stored_model(name, Store(store), precision) for name in names]
+        held = [_stored_model(name, Store(store), precision, kernels_available) for name in names]
     else:
         raise ConfigError(
             "name the models to hold with --model; `llmos models ls` shows those in the store", param="model"
@@ -81,6 +86,18 @@ def echo_model(text: str) -> HeldModel:
     return HeldModel(record, EngineModel(name=name, version=echo.FINGERPRINT, weight_bytes=weights))
 
 
+class LoggedProgress:
+    """Stages as lines of the log."""
+
+    def stage(self, label: str, total: int | None, *, in_bytes: bool = True) -> None:
+        """See `llmos.store.Progress`."""
+        del total, in_bytes
+        log.info("%s", label)
+
+    def advance(self, amount: int) -> None:
+        """See `llmos.store.Progress`."""
+
+
 def parse_size(text: str) -> int:
     """Bytes in `40GiB`, `24GB`, `1000`. Raises ConfigError."""
     match = _SIZE.fullmatch(text.strip())
@@ -92,52 +109,61 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _stored_model(name: str, store: Store, precision: str) -> HeldModel:
+def _stored_model(name: str, store: Store, precision: Precision, kernels_available: Callable[[], bool]) -> HeldModel:
     manifest = store.resolve(name)
+    planned = _plan(store, manifest, precision)
     folder = store.materialize(manifest)
     blobs: dict[str, Path | bytes] = {}
     if manifest.tokenizer_hash:
         blobs[manifest.tokenizer_hash] = store.blob_path(manifest.tokenizer_hash)
     if manifest.chat_template_hash:
         blobs[manifest.chat_template_hash] = manifest.chat_template.encode()
-    record = _record(name, manifest, precision)
+    record = _record(name, manifest, planned, _demand(manifest, planned, precision, kernels_available))
     engine = EngineModel(
         name=record.model.name,
-        version=manifest.version,
+        version=record.model.version,
         folder=str(folder),
         weight_bytes=record.weight_bytes,
         kv_bytes_per_token=record.kv_bytes_per_token,
         context_length=manifest.context_length,
+        plan=planned.plan if planned is not None else None,
     )
     return HeldModel(record, engine, blobs)
 
 
-def _demand(manifest: Manifest, precision: str) -> tuple[int, int]:
-    """Bytes of weights, and of KV per token: packed with fp16 KV for int8, else fp32 whatever the files hold."""
-    kv_numbers = manifest.kv_bytes_per_token // _ELEMENT_BYTES.get(manifest.dtype, 2)
-    if precision == "fp32" or not _fits_kernels(manifest):
-        return manifest.parameter_count * _FLOAT32_BYTES, kv_numbers * _FLOAT32_BYTES
-    scales = manifest.parameter_count * _SCALE_BYTES // _KERNEL_GROUP
-    # Cosines and sines for up to two kinds of layers; norms in fp32; the last, partly filled block of outputs.
-    angles = 2 * manifest.context_length * manifest.head_dim * _FLOAT32_BYTES
-    norms = (4 * manifest.layers + 1) * (manifest.hidden_size + manifest.head_dim) * _FLOAT32_BYTES
-    padding = 2 * _KERNEL_OUTPUTS * manifest.hidden_size
-    return manifest.parameter_count + scales + angles + norms + padding, kv_numbers * _FLOAT16_BYTES
+def _plan(store: Store, manifest: Manifest, precision: Precision) -> PlanRecord | None:
+    """The version's plan, which is part of the version whatever it is served in; measured if `auto` needs it."""
+    if precision != "auto":
+        return store.plan(manifest)
+    try:
+        return ensure_plan(store, manifest, LoggedProgress())
+    except (MissingExtra, SourceError, StoreBusy) as error:
+        log.warning("%s is served in fp32: %s", manifest.name, error.message)
+        return None
 
 
-def _fits_kernels(manifest: Manifest) -> bool:
-    """What a manifest can tell of `worker.engine.fast.support.why_not`, which needs the model."""
-    fits = manifest.hidden_size % _KERNEL_GROUP == 0 and manifest.head_dim % _KERNEL_HEAD_MULTIPLE == 0
-    return manifest.architecture in KERNEL_FAMILIES and fits
+def _demand(
+    manifest: Manifest, planned: PlanRecord | None, precision: Precision, kernels_available: Callable[[], bool]
+) -> tuple[int, int]:
+    """Bytes of weights, and of KV per token, in what the engine will choose."""
+    plan = planned.plan if planned is not None else None
+    if precision in ("fp16", "int8"):
+        plan = PrecisionPlan.uniform(precision, manifest.layers)
+    wanted = precision != "fp32" and plannable(manifest)
+    if plan is not None and not plan.exact and wanted and kernels_available():
+        return demand.by_kernels(manifest, plan, planned)
+    return demand.in_fp32(manifest)
 
 
-def _record(name: str, manifest: Manifest, precision: str) -> registry_pb2.ModelRecord:
-    weight_bytes, kv_bytes_per_token = _demand(manifest, precision)
+def _record(
+    name: str, manifest: Manifest, planned: PlanRecord | None, needs: tuple[int, int]
+) -> registry_pb2.ModelRecord:
+    weight_bytes, kv_bytes_per_token = needs
     chat = ["chat"] if manifest.chat_template else []
     return registry_pb2.ModelRecord(
         model=requests_pb2.CatalogueModel(
             name=manifest.name or name,
-            version=manifest.version,
+            version=identity(manifest.version, planned.plan if planned is not None else None),
             tokenizer_hash=manifest.tokenizer_hash,
             chat_template_hash=manifest.chat_template_hash,
             context_length=manifest.context_length,
@@ -151,7 +177,7 @@ def _record(name: str, manifest: Manifest, precision: str) -> registry_pb2.Model
         ),
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token,
-        workspace_bytes=_WORKSPACE_BYTES,
+        workspace_bytes=demand.WORKSPACE_BYTES,
     )
 
 

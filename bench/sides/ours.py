@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 from bench.sides.calls import Tokens, serve
+from llmos.store import Store
+from llmos.store.planning import ensure_plan
+from llmos.store.precision import PrecisionPlan
 from worker.backend import Attempt, Epoch, ModelSpec, Sampling
 from worker.backends.torch import TorchBackend
 from worker.engine.attention import KVRow
@@ -29,9 +32,12 @@ class Ours:
         """See `Engine`."""
         self._folder = Path(model)
         self._backend = TorchBackend(threads=threads, precision=precision)  # type: ignore[arg-type]
-        self._backend.load(ModelSpec(name=MODEL, version="", folder=self._folder), MEMORY)
+        self._plan = _plan(self._folder) if self._backend.precision == "auto" else None
+        self._backend.load(ModelSpec(name=MODEL, version="", folder=self._folder, plan=self._plan), MEMORY)
         self._numbers = itertools.count(1)
-        return {"version": f"llmos, {self._backend.precision}", "precision": self._backend.precision}
+        kinds = {"fp32"} if self._plan is None else {kind for _, kind in self._plan.matrices()}
+        served = "+".join(sorted(kinds)) if self._backend.precision == "auto" else self._backend.precision
+        return {"version": f"llmos, {served}", "precision": served}
 
     def decode(self, prompts: list[Tokens], steps: int) -> dict[str, float]:
         """See `Engine`."""
@@ -56,7 +62,13 @@ class Ours:
     @torch.inference_mode()
     def logits(self, tokens: Tokens, path: str) -> dict[str, Any]:
         """See `Engine`. What the step loop computes with, asked for all rows."""
-        decoder = load(self._folder, torch.device("cpu"), kernels=self._backend.precision == "int8")
+        decoder = load(
+            self._folder,
+            torch.device("cpu"),
+            precision=self._backend.precision,
+            plan=self._plan,
+            kernels=self._backend.kernels,
+        )
         blocks = -(-len(tokens) // 64)
         paged = decoder.with_memory(blocks)
         slots = paged.memory.slots(range(blocks))
@@ -97,6 +109,13 @@ class Ours:
     def _drop(self, names: set[str]) -> None:
         for name in names:
             self._backend.cancel(name)
+
+
+def _plan(folder: Path) -> PrecisionPlan | None:
+    """The plan of a model in the store, measured now if it has none; the store names a folder by its version."""
+    store = Store()
+    record = ensure_plan(store, store.resolve(folder.name))
+    return None if record is None else record.plan
 
 
 if __name__ == "__main__":

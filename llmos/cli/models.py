@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from llmos.cli.flags import AsJson
 
 if TYPE_CHECKING:
     from llmos.store import Manifest, Store
+    from llmos.store.precision import PlanRecord
 
 DIGITS = 12
 """Of a version, in tables."""
@@ -50,9 +52,10 @@ def show(model: StoredModel, store: StoreFolder = None, as_json: AsJson = False)
     if as_json:
         import msgspec
 
-        output.print_json(msgspec.to_builtins(entry))
+        output.print_json({**msgspec.to_builtins(entry), "precision": msgspec.to_builtins(opened.plan(entry))})
         return
-    output.print_table(["FIELD", "VALUE"], [[key, str(value)] for key, value in _details(entry).items()], empty="")
+    details = {**_details(entry), "precision": _precision(opened.plan(entry))}
+    output.print_table(["FIELD", "VALUE"], [[key, str(value)] for key, value in details.items()], empty="")
     rows = [[file.path, output.bytes_text(file.size), file.sha256] for file in entry.files]
     output.print_table(["FILE", "SIZE", "SHA-256"], rows, empty="")
 
@@ -215,6 +218,16 @@ def _adapter_details(entry: Manifest) -> dict[str, object]:
     if adapter is None:
         return {}
     return {"adapter of": adapter.base_version, "rank": adapter.rank, "changes": ", ".join(adapter.targets)}
+
+
+def _precision(record: PlanRecord | None) -> str:
+    if record is None:
+        return "fp32, or measured at the first use"
+    kinds = Counter(kind for _, kind in record.plan.matrices())
+    found = ", ".join(f"{kind} ({count} matrices)" for kind, count in kinds.most_common())
+    if (measured := record.measured) is None:
+        return f"{found}: {record.reason}"
+    return f"{found}: KL {measured.kl:.4f} to fp32, perplexity {measured.perplexity_ratio:.4f} of fp32's"
 
 
 def _size(entry: Manifest) -> int:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from llmos.cli import output, progress
 from llmos.cli.answer import stream_answer
 from llmos.config import environment
-from llmos.errors import ConfigError, Conflict, MissingExtra, Unavailable
+from llmos.errors import ConfigError, Conflict, MissingExtra, SourceError, Unavailable
 from llmos.fleet.detach import start_detached
 from llmos.fleet.etcd_server import find_etcd
 from llmos.fleet.lock import already_runs
@@ -22,8 +22,9 @@ from llmos.fleet.probe import accepts
 from llmos.fleet.shutdown import is_running
 from llmos.fleet.state import FleetState, read_state, remember_last_up, state_home
 from llmos.fleet.supervisor import Supervisor
-from llmos.store import Store
+from llmos.store import Manifest, Progress, Store
 from llmos.store.default import DEFAULT_NAME, ensure_default
+from llmos.store.planning import ensure_plan
 
 ECHO_MODEL = "echo"
 _ETCD_TIMEOUT_S = 3.0
@@ -64,7 +65,8 @@ def prepare(options: FleetOptions, steps: output.Steps) -> FleetOptions:
         find_etcd(environment().get("PATH"))
     if options.backend == "echo":
         return replace(options, model=options.model or ECHO_MODEL)
-    return replace(options, model=_stored(options.model or DEFAULT_NAME, Store(options.store), steps))
+    plans = options.precision == "auto"
+    return replace(options, model=_stored(options.model or DEFAULT_NAME, Store(options.store), steps, plans=plans))
 
 
 def _expect_etcd(endpoints: tuple[str, ...]) -> None:
@@ -72,17 +74,24 @@ def _expect_etcd(endpoints: tuple[str, ...]) -> None:
         raise Unavailable(f"no etcd answers at {', '.join(endpoints)}: see that it runs and that --etcd is right")
 
 
-def _stored(names: str, store: Store, steps: output.Steps) -> str:
-    """`names` as they are, once each is known to be in the store."""
+def _stored(names: str, store: Store, steps: output.Steps, *, plans: bool) -> str:
+    """`names` as they are, once each is known to be in the store, with its precision plan if `plans`."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
-        if name == DEFAULT_NAME:
-            steps.done()
-            with progress.shown() as import_progress:
-                ensure_default(store, import_progress)
-        else:
-            store.resolve(name)
+        steps.done()
+        with progress.shown() as import_progress:
+            entry = ensure_default(store, import_progress) if name == DEFAULT_NAME else store.resolve(name)
+            if plans:
+                _plan(store, entry, import_progress)
     return ",".join(wanted)
+
+
+def _plan(store: Store, entry: Manifest, import_progress: Progress) -> None:
+    try:
+        ensure_plan(store, entry, import_progress)
+    except SourceError as error:
+        # The worker serves the model all the same.
+        output.note(f"{entry.name} is served in fp32: {error.message}")
 
 
 def serve_detached(options: FleetOptions, ask: Ask | None, steps: output.Steps) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -19,7 +19,10 @@ Schedulers = Annotated[int, typer.Option(help="Number of schedulers; one leads, 
 Gateways = Annotated[int, typer.Option(help="Number of gateways; the first gets the ports given here.")]
 Backend = Annotated[str, typer.Option(help="torch runs real models, echo makes up tokens.", metavar="torch|echo")]
 Precision = Annotated[
-    str, typer.Option(help="int8 is faster on Llama-shaped models; fp32 is every model's own.", metavar="fp32|int8")
+    str,
+    typer.Option(
+        help="auto: what each model was measured to bear; or one precision for all.", metavar="auto|fp32|fp16|int8"
+    ),
 ]
 Model = Annotated[
     str,
@@ -49,7 +52,7 @@ def up(
     schedulers: Schedulers = 1,
     gateways: Gateways = 1,
     backend: Backend = "torch",
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     model: Model = "",
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
@@ -77,7 +80,7 @@ def up(
         schedulers=schedulers,
         gateways=gateways,
         backend="echo" if backend == "echo" else "torch",
-        precision="int8" if precision == "int8" else "fp32",
+        precision=cast("Literal['auto', 'fp32', 'fp16', 'int8']", precision),
         model=model,
         http_port=http_port,
         grpc_port=grpc_port,
@@ -93,8 +96,8 @@ def up(
 def _check(backend: str, precision: str, prompt: str, *, once: bool, detach: bool) -> None:
     if backend not in ("torch", "echo"):
         raise typer.BadParameter(f"'{backend}' is neither torch nor echo", param_hint="--backend")
-    if precision not in ("fp32", "int8"):
-        raise typer.BadParameter(f"'{precision}' is neither fp32 nor int8", param_hint="--precision")
+    if precision not in ("auto", "fp32", "fp16", "int8"):
+        raise typer.BadParameter(f"'{precision}' is none of auto, fp32, fp16 and int8", param_hint="--precision")
     if once and not prompt:
         raise typer.BadParameter("needs --prompt", param_hint="--once")
     if once and detach:

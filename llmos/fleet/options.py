@@ -10,6 +10,7 @@ import psutil
 
 from llmos import cgroups
 from llmos.errors import ConfigError
+from llmos.store.precision import Precision
 
 HOST = "127.0.0.1"
 DEFAULT_HTTP_PORT = 8000
@@ -32,8 +33,8 @@ class FleetOptions:
     """Number of gateways; the first gets `http_port` and `grpc_port`, the others free ones."""
     backend: Literal["torch", "echo"] = "torch"
     """What computes: `torch` runs real models, `echo` makes up tokens."""
-    precision: Literal["fp32", "int8"] = "fp32"
-    """Of the torch backend: `int8` is faster on Llama-shaped models."""
+    precision: Precision = "auto"
+    """Of the torch backend: each model's own plan, or one precision for all."""
     model: str = ""
     """What the workers serve, comma-separated: names in the model store, or for echo `NAME` or `NAME=40GiB`."""
     store: Path | None = None

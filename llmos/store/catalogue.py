@@ -11,6 +11,7 @@ from llmos.errors import ModelNotFound, StoreCorrupt
 from llmos.store import files, manifest
 from llmos.store.layout import NAME, Layout
 from llmos.store.manifest import Manifest
+from llmos.store.precision import PlanRecord, content_version
 
 SHORTEST_VERSION = 8
 
@@ -49,6 +50,20 @@ class Catalogue:
             return None
         return manifest.decode(data, version)
 
+    def plan(self, entry: Manifest) -> PlanRecord | None:
+        """The plan of a version; None if there is none, or it is damaged or another model's."""
+        try:
+            found = msgspec.json.decode(self._layout.plan(entry.version).read_bytes(), type=PlanRecord)
+        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None  # it is measured again, and gives the same
+        fits = found.version == entry.version and len(found.plan.layers) == entry.layers
+        return found if fits else None
+
+    def add_plan(self, record: PlanRecord) -> None:
+        """Write the plan of a version that exists, once and for all."""
+        text = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+        files.write_atomic(self._layout.plan(record.version), text)
+
     def named(self, name: str) -> Manifest | None:
         """The manifest behind a name, or None."""
         target = self.target(name) if NAME.fullmatch(name) else None
@@ -65,12 +80,13 @@ class Catalogue:
     def locate(self, name_or_version: str) -> tuple[str, str]:
         """Name ("" if none) and version of what is meant, without reading its manifest. Raises `ModelNotFound`.
 
-        Accepts a name, a version, or the first 8 or more digits of a version.
+        Accepts a name, a version with or without its plan, or the first 8 or more digits of a version.
         """
         if NAME.fullmatch(name_or_version) and (target := self.target(name_or_version)) is not None:
             return name_or_version, target
-        fits = [version for version in self.versions() if version.startswith(name_or_version)]
-        if len(name_or_version) < SHORTEST_VERSION or not fits:
+        digits = content_version(name_or_version)
+        fits = [version for version in self.versions() if version.startswith(digits)]
+        if len(digits) < SHORTEST_VERSION or not fits:
             raise self._unknown(name_or_version)
         if len(fits) > 1:
             raise ModelNotFound(f"'{name_or_version}' fits {len(fits)} versions; give more digits.")
@@ -115,10 +131,13 @@ class Catalogue:
         self._write(self._layout.imported(key), version)
 
     def collect(self) -> set[str]:
-        """Delete import keys whose version is gone. Returns the hashes of all blobs that versions refer to."""
+        """Delete import keys and plans of versions that are gone. Returns the hashes of all blobs referred to."""
         versions = set(self.versions())
         for path in list(self._layout.imports.glob("[!.]*.json")):
             if self._imported(path) not in versions:
+                path.unlink()
+        for path in list(self._layout.plans.glob("[!.]*.json")):
+            if path.stem not in versions:
                 path.unlink()
         entries = [self.manifest(version) for version in versions]
         return {file.sha256 for entry in entries if entry is not None for file in entry.files}

@@ -52,7 +52,7 @@ def import_model(
         check_name(name)
     watched, variables = progress or Silent(), environment() if environ is None else environ
     try:
-        with _turn(store, "source-" + files.sha256_of([source.encode()])[0], watched) as work:
+        with turn(store, "source-" + files.sha256_of([source.encode()])[0], watched) as work:
             gathered = _gather(source, work, watched, variables)
             ingest = _Ingest(store, source, gathered, name or check_name(gathered.name), watched, base)
             return ingest.converted(gathered.gguf) if gathered.gguf is not None else ingest.copied(work / "model")
@@ -63,13 +63,13 @@ def import_model(
 
 
 @contextlib.contextmanager
-def _turn(store: Store, key: str, progress: Progress) -> Iterator[Path]:
+def turn(store: Store, key: str, progress: Progress) -> Iterator[Path]:
     """The staging folder of `key`, after whoever holds it; says so while it waits."""
     with contextlib.ExitStack() as held:
         try:
             work = held.enter_context(store.staging(key, wait_s=0))
         except StoreBusy:
-            progress.stage("waiting for another import of the same model", None)
+            progress.stage("waiting for another import or measurement of the same model", None)
             work = held.enter_context(store.staging(key))
         yield work
 
@@ -134,7 +134,7 @@ class _Ingest:
         if (found := self._store.find_import(key)) is not None:
             return self._store.point(self._name, found)
         require_converter()
-        with _turn(self._store, key, self._progress) as work:
+        with turn(self._store, key, self._progress) as work:
             if (found := self._store.find_import(key)) is not None:
                 return self._store.point(self._name, found)
             gguf = payload.path or self._extract(payload, work / payload.name)

@@ -38,6 +38,7 @@ class Layout:
 
     blobs/sha256/ab/abcd...   contents, read-only
     manifests/<version>.json  what a version consists of
+    plans/<version>.json      in which precision its matrices are computed
     names/<name>.json         pointers to versions
     imports/<key>.json        what has been imported or converted already
     models/<version>/         folders of links that transformers can load
@@ -49,6 +50,7 @@ class Layout:
         self.root = root
         self.blobs = root / "blobs" / "sha256"
         self.manifests = root / "manifests"
+        self.plans = root / "plans"
         self.names = root / "names"
         self.imports = root / "imports"
         self.models = root / "models"
@@ -63,6 +65,9 @@ class Layout:
 
     def manifest(self, version: str) -> Path:
         return self.manifests / f"{version}.json"
+
+    def plan(self, version: str) -> Path:
+        return self.plans / f"{version}.json"
 
     def name(self, name: str) -> Path:
         return self.names / f"{name}.json"

@@ -18,6 +18,7 @@ from llmos.store.blobs import Advance, Blobs
 from llmos.store.catalogue import Catalogue
 from llmos.store.layout import Layout, check_name, default_store_path
 from llmos.store.manifest import Manifest, ManifestFile
+from llmos.store.precision import PlanRecord
 
 LOCK_WAIT_S = 60.0
 """Long enough for another process to link a large model, which is a matter of milliseconds per file."""
@@ -51,6 +52,19 @@ class Store:
     def resolve(self, name_or_version: str) -> Manifest:
         """The manifest of a name, of a version, or of a version's first 8 or more digits. Raises `ModelNotFound`."""
         return self._catalogue.resolve(name_or_version)
+
+    def plan(self, entry: Manifest) -> PlanRecord | None:
+        """In which precision the version's matrices are computed, once that is known."""
+        return self._catalogue.plan(entry)
+
+    def keep_plan(self, record: PlanRecord) -> None:
+        """Store the plan of a version; one that is there stays. Raises `ModelNotFound` if the version is gone."""
+        with self._lock():
+            entry = self._catalogue.manifest(record.version)
+            if entry is None:
+                raise ModelNotFound(f"Version {record.version[:12]} was removed meanwhile; import it again.")
+            if self._catalogue.plan(entry) is None:
+                self._catalogue.add_plan(record)
 
     def find_import(self, key: str) -> Manifest | None:
         """The version that an earlier import under `key` made, if it is still whole."""
@@ -143,16 +157,22 @@ class Store:
             self._catalogue.drop(name)
             return self._collect()
 
-    def receive(self, entry: Manifest, read_blob: ReadBlob, *, name: str | None = None) -> Manifest:
+    def receive(
+        self, entry: Manifest, read_blob: ReadBlob, *, name: str | None = None, plan: PlanRecord | None = None
+    ) -> Manifest:
         """Add a version from elsewhere: the receiving end of a transfer. An interrupted one goes on with the next file.
 
-        `read_blob(sha256)` yields a blob's bytes. Raises `StoreCorrupt` if they do not match the hash.
+        `read_blob(sha256)` yields a blob's bytes, `plan` is what the sender has. Raises `StoreCorrupt` if the
+        bytes do not match the hash.
         """
         manifest.decode(manifest.encode(entry), entry.version)
         with self.staging(f"receive-{entry.version}") as work:
             for file in entry.files:
                 self._fetch(file, work / file.path, read_blob)
-            return self.commit(entry, work, name=name)
+            received = self.commit(entry, work, name=name)
+        if plan is not None:
+            self.keep_plan(plan)
+        return received
 
     @contextlib.contextmanager
     def staging(self, key: str, wait_s: float = IMPORT_WAIT_S) -> Iterator[Path]:

@@ -67,7 +67,7 @@ class Client:
 
 
 def add_worker(fleet: Fleet, model: str) -> Process:
-    return fleet.worker("--backend", "torch", "--threads", "1", model=model)
+    return fleet.worker("--backend", "torch", "--precision", "fp32", "--threads", "1", model=model)
 
 
 def wait_for_workers(fleet: Fleet, ids: set[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from llmos.errors import ConfigError, MissingExtra
+from llmos.store.precision import Precision
 from worker.backend import Backend
 
 BackendName = Literal["echo", "torch"]
@@ -12,9 +13,7 @@ USES_GPUS: dict[BackendName, bool] = {"echo": True, "torch": False}
 """Whether models go to a graphics processor by default, where there is one."""
 
 
-def create(
-    name: str, *, threads: int, tokens_per_second: float, precision: Literal["fp32", "int8"] = "fp32"
-) -> tuple[Backend, str]:
+def create(name: str, *, threads: int, tokens_per_second: float, precision: Precision = "auto") -> tuple[Backend, str]:
     """Make a backend and its numerics fingerprint. Raises MissingExtra without the `worker` extra for `torch`."""
     if name == "echo":
         from worker.backends import echo
@@ -25,7 +24,7 @@ def create(
     raise ConfigError(f"unknown backend '{name}'; known: echo, torch", param="backend")
 
 
-def _torch(threads: int, precision: Literal["fp32", "int8"]) -> tuple[Backend, str]:
+def _torch(threads: int, precision: Precision) -> tuple[Backend, str]:
     try:
         from worker.backends.torch import TorchBackend
         from worker.engine.grammar.guard import Guard
@@ -35,4 +34,4 @@ def _torch(threads: int, precision: Literal["fp32", "int8"]) -> tuple[Backend, s
             raise MissingExtra("worker", "The torch backend") from error
         raise
     backend = TorchBackend(threads=threads, precision=precision, guard=Guard())
-    return backend, torch_fingerprint(precision=backend.precision)
+    return backend, torch_fingerprint(precision=backend.precision, kernels=backend.kernels)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from llmos.clock import Clock, SystemClock
 from llmos.errors import SourceError, Unavailable
+from llmos.store.precision import Precision
 from worker import kernels
 from worker.backend import Attempt, Blocks, CacheChange, Failure, ModelSpec, Output, StageDone, StepResult
 from worker.engine.device import select_device
@@ -22,10 +22,10 @@ from worker.engine.loading import load
 from worker.engine.lora import read_adapter
 from worker.engine.paged import Servable
 from worker.engine.text_engine import TextEngine, encoder_fits
+from worker.kernels.library import preferred
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "int8"]
 _NO_BLOCKS = Blocks(0, 0)
 
 
@@ -33,8 +33,8 @@ class TorchBackend:
     """Implements `worker.backend.Backend`: an `Engine` or `TextEngine` per loaded model, stepped in turn.
 
     `threads` are torch's, for the whole process; `device` is `auto`, `cpu` or `cuda`. `precision` is what is wanted:
-    int8 needs a CPU and the kernels, which may be compiled now; otherwise it serves in fp32 and says so in the log.
-    `guard` tries constraints; without one, output cannot be constrained.
+    `auto` needs a CPU and the kernels, which may be compiled now, and otherwise is fp32; the log says so. Without
+    kernels torch computes fp16 and int8. `guard` tries constraints; without one, output cannot be constrained.
     """
 
     def __init__(
@@ -43,15 +43,17 @@ class TorchBackend:
         threads: int,
         device: str = "cpu",
         clock: Clock | None = None,
-        precision: Precision = "fp32",
-        kernels_available: Callable[[], bool] = kernels.available,
+        precision: Precision = "auto",
+        kernels_available: Callable[[], bool] | None = None,
         options: EngineOptions | None = None,
         guard: Guard | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self._device = select_device(device)
-        self.precision: Precision = _possible(precision, self._device, kernels_available)
-        """What it serves in, wherever the model allows it."""
+        self.precision, self.kernels = _possible(
+            precision, self._device, kernels_available or (preferred if precision == "auto" else kernels.available)
+        )
+        """What it serves in, and whether the kernels compute what they can."""
         self._clock = clock or SystemClock()
         self._options = options
         self._guard = guard
@@ -71,7 +73,14 @@ class TorchBackend:
             encoder_fits(encoder, memory_budget)
             self._engines[spec.name] = texts = TextEngine(encoder, self._clock)
             return texts.blocks()
-        decoder = load(spec.folder, self._device, spec.context_length, kernels=self.precision == "int8")
+        decoder = load(
+            spec.folder,
+            self._device,
+            spec.context_length,
+            precision=self.precision,
+            plan=spec.plan,
+            kernels=self.kernels,
+        )
         self._engines[spec.name] = engine = Engine(
             decoder,
             kv_blocks(decoder, memory_budget),
@@ -146,14 +155,17 @@ class TorchBackend:
         return open_grammars(self._guard, folder, decoder.vocabulary, decoder.end_tokens, self._clock)
 
 
-def _possible(wanted: Precision, device: torch.device, available: Callable[[], bool]) -> Precision:
+def _possible(wanted: Precision, device: torch.device, available: Callable[[], bool]) -> tuple[Precision, bool]:
+    """What can be served in, and whether by the kernels."""
     if wanted == "fp32":
-        return wanted
+        return wanted, False
     if device.type != "cpu":
-        log.warning("int8 needs a CPU; serving in fp32 on %s", device)
-        return "fp32"
+        log.warning("precisions are for the CPU; serving in fp32 on %s", device)
+        return "fp32", False
     log.info("preparing the kernels; at their first use they are compiled, which takes about half a minute")
-    if not available():
-        log.warning("int8 needs the kernels; serving in fp32")
-        return "fp32"
-    return wanted
+    if available():
+        return wanted, True
+    if wanted == "auto":
+        log.warning("the kernels cannot be used here; serving in fp32")
+        return "fp32", False
+    return wanted, False

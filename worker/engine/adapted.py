@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmos.errors import SourceError
 from llmos.store.adapter import projection
+from worker.engine.grouped import GroupedLinear
 from worker.engine.layers import FixedRowLinear
 from worker.engine.lora import NONE, Adapter, Matrices
 
@@ -35,7 +36,7 @@ class RowGroups:
 class AdaptedLinear(nn.Module):
     """A linear layer, and beside it what the rows' adapters add."""
 
-    def __init__(self, linear: FixedRowLinear, groups: RowGroups) -> None:
+    def __init__(self, linear: FixedRowLinear | GroupedLinear, groups: RowGroups) -> None:
         super().__init__()
         self.linear = linear
         self._groups = groups
@@ -92,7 +93,7 @@ class AdaptedLayers:
         for prefix, parent in list(self._model.named_modules()):
             for name, child in list(parent.named_children()):
                 where = projection(f"{prefix}.{name}")
-                if where is not None and isinstance(child, FixedRowLinear):
+                if where is not None and isinstance(child, FixedRowLinear | GroupedLinear):
                     self._layers[where] = AdaptedLinear(child, self._groups)
                     setattr(parent, name, self._layers[where])
         return self._layers

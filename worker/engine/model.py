@@ -15,12 +15,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llmos.errors import SourceError, UnsupportedFeature
+from llmos.store.precision import PrecisionPlan
 from worker.engine import attention
 from worker.engine.adapted import AdaptedLayers
 from worker.engine.attention import Attention, KVRow, LayerCall, PagedAttention
+from worker.engine.grouped import GroupedLinear
 from worker.engine.kv import KVPool, LayerShape
 from worker.engine.layers import TILE_ROWS, FixedRowLinear, steady_layers, unknown_weights
 from worker.engine.lora import Adapter
+from worker.engine.planned import apply_plan
 
 log = logging.getLogger(__name__)
 
@@ -105,25 +108,29 @@ class PagedDecoder:
         return self.decoder.forward(tokens, positions, PagedAttention(self.memory, rows, targets), wanted, adapters)
 
 
-def read(folder: Path, device: torch.device) -> Any:
-    """transformers' model of a folder of safetensors and config.json, in fp32.
+def read(folder: Path, device: torch.device, *, as_stored: bool = False) -> Any:
+    """transformers' model of a folder of safetensors and config.json, in fp32, or `as_stored` in the files' own type.
+
+    Weights that need no conversion stay in the files, mapped into memory.
 
     Raises SourceError or UnsupportedFeature if it cannot serve.
     """
     attention.register()
     transformers.utils.logging.disable_progress_bar()
-    model = _read(folder).to(device).eval().requires_grad_(False)
+    model = _read(folder, "auto" if as_stored else DTYPE).to(device).eval().requires_grad_(False)
     _check_config(model, model.config.get_text_config())
     return model
 
 
-def prepare(model: Any, device: torch.device, context_length: int = 0) -> Decoder:
+def prepare(model: Any, device: torch.device, context_length: int = 0, plan: PrecisionPlan | None = None) -> Decoder:
     """Change a model that was read, in place, so that its rows do not depend on each other. Raises UnsupportedFeature.
 
-    `context_length` lowers the model's own limit; 0 keeps it.
+    `context_length` lowers the model's own limit; 0 keeps it. `plan`: in which precision; None: all fp32.
     """
     config = model.config.get_text_config()
     with torch.inference_mode():
+        if plan is not None:
+            apply_plan(model, plan)
         steady_layers(model)
         if strange := unknown_weights(model):
             raise UnsupportedFeature(f"The torch backend cannot run layers like {strange[0]} yet.")
@@ -140,11 +147,11 @@ def prepare(model: Any, device: torch.device, context_length: int = 0) -> Decode
     )
 
 
-def _read(folder: Path) -> Any:
+def _read(folder: Path, dtype: torch.dtype | str) -> Any:
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=DTYPE,
+            dtype=dtype,
             attn_implementation=attention.IMPLEMENTATION,
             local_files_only=True,
             trust_remote_code=False,
@@ -234,5 +241,7 @@ def end_tokens(model: Any, config: Any) -> frozenset[int]:
 
 
 def _weight_bytes(model: nn.Module) -> int:
-    linears = sum(module.weight_bytes for module in model.modules() if isinstance(module, FixedRowLinear))
+    linears = sum(
+        module.weight_bytes for module in model.modules() if isinstance(module, FixedRowLinear | GroupedLinear)
+    )
     return linears + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmos.errors import UnsupportedFeature
 from worker.kernels import abi
-from worker.kernels.build import BuildError, library_path
+from worker.kernels.library import open_library
 
 log = logging.getLogger(__name__)
 
@@ -180,15 +180,11 @@ def _expect(tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -
 
 @functools.cache
 def _open() -> Kernels | str:
-    """The library, or why there is none. Said once."""
-    try:
-        library = ctypes.CDLL(str(library_path()))
-        abi.declare(library)
-        if library.llk_abi() != abi.ABI:
-            raise BuildError(f"the library speaks interface {library.llk_abi()}, not {abi.ABI}")
-    except (BuildError, OSError, AttributeError) as error:
-        log.warning("own kernels are not used, torch's are: %s", error)
-        return str(error)
+    """The kernels, or why there are none. Said once."""
+    library = open_library()
+    if isinstance(library, str):
+        log.warning("own kernels are not used, torch's are: %s", library)
+        return library
     return Kernels(library)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from llmos.store import Store, import_model
+from llmos.store import Store, import_model, planning
+from llmos.store.precision import PrecisionPlan
 from tests.fakes.models import model_files
 from tests.integration.engine.test_exactness import ANSWER, KINDS, mixed, run_alone
 from tests.integration.engine.tiny import Transcript, attempt, logprobs, prompts
@@ -22,11 +23,13 @@ from worker.backends.torch import TorchBackend
 from worker.engine.fast import fast_decoder
 from worker.engine.fast.support import FAMILIES
 from worker.fingerprint import torch_fingerprint
-from worker.models import KERNEL_FAMILIES, hold
+from worker.kernels import Kind, abi
+from worker.models import hold
 
 pytestmark = pytest.mark.torch
 
 BUDGET = 64 << 20
+PLAN = PrecisionPlan.uniform("int8", 3)
 Load = Callable[..., TorchBackend]
 
 
@@ -122,8 +125,8 @@ def test_a_choice_is_the_same_with_and_without_its_siblings(load: Load) -> None:
     assert Transcript().run(backend).tokens == {("one", 2): every["all", 2]}
 
 
-def served(backend: TorchBackend, folder: Path) -> dict[tuple[str, int], list[int]]:
-    backend.load(ModelSpec("tiny", "1", folder), BUDGET)
+def served(backend: TorchBackend, folder: Path, plan: PrecisionPlan | None = None) -> dict[tuple[str, int], list[int]]:
+    backend.load(ModelSpec("tiny", "1", folder, plan=plan), BUDGET)
     for number, prompt in enumerate(prompts((5, 70))):
         backend.admit(attempt(str(number), prompt, ANSWER))
     return Transcript().run(backend).tokens
@@ -132,23 +135,39 @@ def served(backend: TorchBackend, folder: Path) -> dict[tuple[str, int], list[in
 def test_without_kernels_it_serves_in_fp32_and_says_so(
     folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    without = TorchBackend(threads=1, precision="int8", kernels_available=lambda: False)
-    assert without.precision == "fp32"
+    without = TorchBackend(threads=1, kernels_available=lambda: False)
+    assert (without.precision, without.kernels) == ("fp32", False)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert torch_fingerprint(precision=without.precision) == torch_fingerprint() != torch_fingerprint(precision="int8")
-    assert served(without, folder("llama")) == served(TorchBackend(threads=1), folder("llama"))
+    assert torch_fingerprint(precision=without.precision) == torch_fingerprint() != torch_fingerprint(precision="auto")
+    exact = served(TorchBackend(threads=1, precision="fp32"), folder("llama"), PLAN)
+    assert served(without, folder("llama"), PLAN) == exact
 
 
-def test_a_model_that_the_kernels_cannot_run_is_served_in_fp32(
+def test_a_plan_is_followed_unless_another_precision_is_asked_for(
+    load: Load, folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    planned = TorchBackend(threads=1)
+    assert (planned.precision, planned.kernels) == ("auto", True)
+    exact = served(TorchBackend(threads=1, precision="fp32"), folder("llama"), PLAN)
+    assert served(planned, folder("llama"), PLAN) == served(load("llama"), folder("llama")) != exact
+    for unplanned in (None, PrecisionPlan.uniform("fp32", 3)):
+        assert served(planned, folder("llama"), unplanned) == exact
+    assert caplog.records == []
+
+
+def test_a_model_that_the_kernels_cannot_run_is_computed_by_torch(
     load: Load, written: Callable[[str], tuple[Path, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     gpt2 = written("gpt2")[0]
     backend = load("llama")
-    assert backend.precision == "int8"
     caplog.clear()
-    assert served(backend, gpt2) == served(TorchBackend(threads=1), gpt2)
-    (warning,) = [record for record in caplog.records if record.name == "worker.engine.loading"]
-    assert "GPT2LMHeadModel" in warning.getMessage()
+    by_torch = TorchBackend(threads=1, precision="int8", kernels_available=lambda: False)
+    assert (by_torch.precision, by_torch.kernels) == ("int8", False)
+    assert torch_fingerprint(precision="int8", kernels=False) != torch_fingerprint(precision="int8")
+    assert served(backend, gpt2) == served(by_torch, gpt2)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "worker.engine.loading"]
+    assert len(warnings) == 2
+    assert "GPT2LMHeadModel" in warnings[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -159,9 +178,14 @@ def test_the_demand_covers_the_packed_model(family: str, folder: Callable[[str],
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder(family) / name).write_bytes(files[name])
     import_model(Store(tmp_path), str(folder(family)), name="tiny", environ={})
-    (held,) = hold("torch", ("tiny",), tmp_path, "int8")
     (exact,) = hold("torch", ("tiny",), tmp_path, "fp32")
-    decoder = fast_decoder(tiny.model(family))
-    assert decoder.weight_bytes <= held.record.weight_bytes < exact.record.weight_bytes
-    assert held.record.kv_bytes_per_token == 2 * sum(shape.numbers_per_token for shape in decoder.layers)
-    assert frozenset(FAMILIES) == KERNEL_FAMILIES
+    for kind, precision in ((Kind.INT8, "int8"), (Kind.FP16, "fp16")):
+        (held,) = hold("torch", ("tiny",), tmp_path, precision)  # type: ignore[arg-type]
+        decoder = fast_decoder(tiny.model(family), kind_of=lambda _, kind=kind: kind)  # type: ignore[misc]
+        assert decoder.weight_bytes <= held.record.weight_bytes < exact.record.weight_bytes
+        assert held.record.kv_bytes_per_token == 2 * sum(shape.numbers_per_token for shape in decoder.layers)
+    for precision in ("int8", "fp16"):
+        (torchs,) = hold("torch", ("tiny",), tmp_path, precision, lambda: False)  # type: ignore[arg-type]
+        assert torchs.record.weight_bytes == exact.record.weight_bytes
+        assert torchs.record.kv_bytes_per_token == exact.record.kv_bytes_per_token
+    assert (FAMILIES, abi.GROUP, abi.HEAD_MULTIPLE) == (planning.FAMILIES, planning.GROUP, planning.HEAD_MULTIPLE)

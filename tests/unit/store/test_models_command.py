@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from llmos.cli.models import app
 from llmos.errors import ModelNotFound
 from llmos.store import Store
+from llmos.store.precision import Measured, PlanRecord, PrecisionPlan
 from tests.fakes.models import model_files, write_model
 
 
@@ -69,6 +70,19 @@ def test_damage_is_reported_with_exit_status_1(folder: Path) -> None:
     result = run("verify", "--json")
     assert result.exit_code == 1
     assert entry.files[0].path in json.loads(result.stdout)[0]["problem"]
+
+
+def test_the_precision_plan_is_shown(folder: Path) -> None:
+    run("import", str(folder))
+    assert "measured at the first use" in run("show", "tiny").stdout
+    store = Store()
+    entry = store.resolve("tiny")
+    plan = PrecisionPlan.uniform("int8", entry.layers).changed({"head": "fp16"})
+    measured = Measured(kl=0.00123, perplexity_ratio=1.0004, tokens=9, weight_bytes=1)
+    store.keep_plan(PlanRecord(version=entry.version, plan=plan, measured=measured))
+    shown = " ".join(run("show", "tiny").stdout.split())
+    assert "int8 (8 matrices), fp16 (1 matrices): KL 0.0012 to fp32" in shown
+    assert as_json("show", "tiny")["precision"]["measured"]["kl"] == 0.00123
 
 
 @pytest.mark.parametrize("command", ["rm", "show", "verify"])

@@ -9,6 +9,7 @@ import pytest
 from llmos.errors import ConfigError
 from llmos.internal.v1 import registry_pb2, requests_pb2, work_pb2
 from llmos.store import Store, import_model
+from llmos.store.precision import PlanRecord, PrecisionPlan, identity
 from llmos.v1 import fleet_pb2
 from tests.fakes.models import LINEARS, write_base, write_model, write_peft
 from tests.unit.worker.rig import LOADED, Rig, dispatch, load
@@ -46,6 +47,15 @@ def test_a_worker_holds_the_adapters_to_its_models(store: Store) -> None:
     assert spec.folder is not None
     assert (spec.folder / "adapter_config.json").is_file()
     assert [model.name for model in hold_with_adapters("torch", ["other"], store.path, "fp32")] == ["other"]
+
+
+def test_an_adapter_is_another_version_on_a_base_of_another_precision(store: Store) -> None:
+    entry = store.resolve("base")
+    plan = PrecisionPlan.uniform("int8", entry.layers)
+    store.keep_plan(PlanRecord(version=entry.version, plan=plan))
+    base, _, tone = hold_with_adapters("torch", ["base"], store.path, "fp32")
+    assert base.engine.version == identity(entry.version, plan)
+    assert tone.engine.version == tone.record.model.version == identity(store.resolve("tone").version, plan)
 
 
 def test_an_adapter_may_be_named_beside_its_base_but_not_alone(store: Store) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmos.errors import UnsupportedFeature
+from llmos.store.precision import HEAD, PrecisionPlan
 from worker.engine import attention
 from worker.engine.attention import LayerCall
 from worker.engine.fast.arena import Arena, aligned
@@ -38,6 +39,13 @@ class PackedModel:
 def all_int8(name: str) -> Kind:
     """The kind of every matrix unless told otherwise."""
     return Kind.INT8
+
+
+def planned(plan: PrecisionPlan) -> KindOf:
+    """The kind of every matrix as a plan has it."""
+    kinds = {name: Kind[kind.upper()] for name, kind in plan.matrices()}
+    kinds["embedding"] = kinds[HEAD]
+    return kinds.__getitem__
 
 
 def pack(
