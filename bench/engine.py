@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench import command
 from bench.corpus import Texts
-from bench.divergence import kl
+from bench.divergence import qualities
 from bench.limits import Meter, decode_weights
-from bench.peers.places import GEMMA3, SMOLLM2, Model, python
+from bench.peers.places import GEMMA3, SMOLLM2, Model
 from bench.rows import Row, at_least, in_turn, reported
-from bench.sides import side
 from bench.sides.side import Side
-from llmos.store import Store, default_store_path
+from bench.sides.start import EVERYBODY, LLAMA_Q8, THREADS, TRANSFORMERS, VLLM, Sides, peer, require
 from worker.config import WorkerConfig
 
-LLAMA_Q8, LLAMA_F16, VLLM, TRANSFORMERS = "llama.cpp Q8_0", "llama.cpp F16", "vLLM", "transformers"
-EVERYBODY = (LLAMA_Q8, LLAMA_F16, VLLM, TRANSFORMERS)
-THREADS = 2
 PROMPT = 32
 """Tokens of the short prompts before decoding."""
 PREFILL = 1024
@@ -80,49 +74,6 @@ SMOLLM2_CASES = cases(
 GEMMA3_CASES = cases({1: {LLAMA_Q8: 1.2}, 4: {LLAMA_Q8: 2.0}, 16: {LLAMA_Q8: 2.0}, 32: {LLAMA_Q8: 2.0}}, {})
 
 
-class Sides:
-    """The processes of one model's sides, ours first; ended together."""
-
-    def __init__(self, model: Model, peers: Sequence[str], precision: str) -> None:
-        self.model = model
-        self.folder = folder(model)
-        self._stack = ExitStack()
-        with ExitStack() as stack:
-            self.ours = stack.enter_context(side.ours(self.folder, THREADS, precision))
-            self.peers = {name: stack.enter_context(start(name, model, self.folder)) for name in peers}
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> Sides:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-
-def folder(model: Model) -> Path:
-    """The model's files in the store. Raises ModelNotFound."""
-    store = Store(default_store_path())
-    return store.materialize(store.resolve(model.name))
-
-
-def start(name: str, model: Model, files: Path) -> Side:
-    """A peer with its model loaded. Raises MissingPeer."""
-    if name in (LLAMA_Q8, LLAMA_F16):
-        return side.llama_cpp(model, name.split()[1].lower(), THREADS)
-    return side.vllm(files, THREADS) if name == VLLM else side.transformers(files, THREADS)
-
-
-def require(models: Iterable[Model], peers: Iterable[str]) -> None:
-    """Raise MissingPeer before anything is measured, if a peer is not there."""
-    for name in peers:
-        if name in (LLAMA_Q8, LLAMA_F16):
-            python("llama_cpp")
-            for model in models:
-                model.gguf(name.split()[1].lower())
-        elif name == VLLM:
-            python("vllm")
-
-
 def compare(sides: Sides, wanted: Sequence[Case], rounds: int) -> Iterator[tuple[Row, list[float]]]:
     """Rows of the cases against each peer, and our own rounds. A first round that nobody counts warms all up."""
     texts = Texts(sides.folder)
@@ -132,24 +83,21 @@ def compare(sides: Sides, wanted: Sequence[Case], rounds: int) -> Iterator[tuple
             case.measure(one, texts, rounds)
         measures = [lambda number, one=one, case=case: case.measure(one, texts, number) for one in everyone]
         ours, *theirs = in_turn(rounds, measures)
-        for peer, found in zip(sides.peers, theirs, strict=True):
+        for name, found in zip(sides.peers, theirs, strict=True):
             yield (
-                at_least(f"{sides.model.label}: {case.name}, {peer}", "tokens/s", ours, found, case.aims.get(peer)),
+                at_least(f"{sides.model.label}: {case.name}, {name}", "tokens/s", ours, found, case.aims.get(name)),
                 ours,
             )
 
 
 def divergences(sides: Sides) -> Iterator[Row]:
-    """Each side's mean KL divergence from transformers' fp32 on one text."""
+    """Each side's mean KL divergence from transformers' fp32, on few tokens; `bench.quality` takes more."""
     texts = Texts(sides.folder).windows(1, KL_TOKENS)
-    with side.transformers(sides.folder, THREADS) as reference:
-        expected = reference.logits(texts[0])
-    ours = kl(expected, sides.ours.logits(texts[0]))
-    for peer, one in sides.peers.items():
-        if peer != TRANSFORMERS:
-            yield reported(
-                f"{sides.model.label}: mean KL to fp32, {peer}", "nats", ours, kl(expected, one.logits(texts[0]))
-            )
+    names = [name for name in sides.peers if name != TRANSFORMERS]
+    with peer(TRANSFORMERS, sides.model) as reference:
+        mine, *theirs = qualities(reference, [sides.ours, *(sides.peers[name] for name in names)], texts)
+    for name, found in zip(names, theirs, strict=True):
+        yield reported(f"{sides.model.label}: mean KL to fp32, {name}", "nats", mine.kl, found.kl)
 
 
 def shares(sides: Sides, speeds: Mapping[str, list[float]]) -> Iterator[Row]:
@@ -180,7 +128,7 @@ def measure(quick: bool, peers: Sequence[str], only: str, precision: str, versio
         require([model], names)
     for model, some, names in models:
         with Sides(model, names, precision) as sides:
-            versions.extend(str(one.about["version"]) for one in (sides.ours, *sides.peers.values()))
+            versions.extend(sides.versions)
             speeds: dict[str, list[float]] = {}
             for row, ours in compare(sides, some, QUICK_ROUNDS if quick else ROUNDS):
                 speeds[row.case.split(": ")[1].rsplit(", ", 1)[0]] = ours

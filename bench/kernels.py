@@ -2,28 +2,28 @@
 
     python -m bench.kernels --quick --json
 
-A row is `case, ours, peer, unit, ratio, target, ok`. For speed the ratio is ours to the peer's, medians, the two
-measured in turn; for the distance (mean KL divergence to fp32, in nats) ours to the target.
+For speed the peer is torch; the distance is the mean KL divergence to fp32, in nats, against its bound. Neither the
+step loop nor other engines are in it: that is `bench.engine`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from bench import command
+from bench.corpus import Texts
+from bench.rows import Row, at_least, bounded, in_turn
 from llmos.store import Store, default_store_path, ensure_default
 from worker.engine.attention import KVRow
 from worker.engine.fast import FastDecoder, FastRows, fast_decoder
@@ -34,32 +34,6 @@ PROMPT = 40
 """Tokens before the decode steps that are measured."""
 KL_TOKENS = 256
 KL_TARGET = 0.005
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table. `target` None: reported only."""
-
-    case: str
-    ours: float
-    peer: float | None
-    unit: str
-    ratio: float
-    target: float | None
-    ok: bool
-
-
-def faster(case: str, unit: str, ours: list[float], peer: list[float], target: float | None) -> Row:
-    """A row from speeds that were measured in turn."""
-    mine, theirs = statistics.median(ours), statistics.median(peer)
-    ratio = mine / theirs
-    return Row(case, round(mine, 2), round(theirs, 2), unit, round(ratio, 2), target, target is None or ratio >= target)
-
-
-def in_turn(rounds: int, ours: Callable[[], float], peer: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Results of both, alternating, so that what else runs on the machine meets both."""
-    pairs = [(ours(), peer()) for _ in range(rounds)]
-    return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -109,7 +83,8 @@ def decode(model: Any, decoder: FastDecoder, ids: list[int], sequences: int, ste
         return sequences / statistics.median(times)
 
     target = {1: 2.0, 4: 3.0, 16: 3.0}[sequences]
-    return faster(f"decode, {sequences} sequences", "tokens/s", *in_turn(rounds, own, theirs), target)
+    mine, others = in_turn(rounds, [lambda _: own(), lambda _: theirs()])
+    return at_least(f"decode, {sequences} sequences", "tokens/s", mine, others, target)
 
 
 def prefill(model: Any, decoder: FastDecoder, ids: list[int], rounds: int) -> Row:
@@ -127,8 +102,8 @@ def prefill(model: Any, decoder: FastDecoder, ids: list[int], rounds: int) -> Ro
     def theirs() -> None:
         model(torch.tensor([tokens]), logits_to_keep=1)
 
-    speeds = in_turn(rounds, lambda: len(tokens) / seconds(chunks), lambda: len(tokens) / seconds(theirs))
-    return faster("prefill, 256 tokens", "tokens/s", *speeds, None)
+    mine, others = in_turn(rounds, [lambda _: len(tokens) / seconds(chunks), lambda _: len(tokens) / seconds(theirs)])
+    return at_least("prefill, 256 tokens", "tokens/s", mine, others, None)
 
 
 def products(rounds: int) -> Iterator[Row]:
@@ -141,15 +116,16 @@ def products(rounds: int) -> Iterator[Row]:
         x = torch.randn(count, 576)
         work = 2.0 * count * weight.numel() * 1e-9
 
-        def own(x: Tensor = x, work: float = work) -> float:
+        def own(_: int, x: Tensor = x, work: float = work) -> float:
             return work / min(
                 seconds(lambda: kernels.gemm(packed, *kernels.quantize(x, isa=isa), isa)) for _ in range(9)
             )
 
-        def theirs(x: Tensor = x, work: float = work) -> float:
+        def theirs(_: int, x: Tensor = x, work: float = work) -> float:
             return work / min(seconds(lambda: nnf.linear(x, weight)) for _ in range(9))
 
-        yield faster(f"product, {count} rows", "GFLOP/s", *in_turn(rounds, own, theirs), None)
+        mine, others = in_turn(rounds, [own, theirs])
+        yield at_least(f"product, {count} rows", "GFLOP/s", mine, others, None)
     torch.set_num_threads(threads)
 
 
@@ -159,24 +135,7 @@ def distance(model: Any, decoder: FastDecoder, ids: list[int]) -> Row:
     expected = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
     found = Ours(decoder, 1).prefill(0, tokens, all_logits=True).double().log_softmax(-1)
     kl = float((expected.exp() * (expected - found)).sum(-1).mean())
-    return Row(
-        f"KL to fp32, {KL_TOKENS} tokens",
-        round(kl, 5),
-        0.0,
-        "nats",
-        round(kl / KL_TARGET, 2),
-        KL_TARGET,
-        kl <= KL_TARGET,
-    )
-
-
-def text_ids(folder: Path) -> list[int]:
-    """Token ids of the standard library's documentation texts."""
-    from pydoc_data.topics import topics
-
-    text = "".join(topics[name] for name in ("class", "with", "for", "while"))
-    ids: list[int] = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-    return ids
+    return bounded(f"KL to fp32, {KL_TOKENS} tokens", "nats", kl, KL_TARGET)
 
 
 @torch.inference_mode()
@@ -185,7 +144,7 @@ def run(folder: Path, threads: int, quick: bool) -> Iterator[Row]:
     disable_progress_bar()
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    decoder, ids = fast_decoder(model, context_length=CONTEXT), text_ids(folder)
+    decoder, ids = fast_decoder(model, context_length=CONTEXT), Texts(folder).ids
     rounds, steps = (2, 8) if quick else (5, 24)
     yield distance(model, decoder, ids)
     for sequences in (1, 4, 16):
@@ -195,23 +154,14 @@ def run(folder: Path, threads: int, quick: bool) -> Iterator[Row]:
 
 
 def main() -> int:
-    """Print the table; 1 if a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    """See `bench.command`."""
+    parser = command.parser("kernels", __doc__, "fewer rounds")
     parser.add_argument("--model", type=Path, help="folder of a model; by default the store's default model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    rows = []
-    for row in run(options.model or _default_model(), options.threads, options.quick):
-        rows.append(row)
-        if not options.json:
-            print(
-                f"{row.case:28} {row.ours:10} {row.peer!s:>10} {row.unit:10} {row.ratio:6} {row.target!s:>6} {row.ok}"
-            )
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    return 0 if all(row.ok for row in rows) else 1
+    folder = options.model or _default_model()
+    found = (row for row in run(folder, options.threads, options.quick) if options.only in row.case)
+    return command.run("kernels", options, lambda _: found)
 
 
 def _default_model() -> Path:

@@ -48,8 +48,8 @@ def at_most(case: str, unit: str, ours: Sequence[float], peer: Sequence[float], 
 
 
 def bounded(case: str, unit: str, value: float, bound: float) -> Row:
-    """A number of ours that must not exceed a bound of its own; `target` and `peer` are that bound."""
-    return Row(case, _rounded(value), None, unit, None, bound, value <= bound)
+    """A number of ours that must not exceed a bound of its own, which stands where else the peer's number does."""
+    return Row(case, _rounded(value), bound, unit, _rounded(value / bound), 1.0, value <= bound)
 
 
 def reported(case: str, unit: str, ours: float, peer: float | None = None) -> Row:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 Tokens = list[int]
@@ -41,20 +41,17 @@ class Engine(Protocol):
 
 
 def serve(engine: Engine) -> None:
-    """Answer calls from standard input until it ends."""
+    """Answer calls from standard input until it ends. A side may have calls besides those of `Engine`."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    calls: Mapping[str, Callable[..., Any]] = {
-        name: getattr(engine, name) for name in ("load", "decode", "prefill", "logits")
-    }
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(calls, json.loads(line))) + "\n")
+        answers.write(json.dumps(_answer(engine, json.loads(line))) + "\n")
 
 
-def _answer(calls: Mapping[str, Callable[..., Any]], request: dict[str, Any]) -> dict[str, Any]:
+def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     name = request.pop("call")
     try:
-        return {"result": calls[name](**request)}
+        return {"result": getattr(engine, name)(**request)}
     except Exception as error:  # the parent raises it; the log has the trace
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"[:500]}

@@ -18,6 +18,7 @@ from llmos.store.precision import PrecisionPlan
 from worker.backend import Attempt, Epoch, ModelSpec, Sampling
 from worker.backends.torch import TorchBackend
 from worker.engine.attention import KVRow
+from worker.engine.engine import EngineOptions
 from worker.engine.loading import load
 
 MODEL = "model"
@@ -28,10 +29,14 @@ LOGIT_ROWS = 64
 class Ours:
     """Implements `bench.sides.calls.Engine`."""
 
-    def load(self, model: str, threads: int, precision: str) -> dict[str, Any]:
+    def load(self, model: str, threads: int, precision: str, drafting: bool) -> dict[str, Any]:
         """See `Engine`."""
         self._folder = Path(model)
-        self._backend = TorchBackend(threads=threads, precision=precision)  # type: ignore[arg-type]
+        self._backend = TorchBackend(
+            threads=threads,
+            precision=precision,  # type: ignore[arg-type]
+            options=EngineOptions(drafting=drafting),
+        )
         self._plan = _plan(self._folder) if self._backend.precision == "auto" else None
         self._backend.load(ModelSpec(name=MODEL, version="", folder=self._folder, plan=self._plan), MEMORY)
         self._numbers = itertools.count(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,9 +47,9 @@ class Side:
         self.about = self._call("load", model=str(model), threads=threads, **options)
         return self
 
-    def decode(self, prompts: Sequence[Tokens], steps: int) -> float:
+    def decode(self, prompts: Sequence[Tokens], steps: int, **options: Any) -> float:
         """Tokens per second of all sequences together."""
-        done = self._call("decode", prompts=list(prompts), steps=steps)
+        done = self._call("decode", prompts=list(prompts), steps=steps, **options)
         return float(done["tokens"] / done["seconds"])
 
     def prefill(self, prompt: Tokens) -> float:
@@ -65,6 +64,10 @@ class Side:
             self._call("logits", tokens=tokens, path=str(path))
             found: NDArray[np.float32] = np.load(path)
             return found
+
+    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
+        """A call that only this side has."""
+        return self._call(name, **arguments)
 
     def close(self) -> None:
         """End the process."""
@@ -105,33 +108,3 @@ class Side:
     def _last_words(self) -> str:
         self._log.seek(0)
         return " / ".join(self._log.read().splitlines()[-5:])[-1000:]
-
-
-def ours(folder: Path, threads: int, precision: str) -> Side:
-    """llmos's engine, driven as the worker drives it."""
-    side = Side("llmos", [sys.executable, "-m", "bench.sides.ours"])
-    return side.load(folder, threads, precision=precision)
-
-
-def transformers(folder: Path, threads: int) -> Side:
-    """transformers in fp32."""
-    return Side("transformers", [sys.executable, "-m", "bench.sides.transformers"]).load(folder, threads)
-
-
-def llama_cpp(model: places.Model, kind: str, threads: int) -> Side:
-    """llama.cpp on its file of our weights; `kind` is `q8_0` or `f16`. Raises MissingPeer."""
-    python, file = places.python("llama_cpp"), model.gguf(kind)
-    side = Side(f"llama.cpp {kind.upper()}", [str(python), "-m", "bench.sides.llama_cpp"])
-    return side.load(file, threads)
-
-
-def vllm(folder: Path, threads: int, dtype: str = "auto") -> Side:
-    """vLLM's CPU build. Raises MissingPeer."""
-    environ = {
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-    }
-    side = Side("vLLM", [str(places.python("vllm")), "-m", "bench.sides.vllm"], environ)
-    return side.load(folder, threads, dtype=dtype)

@@ -27,8 +27,8 @@ def test_without_a_target_a_row_is_ok() -> None:
     assert reported("KL", "nats", 0.002, 0.004) == Row("KL", 0.002, 0.004, "nats", 0.5, None, True)
 
 
-def test_a_bound_of_its_own_needs_no_peer() -> None:
-    assert bounded("KL", "nats", 0.006, 0.005) == Row("KL", 0.006, None, "nats", None, 0.005, False)
+def test_a_bound_of_its_own_stands_for_the_peer() -> None:
+    assert bounded("KL", "nats", 0.006, 0.005) == Row("KL", 0.006, 0.005, "nats", 1.2, 1.0, False)
 
 
 def test_sides_take_turns() -> None:
