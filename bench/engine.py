@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from bench import command
 from bench.corpus import Texts
 from bench.divergence import qualities
-from bench.limits import Meter, decode_weights
+from bench.limits import BYTES_PER_WEIGHT, Meter, matrices
 from bench.peers.places import GEMMA3, SMOLLM2, Model
 from bench.rows import Row, at_least, in_turn, reported
 from bench.sides.side import Side
@@ -30,9 +30,6 @@ SEQUENCES = (1, 4, 16, 32)
 STEPS = {1: 64, 4: 48, 16: 32, 32: 24}
 KL_TOKENS = 256
 LIMIT_SHARE = 0.75
-BYTES_PER_WEIGHT = {"int8": 1 + 2 / 64, "fp16": 2.0, "fp32": 4.0}
-"""What a decode step reads: int8 has a 16-bit scale per 64 weights. Of a mixed plan, the widest counts."""
-
 Measure = Callable[[Side, Texts, int], float]
 
 
@@ -105,10 +102,11 @@ def shares(sides: Sides, speeds: Mapping[str, list[float]]) -> Iterator[Row]:
 
     The weights are all that is counted, read once per step and multiplied once per token; KV and attention come on top.
     """
-    weights, limits = decode_weights(sides.folder), Meter().measure(THREADS)
-    size = max(BYTES_PER_WEIGHT[kind] for kind in sides.ours.about["precision"].split("+"))
+    limits, counts, kinds = Meter().measure(THREADS), matrices(sides.folder), sides.ours.about["kinds"]
+    weights = sum(counts.values())
+    size = sum(count * BYTES_PER_WEIGHT[kinds.get(name, kinds["head"])] for name, count in counts.items())
     bounds = (
-        ("decode, 1 sequence", "memory reads", limits.read_bytes / (weights * size), LIMIT_SHARE),
+        ("decode, 1 sequence", "memory reads", limits.read_bytes / size, LIMIT_SHARE),
         ("decode, 32 sequences", "16-bit multiply-adds", limits.int16 / weights, LIMIT_SHARE),
         ("decode, 32 sequences", "8-bit multiply-adds", limits.int8 / weights, None),
     )

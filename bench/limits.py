@@ -1,4 +1,4 @@
-"""The machine's limits, measured: memory reads per second, and integer multiply-adds per second.
+"""The machine's limits, measured: memory reads per second, and integer multiply-adds per second; what a token takes.
 
 A decode step of one sequence reads every weight once, so that reads bound it; a step of many sequences is bound by the
 multiply-adds. Both limits are those of the bare instruction with nothing else to do (`limits.cpp`); no engine can
@@ -8,7 +8,6 @@ pass them, and none that also loads, scales and attends reaches them.
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 import shutil
 import subprocess
@@ -18,9 +17,16 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from llmos.store.precision import HEAD
+
 READ_BYTES = 1 << 30
 """More than any cache holds."""
 PASSES = 5
+BYTES_PER_WEIGHT = {"int8": 1 + 2 / 64, "fp16": 2.0, "fp32": 4.0}
+"""int8 has a 16-bit scale per 64 weights."""
+_HEADS = ("lm_head.weight", "model.embed_tokens.weight")
+_ROLES = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv") | dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
+_ROLES |= {"o_proj": "out", "down_proj": "down"}
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 
 
@@ -63,14 +69,23 @@ class Meter:
         return Limits(read, int16, self._library.limit_int8_multiply_adds_per_second(threads))
 
 
-def decode_weights(folder: Path) -> int:
-    """Weights that a decode step multiplies by, of a folder of safetensors: all matrices, an embedding only if tied."""
-    count, tied = 0, True
+def matrices(folder: Path) -> dict[str, int]:
+    """Weights that a decode step multiplies by, of a folder of safetensors, by the plan's name of their matrix.
+
+    An embedding counts only if it is the output layer too.
+    """
+    found: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  no dictionary
                 shape = file.get_slice(name).get_shape()
-                count += math.prod(shape) if len(shape) == 2 else 0
-                tied = tied and name != "lm_head.weight"
-    config = json.loads((folder / "config.json").read_text())
-    return count if tied else count - config["vocab_size"] * config["hidden_size"]
+                if len(shape) == 2:
+                    found[name] = math.prod(shape)
+    head = next(found.pop(name) for name in _HEADS if name in found)
+    for name in _HEADS:
+        found.pop(name, None)
+    named = {HEAD: head}
+    for name, count in found.items():
+        number, role = name.split(".")[2], _ROLES[name.split(".")[-2]]
+        named[f"layers.{number}.{role}"] = named.get(f"layers.{number}.{role}", 0) + count
+    return named

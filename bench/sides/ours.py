@@ -40,9 +40,9 @@ class Ours:
         self._plan = _plan(self._folder) if self._backend.precision == "auto" else None
         self._backend.load(ModelSpec(name=MODEL, version="", folder=self._folder, plan=self._plan), MEMORY)
         self._numbers = itertools.count(1)
-        kinds = {"fp32"} if self._plan is None else {kind for _, kind in self._plan.matrices()}
-        served = "+".join(sorted(kinds)) if self._backend.precision == "auto" else self._backend.precision
-        return {"version": f"llmos, {served}", "precision": served}
+        served = self._backend.precision
+        kinds = {"head": "fp32" if served == "auto" else served} if self._plan is None else dict(self._plan.matrices())
+        return {"version": f"llmos, {'+'.join(sorted(set(kinds.values())))}", "kinds": kinds}
 
     def decode(self, prompts: list[Tokens], steps: int) -> dict[str, float]:
         """See `Engine`."""
