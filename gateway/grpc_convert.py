@@ -75,7 +75,22 @@ def _params(params: pb.GenerationParams) -> dict[str, object]:
         body["stop"] = list(params.stop)
     if params.stop_token_ids:
         body["stop_token_ids"] = list(params.stop_token_ids)
+    if params.HasField("constraint"):
+        body["structured_outputs"] = _constraint(params.constraint)
     return body
+
+
+def _constraint(constraint: pb.Constraint) -> dict[str, object]:
+    match constraint.WhichOneof("kind"):
+        case "json_schema":
+            return {"json": constraint.json_schema}
+        case "json_object":
+            return {"json_object": constraint.json_object}
+        case "regex":
+            return {"regex": constraint.regex}
+        case "choice":
+            return {"choice": list(constraint.choice.texts)}
+    return {}
 
 
 def _message(message: pb.Message) -> dict[str, object]:

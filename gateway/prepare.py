@@ -9,9 +9,10 @@ from gateway.catalogue import TextRules
 from gateway.text.choice import ChoiceText
 from gateway.text.prefix import prefix_hashes
 from gateway.transcript import Shape, Transcript
-from gateway.types import GenerationRequest, Identity, Params
+from gateway.types import Constraint, GenerationRequest, Identity, Params
 from llmos.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
 from llmos.internal.v1 import request_pb2, requests_pb2
+from llmos.v1 import inference_pb2
 
 _INLINE_CHARS = 16_384
 """Longer texts are tokenized in a thread: the library lets go of the interpreter while it works."""
@@ -108,7 +109,20 @@ def fleet_request(
         priority=_PRIORITY[identity.priority],
         adapter=adapter.name,
         adapter_version=adapter.version,
+        constraint=None if params.constraint is None else _constraint(params.constraint),
     )
+
+
+def _constraint(constraint: Constraint) -> inference_pb2.Constraint:
+    match constraint.kind:
+        case "json_schema":
+            return inference_pb2.Constraint(json_schema=constraint.text)
+        case "json_object":
+            return inference_pb2.Constraint(json_object=True)
+        case "regex":
+            return inference_pb2.Constraint(regex=constraint.text)
+        case "choice":
+            return inference_pb2.Constraint(choice=inference_pb2.ConstraintChoices(texts=constraint.texts))
 
 
 def _sampling(params: Params, seed: int) -> request_pb2.Sampling:

@@ -6,7 +6,7 @@ The bounds are those that `protos/llmos/v1/inference.proto` names. What concerns
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -65,6 +65,31 @@ class ResumedChoice(Struct, kw_only=True, frozen=True):
     finished: bool = False
 
 
+class NamedSchema(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A JSON schema as `response_format` has it. Output always keeps to the schema, strict or not."""
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """OpenAI's way to say what an output must look like."""
+
+    type: str
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """vLLM's way to say what an output must look like: one of these."""
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+
+
 class GenerationBody(Struct, kw_only=True, frozen=True):
     """What chat and completion bodies have in common."""
 
@@ -86,6 +111,11 @@ class GenerationBody(Struct, kw_only=True, frozen=True):
     min_tokens: UInt32 | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
     resume: Annotated[list[ResumedChoice], Meta(max_length=MAX_CHOICES)] | None = None
     resume_request_id: Annotated[str, Meta(max_length=128)] | None = None
 

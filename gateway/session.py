@@ -271,6 +271,7 @@ class Sessions:
             deadline=self._clock.monotonic() + min(request.deadline_s or 1e9, self._config.max_request_s),
             limits=self._limits,
             on_end=self._on_end,
+            constraint_field="" if (constraint := request.params.constraint) is None else constraint.field,
         )
         self._register(stream)
         try:
@@ -330,7 +331,7 @@ class Sessions:
         if stream is None or (failure.HasField("epoch") and epoch < stream.transcript.epoch):
             self._counts["outputs_unknown" if stream is None else "outputs_stale"] += 1
             return
-        stream.fail(for_client(failure))
+        stream.fail(for_client(failure, stream.constraint_field))
 
     def _stop_grace(self) -> None:
         if self._grace_timer is not None:

@@ -68,12 +68,14 @@ class Stream:
         deadline: float,
         limits: StreamLimits,
         on_end: Callable[[Stream, LlmosError | None], None],
+        constraint_field: str = "",
     ) -> None:
-        """`deadline` is on the clock's monotonic time."""
+        """`deadline` is on the clock's monotonic time; `constraint_field` is what the client calls its constraint."""
         self.request_id = started.request_id
         self.trace = trace
         self.transcript = transcript
         self.finish_reasons: dict[int, str] = {}
+        self.constraint_field = constraint_field
         self._request = request
         self._started = started
         self._uplink = uplink

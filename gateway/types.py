@@ -28,6 +28,19 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What every choice must look like."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    field: str
+    """What the client called it."""
+    text: str = ""
+    """The schema or the regular expression."""
+    texts: tuple[str, ...] = ()
+    """What to choose from."""
+
+
+@dataclass(frozen=True, slots=True)
 class Params:
     """Generation parameters within their bounds (`protos/llmos/v1/inference.proto` names them); defaults filled in."""
 
@@ -50,6 +63,7 @@ class Params:
     n: int = 1
     logprobs: int | None = None
     """None: not reported; k: the chosen token's and the k likeliest ones'."""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

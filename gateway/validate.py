@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
+from gateway.constraints import constraint_of
 from gateway.schemas import (
     MAX_LOGIT_BIAS,
     MAX_SEED,
@@ -61,7 +62,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
@@ -87,7 +87,7 @@ BodyT = TypeVar("BodyT", bound=GenerationBody)
 
 def chat_body(body: Mapping[str, object]) -> ChatBody:
     """Check the fields of a chat body one by one."""
-    _known_fields(body, ChatBody.__struct_fields__, neutral=_CHAT_ONLY | {"response_format"})
+    _known_fields(body, ChatBody.__struct_fields__, neutral=_CHAT_ONLY)
     messages = body.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         _check_message(message, f"messages[{index}]")
@@ -96,7 +96,7 @@ def chat_body(body: Mapping[str, object]) -> ChatBody:
 
 def completion_body(body: Mapping[str, object]) -> CompletionBody:
     """Check the fields of a completion body one by one."""
-    _known_fields(body, CompletionBody.__struct_fields__, neutral=_COMPLETION_ONLY | {"response_format"})
+    _known_fields(body, CompletionBody.__struct_fields__, neutral=_COMPLETION_ONLY)
     return _convert(body, CompletionBody)
 
 
@@ -302,6 +302,7 @@ def _params(body: GenerationBody, max_tokens: int | None, logprobs: int | None) 
         ignore_eos=bool(body.ignore_eos),
         n=body.n or 1,
         logprobs=logprobs,
+        constraint=constraint_of(body),
     )
 
 

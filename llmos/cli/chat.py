@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmos.cli import output
-from llmos.cli.flags import DataDir, MaxTokens, Seed, ServedModel, Temperature, Timeout
+from llmos.cli.flags import Choice, DataDir, JsonSchema, MaxTokens, Regex, Seed, ServedModel, Temperature, Timeout
 
 if TYPE_CHECKING:
     from llmos.cli.connection import Target
@@ -29,14 +29,17 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
     timeout: Timeout = 600.0,
     data_dir: DataDir = None,
 ) -> None:
     """Talk to a served model. /clear forgets the conversation, /exit leaves."""
     from llmos.cli.connection import find_target
-    from llmos.cli.prompting import Settings
+    from llmos.cli.prompting import Settings, read_constraint
 
-    settings = Settings(max_tokens, temperature, seed, timeout)
+    settings = Settings(max_tokens, temperature, seed, timeout, read_constraint(json_schema, regex, choice))
     conversation = Conversation(find_target(data_dir), model, settings, system)
     with asyncio.Runner() as runner:
         name = runner.run(conversation.choose())

@@ -26,4 +26,12 @@ Temperature = Annotated[
     float | None, typer.Option("--temperature", "-t", min=0.0, max=2.0, help="Randomness; 0 is greedy. Default 1.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**64 - 1, help="The same seed gives the same answer.")]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option("--json-schema", exists=True, dir_okay=False, help="File with a JSON schema for the answer."),
+]
+Regex = Annotated[str | None, typer.Option("--regex", help="A regular expression that the whole answer matches.")]
+Choice = Annotated[
+    list[str] | None, typer.Option("--choice", help="A text that the answer may be; repeat it for each of them.")
+]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Most seconds to wait for the whole answer.")]

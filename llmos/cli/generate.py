@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmos.cli import output
-from llmos.cli.flags import AsJson, DataDir, MaxTokens, Seed, ServedModel, Temperature, Timeout
+from llmos.cli.flags import (
+    AsJson,
+    Choice,
+    DataDir,
+    JsonSchema,
+    MaxTokens,
+    Regex,
+    Seed,
+    ServedModel,
+    Temperature,
+    Timeout,
+)
 
 if TYPE_CHECKING:
     from llmos.cli.connection import Connection, Target
@@ -34,6 +45,9 @@ def generate(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
     raw: Raw = False,
     stream: Stream = True,
     timeout: Timeout = 600.0,
@@ -42,10 +56,10 @@ def generate(
 ) -> None:
     """Ask a served model."""
     from llmos.cli.connection import find_target
-    from llmos.cli.prompting import Settings
+    from llmos.cli.prompting import Settings, read_constraint
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    settings = Settings(max_tokens, temperature, seed, timeout)
+    settings = Settings(max_tokens, temperature, seed, timeout, read_constraint(json_schema, regex, choice))
     answer = asyncio.run(_ask(lambda: find_target(data_dir), model, text, settings, raw, show=stream and not as_json))
     if as_json:
         output.print_json(answer.as_json())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmos.cli.connection import CALL_TIMEOUT_S, Connection
-from llmos.errors import InvalidRequest, ModelNotFound, Unavailable
+from llmos.errors import ConfigError, InvalidRequest, ModelNotFound, Unavailable
 from llmos.v1 import inference_pb2 as pb
 
 
@@ -18,10 +19,28 @@ class Settings:
     temperature: float | None = None
     seed: int | None = None
     timeout_s: float = 600.0
+    constraint: pb.Constraint | None = None
 
     def params(self) -> pb.GenerationParams:
         """As the API takes them."""
-        return pb.GenerationParams(max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
+        return pb.GenerationParams(
+            max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed, constraint=self.constraint
+        )
+
+
+def read_constraint(json_schema: Path | None, regex: str | None, choice: Sequence[str] | None) -> pb.Constraint | None:
+    """What the answer must look like, by the flags of these names. Raises InvalidRequest or ConfigError."""
+    given = [json_schema is not None, regex is not None, bool(choice)]
+    if sum(given) > 1:
+        raise InvalidRequest("give one of --json-schema, --regex and --choice", param="constraint")
+    if json_schema is not None:
+        try:
+            return pb.Constraint(json_schema=json_schema.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{json_schema} cannot be read as text", param="json_schema") from error
+    if choice:
+        return pb.Constraint(choice=pb.ConstraintChoices(texts=choice))
+    return None if regex is None else pb.Constraint(regex=regex)
 
 
 Event = pb.StreamChatResponse | pb.StreamCompleteResponse

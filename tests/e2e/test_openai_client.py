@@ -155,10 +155,13 @@ def test_too_long_a_prompt(client: openai.OpenAI) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
-def test_formats_of_later_releases_are_refused(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="echo", messages=MESSAGES, response_format={"type": "json_object"})
-    assert caught.value.param == "response_format"
+def test_what_a_worker_refuses_has_the_clients_own_name(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(
+                model="echo", messages=MESSAGES, response_format={"type": "json_object"}, stream=stream
+            )
+        assert (caught.value.param, caught.value.code) == ("response_format", "unsupported_feature")
 
 
 def test_overload_is_a_rate_limit_error_with_a_hint(tmp_path: Path) -> None:

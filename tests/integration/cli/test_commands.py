@@ -148,6 +148,23 @@ def test_what_is_not_given_is_left_to_the_gateway(gateway: ScriptedGateway, term
     assert not params.HasField("seed")
 
 
+def test_what_the_answer_must_look_like(gateway: ScriptedGateway, terminal: Terminal, tmp_path: Path) -> None:
+    (schema := tmp_path / "person.json").write_text('{"type": "object"}')
+    for command in (("generate", "x"), ("chat",)):
+        for flags in (("--json-schema", str(schema)), ("--regex", "a+"), ("--choice", "a", "--choice", "b")):
+            terminal.type("x\n")
+            terminal.run(*command, *flags)
+    found = [request.params.constraint for request in gateway.asked]
+    expected = [
+        pb.Constraint(json_schema='{"type": "object"}'),
+        pb.Constraint(regex="a+"),
+        pb.Constraint(choice=pb.ConstraintChoices(texts=["a", "b"])),
+    ]
+    assert found == expected * 2
+    status, _, err = terminal.run("generate", "x", "--regex", "a", "--choice", "b")
+    assert (status, "one of --json-schema" in err) == (1, True)
+
+
 def test_generate_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
     _, out, _ = terminal.run("generate", "x", "--json")
     assert json.loads(out) == {
@@ -274,6 +291,7 @@ def test_completion_offers_what_there_is(gateway: ScriptedGateway, monkeypatch: 
     [
         ("generate",),
         ("generate", "x", "--temperature", "3"),
+        ("generate", "x", "--json-schema", "/no/such/file"),
         ("up", "--once"),
         ("up", "--once", "--prompt", "x", "--detach"),
         ("up", "--backend", "abacus"),

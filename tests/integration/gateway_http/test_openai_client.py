@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import openai
+import pydantic
 import pytest
 from openai.types import Completion
 
@@ -197,15 +200,34 @@ async def test_bad_fields_and_unknown_models(serve: Serve) -> None:
     assert "Did you mean 'temperature'" in str(unknown.value)
     with pytest.raises(openai.BadRequestError) as format_:
         await server.client.chat.completions.create(
-            model="tiny", messages=HELLO, response_format={"type": "json_object"}
+            model="tiny", messages=HELLO, response_format={"type": "json_schema", "json_schema": {"name": "x y"}}
         )
-    assert format_.value.code == "unsupported_feature"
+    assert format_.value.param == "response_format.json_schema.name"
     with pytest.raises(openai.NotFoundError) as missing:
         await server.client.chat.completions.create(model="other", messages=HELLO)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as embed:
         await server.client.embeddings.create(model="tiny", input="x")
     assert embed.value.code == "unsupported_feature"
+
+
+class Person(pydantic.BaseModel):
+    """What the model is asked for."""
+
+    name: str
+    age: int
+
+
+async def test_a_parsed_answer_of_a_pydantic_model(serve: Serve) -> None:
+    server = await serve(Script(pieces=('{"name": "Ada", ', '"age": 36}')))
+    answer = await server.client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Person)
+    assert answer.choices[0].message.parsed == Person(name="Ada", age=36)
+    async with server.client.chat.completions.stream(model="tiny", messages=HELLO, response_format=Person) as events:
+        assert (await events.get_final_completion()).choices[0].message.parsed == Person(name="Ada", age=36)
+    for generation in server.engine.generations:
+        constraint = generation.request.params.constraint
+        assert constraint is not None and constraint.kind == "json_schema"
+        assert list(json.loads(constraint.text)["properties"]) == ["name", "age"]
 
 
 async def test_a_client_comes_back_after_an_overload(serve: Serve) -> None:

@@ -72,6 +72,7 @@ def is_person(text: str) -> bool:
 WALKS: list[tuple[Constraint, Callable[[str], object]]] = [
     (schema(SCHEMA), is_person),
     (schema({"type": "array", "items": {"enum": [1, None, "a b"]}, "maxItems": 3}), json.loads),
+    (schema({"oneOf": [{"type": "boolean"}, {"const": "the"}]}), lambda text: json.loads(text) in (True, False, "the")),
     (regex(r"[a-c]{2,4}( the)?"), re.compile(r"[a-c]{2,4}( the)?").fullmatch),
     (Constraint("choice", texts=NAMES), lambda text: text in NAMES),
 ]
@@ -124,6 +125,7 @@ def test_what_is_barred_is_left_out_unless_nothing_else_is_left(begin: Begin) ->
         (regex(""), "empty"),
         (regex("a{0}"), "empty"),
         (schema({"not": {"type": "string"}}), "not"),
+        (schema({"oneOf": [{"type": "string"}, {"maxLength": 2}]}), "oneOf"),
         (schema({"allOf": [{"type": "string"}, {"type": "integer"}]}), "Unsatisfiable"),
         (schema({"$ref": "http://localhost/other"}), "Resource"),
         (Constraint("json_schema", '{"type"'), "cannot be read"),

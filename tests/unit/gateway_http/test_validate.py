@@ -220,7 +220,6 @@ BAD_CHAT: list[tuple[dict[str, object], type[LlmosError], str | None]] = [
     (chat(stream="yes"), InvalidRequest, "stream"),
     (chat(stream_options={"include_usage": True}), InvalidRequest, "stream_options"),
     (chat(stream=True, stream_options=[]), InvalidRequest, "stream_options"),
-    (chat(response_format={"type": "json_object"}), UnsupportedFeature, "response_format"),
     (chat(tools=[{"type": "function"}]), UnsupportedFeature, "tools"),
     (chat(tool_choice={"type": "function"}), UnsupportedFeature, "tool_choice"),
     (chat(modalities=["text", "audio"]), UnsupportedFeature, "modalities"),
@@ -279,7 +278,7 @@ def test_bad_prompts(prompt: object) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"best_of": 3}, {"best_of": 3, "n": 2}, {"echo": True}, {"suffix": "x"}, {"response_format": {"type": "x"}}],
+    [{"best_of": 3}, {"best_of": 3, "n": 2}, {"echo": True}, {"suffix": "x"}],
 )
 def test_completion_features_that_are_not_offered(fields: dict[str, object]) -> None:
     with pytest.raises(UnsupportedFeature):
