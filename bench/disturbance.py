@@ -7,7 +7,7 @@ default, and interrupted, preempted, put into other batches or continued from th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,7 @@ from gateway.text.prefix import prefix_hashes
 from llmos.clock import SystemClock
 from worker.backend import Attempt, FinishReason, Sampling
 from worker.engine.engine import Engine, EngineOptions
+from worker.engine.grammar.grammars import Grammars
 from worker.engine.lora import Adapter
 from worker.engine.paged import Servable
 
@@ -61,16 +62,17 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A model and the adapters that requests name."""
+    """A model, the adapters that requests name, and what follows their constraints."""
 
     decoder: Servable
-    adapters: dict[str, Adapter] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    grammars: Grammars | None = None
 
     @contextmanager
     def engine(self, *, max_running: int = 64, drafting: bool = True) -> Iterator[Engine]:
         """An engine of its own; one at a time."""
         options = EngineOptions(max_running=max_running, drafting=drafting)
-        engine = Engine(self.decoder, BLOCKS, SystemClock(), options=options)
+        engine = Engine(self.decoder, BLOCKS, SystemClock(), options=options, grammars=self.grammars)
         for name, adapter in self.adapters.items():
             engine.load_adapter(name, adapter)
         yield engine
@@ -117,7 +119,9 @@ def preempted(bench: Bench, attempts: Sequence[Attempt], expected: Answers, sour
         with bench.engine(max_running=rows) as engine:
             for attempt in group:
                 engine.admit(attempt)
-            answers.collect(engine, steps=source.randrange(1, group[0].max_tokens // 2))
+            while not all(answers.of(attempt)[0][0] for attempt in group):
+                answers.collect(engine, steps=1)
+            answers.collect(engine, steps=source.randrange(group[0].max_tokens // 2))
             running = [attempt for attempt in group if None in (finish for _, finish in answers.of(attempt))]
             urgent = replace(group[0], request_id="urgent", priority=0, choices=rows, max_tokens=2, constraint=None)
             engine.admit(urgent)

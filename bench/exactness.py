@@ -9,23 +9,27 @@ the same tokens and the same end, choice by choice.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from bench import command
 from bench.disturbance import DISTURBANCES, Bench
-from bench.kernels import Row
+from bench.rows import Row
+from llmos.clock import SystemClock
 from llmos.store import Store, default_store_path, ensure_default
-from worker.backend import Attempt, Epoch, Sampling
+from worker.backend import Attempt, Constraint, Epoch, Sampling
 from worker.engine.device import select_device
+from worker.engine.grammar.grammars import open_grammars
+from worker.engine.grammar.guard import Guard
 from worker.engine.loading import load
 from worker.engine.lora import Adapter, make_adapter
 from worker.engine.paged import Servable
@@ -38,6 +42,16 @@ ANSWER = 32
 LENGTHS = (66, 140)
 """Least and most tokens of a prompt: a block can be cached."""
 LORA = "lora"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9999}, "maxItems": 6},
+        "kind": {"enum": ["city", "river", "mountain"]},
+    },
+    "required": ["name", "sizes", "kind"],
+    "additionalProperties": False,
+}
 
 Text = Callable[[int, int], list[int]]
 """A prompt of so many tokens; the first number says which."""
@@ -52,6 +66,7 @@ class Kind:
     choices: int = 1
     adapter: str = ""
     repeats: bool = False
+    constraint: Constraint | None = None
 
     def attempts(self, text: Text, count: int, source: random.Random) -> list[Attempt]:
         """Requests of different prompts and seeds."""
@@ -71,6 +86,7 @@ class Kind:
             choices=self.choices,
             sampling=replace(self.sampling, seed=source.getrandbits(64)),
             adapter=self.adapter,
+            constraint=self.constraint,
         )
 
 
@@ -82,6 +98,7 @@ KINDS = (
         "penalties",
         Sampling(temperature=0.7, top_k=50, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.2),
     ),
+    Kind("JSON", Sampling(temperature=0.8), constraint=Constraint("json_schema", json.dumps(SCHEMA))),
     Kind("LoRA", Sampling(temperature=0.8), adapter=LORA),
     Kind("drafting", Sampling(temperature=0.3), repeats=True),
 )
@@ -115,21 +132,36 @@ def random_adapter(decoder: Servable, hidden: int, seed: int = 1) -> Adapter:
     return make_adapter(pairs, 1.0)
 
 
-def tables(folder: Path, modes: Sequence[str], kinds: Sequence[str], runs: int) -> Iterator[Row]:
+def tables(folder: Path, modes: Sequence[str], only: str, runs: int) -> Iterator[Row]:
     """A row per mode, kind of request and disturbance."""
     disable_progress_bar()
     text = _texts(folder)
-    hidden = int(json.loads((folder / "config.json").read_text())["hidden_size"])
     for mode in modes:
-        decoder = load(folder, select_device("cpu"), kernels=mode == "int8")
-        bench = Bench(decoder, {LORA: random_adapter(decoder, hidden)})
-        for kind in KINDS:
-            if kind.name in kinds:
-                target = 1.0 if mode == DEFAULT_MODE else None
-                for name, exact, total in measure(bench, kind, text, runs):
-                    share = exact / total
-                    case = f"{mode}, {kind.name}, {name}"
-                    yield Row(case, exact, total, "runs", round(share, 4), target, target is None or share >= target)
+        with opened(folder, mode) as bench:
+            for kind in KINDS:
+                if only in f"{mode}, {kind.name}":
+                    for name, exact, total in measure(bench, kind, text, runs):
+                        yield _row(mode, f"{mode}, {kind.name}, {name}", exact, total)
+
+
+def _row(mode: str, case: str, exact: int, total: int) -> Row:
+    target = 1.0 if mode == DEFAULT_MODE else None
+    return Row(case, exact, total, "runs", round(exact / total, 4), target, target is None or exact == total)
+
+
+@contextmanager
+def opened(folder: Path, mode: str) -> Iterator[Bench]:
+    """A model in a mode, with an adapter and what follows constraints."""
+    decoder = load(folder, select_device("cpu"), kernels=mode == "int8")
+    hidden = int(json.loads((folder / "config.json").read_text())["hidden_size"])
+    guard = Guard()
+    grammars = open_grammars(guard, folder, decoder.vocabulary, decoder.end_tokens, SystemClock())
+    try:
+        yield Bench(decoder, {LORA: random_adapter(decoder, hidden)}, grammars)
+    finally:
+        if grammars is not None:
+            grammars.close()
+        guard.close()
 
 
 def _texts(folder: Path) -> Text:
@@ -148,25 +180,17 @@ def _texts(folder: Path) -> Text:
 
 
 def main() -> int:
-    """Print the table; 1 if the default mode is not exact."""
-    parser = argparse.ArgumentParser(prog="python -m bench.exactness", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the default mode only, 10 runs")
-    parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    """See `bench.command`."""
+    parser = command.parser("exactness", __doc__, "10 runs of each, in the default mode")
     parser.add_argument("--model", type=Path, help="folder of a model; by default the store's default model")
-    parser.add_argument("--runs", type=int, default=200, help="runs per kind of request and disturbance")
+    parser.add_argument("--runs", type=int, default=200, help="of each kind of request and disturbance")
     parser.add_argument("--mode", action="append", choices=MODES, help="may be given again; by default all")
-    parser.add_argument("--kind", action="append", choices=[kind.name for kind in KINDS], help="the same")
     options = parser.parse_args()
     modes = options.mode or ([DEFAULT_MODE] if options.quick else MODES)
-    kinds = options.kind or [kind.name for kind in KINDS]
-    rows = []
-    for row in tables(options.model or _default_model(), modes, kinds, 10 if options.quick else options.runs):
-        rows.append(row)
-        if not options.json:
-            print(f"{row.case:40} {row.ours:5} {row.peer:5} {row.unit} {row.ratio:8} {row.target!s:>6} {row.ok}")
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-    return 0 if all(row.ok for row in rows) else 1
+    runs = min(options.runs, 10) if options.quick else options.runs
+    return command.run(
+        "exactness", options, lambda _: tables(options.model or _default_model(), modes, options.only, runs)
+    )
 
 
 def _default_model() -> Path:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+import torch
+import transformers
 
 from bench.disturbance import DISTURBANCES, Bench
-from bench.exactness import KINDS, LORA, Kind, measure, random_adapter
+from bench.exactness import KINDS, Kind, measure, opened
+from tests.fakes import json_tokens
+from tests.fakes.json_tokens import END, SIZE
 from tests.integration.engine.tiny import prompts
-from worker.engine.device import select_device
-from worker.engine.loading import load
 
 pytestmark = pytest.mark.torch
 
@@ -20,9 +20,22 @@ RUNS = 2
 
 
 @pytest.fixture(scope="module")
-def bench(written: Callable[[str], tuple[Path, Any]]) -> Bench:
-    decoder = load(written("llama")[0], select_device("cpu"))
-    return Bench(decoder, {LORA: random_adapter(decoder, hidden=48)})
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = json_tokens.write(tmp_path_factory.mktemp("disturbed"))
+    config = transformers.LlamaConfig(
+        vocab_size=SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        eos_token_id=END,
+    )
+    torch.manual_seed(2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with opened(folder, "fp32") as bench:
+        yield bench
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
