@@ -1,6 +1,6 @@
 """How many disturbed requests give exactly the tokens of the undisturbed run.
 
-    python -m bench.exactness --runs 200 --mode int8
+    python -m bench.exactness --runs 200 --mode auto
 
 Every request is run alone, without prefix cache and drafting; then it is interrupted and resumed at a random index,
 preempted, put into other batches, and continued from the prefix cache. A row says how many of the disturbed runs gave
@@ -26,16 +26,18 @@ from bench.disturbance import DISTURBANCES, Bench
 from bench.rows import Row
 from llmos.clock import SystemClock
 from llmos.store import Store, default_store_path, ensure_default
+from llmos.store.planning import ensure_plan
+from llmos.store.precision import Precision, PrecisionPlan
 from worker.backend import Attempt, Constraint, Epoch, Sampling
-from worker.engine.device import select_device
+from worker.backends.torch import TorchBackend
 from worker.engine.grammar.grammars import open_grammars
 from worker.engine.grammar.guard import Guard
 from worker.engine.loading import load
 from worker.engine.lora import Adapter, make_adapter
 from worker.engine.paged import Servable
 
-MODES = ("fp32", "int8")
-DEFAULT_MODE = "fp32"
+MODES = ("auto", "fp32", "fp16", "int8")
+DEFAULT_MODE = "auto"
 """What a worker serves in unless told otherwise; it must be exact in every run."""
 REQUESTS = 10
 ANSWER = 32
@@ -132,7 +134,7 @@ def random_adapter(decoder: Servable, hidden: int, seed: int = 1) -> Adapter:
     return make_adapter(pairs, 1.0)
 
 
-def tables(folder: Path, modes: Sequence[str], only: str, runs: int) -> Iterator[Row]:
+def tables(folder: Path, modes: Sequence[Precision], only: str, runs: int) -> Iterator[Row]:
     """A row per mode, kind of request and disturbance."""
     disable_progress_bar()
     text = _texts(folder)
@@ -150,9 +152,11 @@ def _row(mode: str, case: str, exact: int, total: int) -> Row:
 
 
 @contextmanager
-def opened(folder: Path, mode: str) -> Iterator[Bench]:
+def opened(folder: Path, mode: Precision) -> Iterator[Bench]:
     """A model in a mode, with an adapter and what follows constraints."""
-    decoder = load(folder, select_device("cpu"), kernels=mode == "int8")
+    backend = TorchBackend(threads=torch.get_num_threads(), precision=mode)
+    plan = _plan(folder) if backend.precision == "auto" else None
+    decoder = load(folder, torch.device("cpu"), precision=backend.precision, plan=plan, kernels=backend.kernels)
     hidden = int(json.loads((folder / "config.json").read_text())["hidden_size"])
     guard = Guard()
     grammars = open_grammars(guard, folder, decoder.vocabulary, decoder.end_tokens, SystemClock())
@@ -164,13 +168,19 @@ def opened(folder: Path, mode: str) -> Iterator[Bench]:
         guard.close()
 
 
+def _plan(folder: Path) -> PrecisionPlan | None:
+    """The plan of a model in the store, which names a folder by its version."""
+    store = Store(default_store_path())
+    record = ensure_plan(store, store.resolve(folder.name))
+    return None if record is None else record.plan
+
+
 def _texts(folder: Path) -> Text:
     """Prompts from the standard library's documentation texts."""
     from pydoc_data.topics import topics
 
-    ids: list[int] = AutoTokenizer.from_pretrained(folder)("".join(topics[name] for name in sorted(topics)))[
-        "input_ids"
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids: list[int] = [number for name in sorted(topics) for number in tokenizer(topics[name][:8000])["input_ids"]]
 
     def text(number: int, length: int) -> list[int]:
         first = number * 997 % (len(ids) - length)
