@@ -59,6 +59,6 @@ peers: $(INSTALLED) ## build what we are compared with: llama.cpp, vLLM (some mi
 	$(BIN)/python -m bench.peers.make
 
 bench: $(INSTALLED) ## every benchmark, peers included; SAVE=1 appends to bench/results
-	@status=0; for name in engine quality kernels; do \
+	@status=0; for name in engine quality serving kernels; do \
 		echo "== bench.$$name"; $(BIN)/python -m bench.$$name $(if $(SAVE),--save) || status=$$?; \
 	done; exit $$status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ class Row:
     """Lowest and highest ratio of the rounds."""
 
     def public(self) -> dict[str, str | float | bool | None]:
-        """What `--json` prints."""
-        names = ("case", "ours", "peer", "unit", "ratio", "target", "ok")
-        return {name: getattr(self, name) for name in names}
+        """What `--json` prints; null for what is infinite, which JSON does not know."""
+        found = {name: getattr(self, name) for name in ("case", "ours", "peer", "unit", "ratio", "target", "ok")}
+        return {key: None if value in (math.inf, -math.inf) else value for key, value in found.items()}
 
 
 def at_least(case: str, unit: str, ours: Sequence[float], peer: Sequence[float], target: float | None) -> Row:
@@ -105,7 +106,7 @@ def _compare(
     target: float | None,
     meets: Callable[[float, float], bool],
 ) -> Row:
-    ratios = [mine / theirs for mine, theirs in zip(ours, peer, strict=True)]
+    ratios = [_ratio(mine, theirs) for mine, theirs in zip(ours, peer, strict=True)]
     ratio = statistics.median(ratios)
     return Row(
         case=case,
@@ -117,6 +118,13 @@ def _compare(
         ok=target is None or meets(ratio, target),
         spread=(_rounded(min(ratios)), _rounded(max(ratios))),
     )
+
+
+def _ratio(mine: float, theirs: float) -> float:
+    """Equal numbers are 1, nothings and infinities too."""
+    if mine == theirs:
+        return 1.0
+    return math.inf if theirs == 0 else mine / theirs
 
 
 def _rounded(value: float) -> float:

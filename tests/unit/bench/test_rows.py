@@ -57,3 +57,11 @@ def test_tables_show_the_spread() -> None:
 
     assert "1 to 3" in rows.line(row)
     assert "| decode | 2.0 | 1.0 | tokens/s | 2.0 | 1 to 3 |  | yes |" in rows.markdown([row])
+
+
+def test_nothing_against_nothing_is_even_and_infinity_is_no_json() -> None:
+    assert at_least("goodput", "tokens/s", [0.0], [0.0], 1.0).ratio == 1.0
+    row = at_least("goodput", "tokens/s", [5.0], [0.0], 1.0)
+
+    assert row.ok
+    assert row.public()["ratio"] is None
