@@ -32,7 +32,6 @@ from worker.quality.distance import Distance, Logits, distance, of_decoder, of_t
 from worker.quality.search import Bound, Sensitivity, search
 from worker.quality.sensitivity import sensitivities
 
-_WINDOWS = 2
 _RANKING_TOKENS = 256
 _BYTES_PER_PARAMETER = 6
 """Weights in fp32 and packed, and room for one matrix between."""
@@ -104,7 +103,7 @@ def _reference(folder: Path) -> Any:
 def _texts(folder: Path, model: Any) -> Sequence[Sequence[int]]:
     limit = general.context_limit(model.config.get_text_config(), corpus.WINDOW_TOKENS)
     try:
-        texts = corpus.windows(folder / "tokenizer.json", _WINDOWS, limit or corpus.WINDOW_TOKENS)
+        texts = corpus.windows(folder / "tokenizer.json", length=limit or corpus.WINDOW_TOKENS)
     except Exception as error:  # the library raises no other type
         raise SourceError(f"The tokenizer cannot be used: {error}.") from error
     if min(map(len, texts)) < 2 or max(map(max, texts)) >= model.config.get_text_config().vocab_size:

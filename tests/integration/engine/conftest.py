@@ -43,7 +43,7 @@ def loaded(written: Callable[[str], tuple[Path, Any]]) -> Callable[..., TorchBac
     """A backend that has loaded a family as `tiny`."""
 
     def of(family: str, threads: int = 1, budget: int = BUDGET) -> TorchBackend:
-        backend = TorchBackend(threads=threads)
+        backend = TorchBackend(threads=threads, precision="fp32")
         backend.load(ModelSpec("tiny", "1", written(family)[0]), budget)
         return backend
 
