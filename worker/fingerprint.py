@@ -11,7 +11,7 @@ import transformers
 from llmos.store.precision import Precision
 from worker.engine.model import DTYPE
 
-ENGINE_REVISION = 1
+ENGINE_REVISION = 2
 """To be raised with every change of `worker/engine` that can change a token."""
 
 

@@ -14,6 +14,14 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORDS = 4
 
+LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+"""log(2), the first part with so few bits that a product with a small whole number is exact."""
+_ROOT_OF_TWO = 1.4142135623730951
+_LOG_SERIES = (
+    *(1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01, 2.222219843214978396e-01),
+    *(2.857142874366239149e-01, 3.999999999940941908e-01, 6.666666666666735130e-01),
+)
+
 Counter = tuple[Tensor, Tensor, Tensor, Tensor]
 Key = tuple[Tensor, Tensor]
 
@@ -50,5 +58,26 @@ def token_words(seeds: Tensor, choices: Tensor, indices: Tensor, vocabulary: int
 
 def gumbel(words: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, from 32-bit words: -log(-log(u)) with u in the middle of each of 2**32 cells."""
-    uniform = words.double().add_(0.5).mul_(2.0**-32)
-    return uniform.log_().neg_().log_().neg_()
+    return logarithm(logarithm((words.double() + 0.5) * 2.0**-32).neg()).neg()
+
+
+def logarithm(x: Tensor) -> Tensor:
+    """Natural logarithm of positive normal float64 numbers, after fdlibm's e_log.c.
+
+    Made of basic operations alone, whose results IEEE 754 fixes: the same bits on every device, and in the kernels.
+    """
+    word = x.view(torch.int64)
+    exponent = ((word >> 52) - 1023).double()
+    m = ((word & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).view(torch.float64)
+    large = m > _ROOT_OF_TWO
+    m = torch.where(large, m * 0.5, m)
+    exponent = torch.where(large, exponent + 1.0, exponent)
+    f = m - 1.0
+    s = f / (f + 2.0)
+    z = s * s
+    r = torch.full_like(z, _LOG_SERIES[0])
+    for factor in _LOG_SERIES[1:]:
+        r = r * z + factor
+    half = f * f * 0.5
+    low = s * (half + r * z) + exponent * LN2_LOW
+    return exponent * LN2_HIGH - ((half - low) - f)

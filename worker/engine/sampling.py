@@ -3,7 +3,9 @@
 Randomness is Gumbel noise keyed by the token id (the Gumbel-max trick): the pick is the argmax of
 `logits / temperature + gumbel(seed, choice, index, token)`. No state is kept, so a resumed or drafted token is the same
 token. Rows are computed together, yet none depends on another: every operation here works row by row, whatever the
-number of rows and threads (`docs/decisions/0005-exactness-in-fp32.md`).
+number of rows and threads (`docs/decisions/0005-exactness-in-fp32.md`). The kernels pick where they are at hand, torch
+(`worker/engine/drawing.py`) elsewhere: both give the same tokens, because every operation that decides one has one
+result.
 
 Order, as in vLLM: logit bias, stop tokens barred by `min_tokens`, what a grammar allows, repetition penalty (over
 prompt and answer), frequency and presence penalty (over the answer), temperature, min-p, top-k, top-p. A filter is a
@@ -15,17 +17,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from worker.backend import Sampling, TokenLogprob
-from worker.engine.philox import gumbel, token_words
+from worker.engine.drawing import Draw, draw
+from worker.kernels import Kernels, abi, present
 
-_NUCLEUS_FIRST = 1024
-"""Candidates that top-p looks at first; sorting a whole vocabulary takes milliseconds."""
+_LEAST_TEMPERATURE = 1e-6
+"""What lies below is taken for it: nothing but the likeliest tokens can be drawn, and no quotient is infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +61,19 @@ class Pick:
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Pick | None]:
     """One pick per row of `logits` ([rows, vocabulary], float32, not modified); None where a logit is not a number."""
-    sound = torch.isfinite(logits.amax(-1)).tolist()
-    adjusted = logits
-    if any(map(_adjusts, rows)):
-        adjusted = logits.clone()
-        for values, row in zip(adjusted, rows, strict=True):
-            _adjust(values, row)
-    tokens = adjusted.argmax(-1).tolist()
-    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > 0 and sound[number]]
-    if drawn:
-        picked = _draw(adjusted[drawn], [rows[number] for number in drawn])
-        tokens = [*tokens]
-        for number, token in zip(drawn, picked, strict=True):
-            tokens[number] = token
+    adjusted: dict[int, Tensor] = {}
+    for number, row in enumerate(rows):
+        if _adjusts(row):
+            adjusted[number] = logits[number].clone()
+            _adjust(adjusted[number], row)
+    kernels = present() if logits.device.type == "cpu" and logits.stride(-1) == 1 else None
+    if kernels is None:
+        tokens = _pick_with_torch(logits, adjusted, rows)
+    else:
+        tokens = _pick_with_kernels(kernels, logits, adjusted, rows)
     return [
-        Pick(tokens[number], _logprob(logits[number], tokens[number], row.sampling.logprobs)) if sound[number] else None
-        for number, row in enumerate(rows)
+        None if token is None else Pick(token, _logprob(values, token, row.sampling.logprobs))
+        for values, token, row in zip(logits, tokens, rows, strict=True)
     ]
 
 
@@ -111,58 +111,43 @@ def _adjust(values: Tensor, row: SamplingRow) -> None:
         values[ids] -= options.frequency_penalty * times + options.presence_penalty
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Gumbel-max over the tokens that the filters keep."""
+def _pick_with_kernels(
+    kernels: Kernels, logits: Tensor, adjusted: Mapping[int, Tensor], rows: Sequence[SamplingRow]
+) -> list[int | None]:
+    calls = (abi.PickRow * len(rows))()
+    for number, (call, row) in enumerate(zip(calls, rows, strict=True)):
+        how = _draw_of(row)
+        call.raw = call.logits = logits.data_ptr() + number * logits.stride(0) * logits.itemsize
+        if number in adjusted:
+            call.logits = adjusted[number].data_ptr()
+        call.temperature, call.top_k, call.top_p, call.log_min_p = how.temperature, how.top_k, how.top_p, how.log_min_p
+        call.seed, call.choice, call.index = how.seed, how.choice, how.index
+    return kernels.pick(calls, logits.shape[-1])
 
-    def column(numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=logits.device)
 
-    temperatures = torch.tensor(
-        [row.sampling.temperature for row in rows], dtype=torch.float64, device=logits.device
-    ).unsqueeze(1)
-    scores = logits.double().div_(temperatures)
-    for values, row in zip(scores, rows, strict=True):
-        _keep(values, row.sampling)
-    words = token_words(
-        column([_signed(row.sampling.seed) for row in rows]),
-        column([row.choice for row in rows]),
-        column([row.index for row in rows]),
-        logits.shape[-1],
+def _pick_with_torch(logits: Tensor, adjusted: Mapping[int, Tensor], rows: Sequence[SamplingRow]) -> list[int | None]:
+    sound = torch.isfinite(logits.amax(-1)).tolist()
+    if adjusted:
+        logits = torch.stack([adjusted.get(number, values) for number, values in enumerate(logits)])
+    tokens: list[int | None] = logits.argmax(-1).tolist()
+    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > 0 and sound[number]]
+    if drawn:
+        for number, token in zip(drawn, draw(logits[drawn], [_draw_of(rows[number]) for number in drawn]), strict=True):
+            tokens[number] = token
+    return [token if fine else None for token, fine in zip(tokens, sound, strict=True)]
+
+
+def _draw_of(row: SamplingRow) -> Draw:
+    options = row.sampling
+    return Draw(
+        temperature=max(options.temperature, _LEAST_TEMPERATURE) if options.temperature > 0 else 0.0,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        log_min_p=math.log(options.min_p) if options.min_p > 0 else -math.inf,
+        seed=options.seed & 0xFFFFFFFFFFFFFFFF,
+        choice=row.choice,
+        index=row.index,
     )
-    tokens: list[int] = scores.add_(gumbel(words)).argmax(-1).tolist()
-    return tokens
-
-
-def _signed(seed: int) -> int:
-    seed &= 0xFFFFFFFFFFFFFFFF
-    return seed - (1 << 64) if seed >> 63 else seed
-
-
-def _keep(values: Tensor, options: Sampling) -> None:
-    """Set what min-p, top-k and top-p leave out to minus infinity, in place on one row of scaled logits."""
-    if options.min_p > 0:
-        _cut(values, float(values.amax()) + math.log(options.min_p))
-    if 0 < options.top_k < values.shape[0]:
-        _cut(values, float(values.topk(options.top_k).values[-1]))
-    if options.top_p < 1:
-        # softmax sums a row in one thread; a plain sum of a long row would depend on the number of threads.
-        probabilities = values.softmax(-1)
-        values.masked_fill_(probabilities < _nucleus_threshold(probabilities, options.top_p), -math.inf)
-
-
-def _cut(values: Tensor, threshold: float) -> None:
-    values.masked_fill_(values < threshold, -math.inf)
-
-
-def _nucleus_threshold(probabilities: Tensor, top_p: float) -> float:
-    """Least probability in the smallest set of likeliest tokens that together reach `top_p`; never an empty set."""
-    count = min(_NUCLEUS_FIRST, probabilities.shape[0])
-    while True:
-        likeliest = probabilities.topk(count).values
-        inside = 1 + int((likeliest.cumsum(0)[:-1] < top_p).sum())
-        if inside < count or count == probabilities.shape[0]:
-            return float(likeliest[inside - 1])
-        count = min(count * 4, probabilities.shape[0])
 
 
 def _logprob(logits: Tensor, token: int, count: int | None) -> TokenLogprob | None:

@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.kernels.binding import Isa, Kernels, Kind, available, load, reason
+    from worker.kernels.binding import Isa, Kernels, Kind, available, load, present, reason
 
-__all__ = ["Isa", "Kernels", "Kind", "available", "load", "reason"]
+__all__ = ["Isa", "Kernels", "Kind", "available", "load", "present", "reason"]
 
 
 def __getattr__(name: str) -> object:

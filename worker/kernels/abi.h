@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LLK_ABI 3
+#define LLK_ABI 4
 #define LLK_GROUP 64         // inputs that share a scale
 #define LLK_COLUMNS 16       // outputs of a packed block
 #define LLK_BLOCK_TOKENS 64  // tokens of a KV block
@@ -77,6 +77,19 @@ typedef struct {
   const int32_t* adapter;       // [rows]: number of the row's adapter, -1 for none; or NULL: no row has one
 } llk_step_args;
 
+// What decides the next token of a row. The filters keep the tokens whose logits are at least as large as the least that
+// each of them keeps; min-p and top-k look at all tokens, top-p at those that the two leave.
+typedef struct {
+  const float* logits;  // [vocabulary], bias and penalties applied; minus infinity where a token is barred
+  const float* raw;     // [vocabulary], the model's own, or the same pointer: what must be numbers
+  double temperature;   // 0: the likeliest token, the first of equal ones
+  double top_p;         // 1: all
+  double log_min_p;     // minus infinity: all
+  uint64_t seed;
+  uint32_t choice, index;
+  int32_t top_k;  // 0: all
+} llk_pick_row;
+
 typedef struct llk_model llk_model;
 
 int32_t llk_abi(void);
@@ -96,6 +109,10 @@ int32_t llk_gemm(int32_t isa, const llk_matrix* matrix, const int16_t* quantized
                  float* out);  // int8
 int32_t llk_gemm_float(int32_t isa, const llk_matrix* matrix, const float* x, int32_t rows, float* out);  // fp16, fp32
 int32_t llk_activate(int32_t isa, int32_t activation, const float* x, int32_t count, float* out);  // count: times 8
+
+// picks[i]: the token of row i, -1 if its logits are not all numbers or the largest is infinite. Rows are shared among the
+// threads.
+int32_t llk_pick(int32_t isa, const llk_pick_row* rows, int32_t count, int32_t vocabulary, int32_t* picks);
 
 // NULL if a shape does not fit the kernels or memory is short. A model is used by one call at a time.
 llk_model* llk_open(const llk_shape* shape, int32_t isa, int32_t* status);

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
-ABI = 3
+ABI = 4
 GROUP = 64
 """Inputs of a linear layer that share a scale; their number must be a multiple of it."""
 HEAD_MULTIPLE = 16
@@ -84,6 +84,18 @@ class StepArgs(Structure):
     )
 
 
+class PickRow(Structure):
+    """`llk_pick_row`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "raw")),
+        *((name, c_double) for name in ("temperature", "top_p", "log_min_p")),
+        ("seed", c_uint64),
+        *((name, c_uint32) for name in ("choice", "index")),
+        ("top_k", c_int32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llk_abi": (c_int32, []),
     "llk_best_isa": (c_int32, []),
@@ -97,6 +109,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "llk_gemm": (c_int32, [c_int32, POINTER(Matrix), c_void_p, c_void_p, c_int32, c_void_p]),
     "llk_gemm_float": (c_int32, [c_int32, POINTER(Matrix), c_void_p, c_int32, c_void_p]),
     "llk_activate": (c_int32, [c_int32, c_int32, c_void_p, c_int32, c_void_p]),
+    "llk_pick": (c_int32, [c_int32, POINTER(PickRow), c_int32, c_int32, POINTER(c_int32)]),
     "llk_open": (c_void_p, [POINTER(Shape), c_int32, POINTER(c_int32)]),
     "llk_close": (None, [c_void_p]),
     "llk_step": (c_int32, [c_void_p, POINTER(StepArgs)]),

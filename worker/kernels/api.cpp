@@ -2,8 +2,10 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "model.h"
 #include "packed.h"
@@ -58,6 +60,34 @@ void pack_output(const llk_matrix& m, const float* weights, int output) {
   }
 }
 
+struct StepTask {
+  State* state;
+  void (*work)(State*, int);
+};
+
+struct PickTask {
+  const Kernels* kernels;
+  const llk_pick_row* rows;
+  int count, vocabulary;
+  int32_t* picks;
+  std::atomic<int> taken{0};
+};
+
+// Threads take row by row; one that has no memory takes none.
+void pick_rows(PickTask& task) {
+  thread_local std::vector<double> memory;
+  const size_t wide = (size_t)task.vocabulary + 64;
+  try {
+    if (memory.size() < 2 * wide + 1) memory.resize(2 * wide + 1);
+  } catch (const std::bad_alloc&) {
+    return;
+  }
+  float* values = (float*)(memory.data() + wide);
+  const PickScratch scratch = {values + wide, values, memory.data()};
+  for (int i; (i = task.taken.fetch_add(1)) < task.count;)
+    task.picks[i] = task.kernels->pick(task.rows + i, task.vocabulary, &scratch);
+}
+
 int run(llk_model* model, const llk_step_args* args, void (*work)(State*, int)) {
   const llk_status bad = check_step(model->shape, *args);
   if (bad) return bad;
@@ -65,7 +95,9 @@ int run(llk_model* model, const llk_step_args* args, void (*work)(State*, int)) 
   Team* team = team_acquire(&threads);
   model->state.team = team;
   const bool ready = prepare(*model, *args, threads);
-  if (ready) team_run(team, &model->state, work);
+  StepTask task = {&model->state, work};
+  if (ready)
+    team_run(team, &task, [](void* step, int thread) { ((StepTask*)step)->work(((StepTask*)step)->state, thread); });
   team_release(team);
   return ready ? LLK_OK : LLK_NO_MEMORY;
 }
@@ -145,6 +177,21 @@ LLK_EXPORT int32_t llk_activate(int32_t isa, int32_t activation, const float* x,
   if (!kernels || count < 0 || count % 8) return LLK_BAD_SHAPE;
   kernels->activate(activation, x, count, out);
   return LLK_OK;
+}
+
+LLK_EXPORT int32_t llk_pick(int32_t isa, const llk_pick_row* rows, int32_t count, int32_t vocabulary, int32_t* picks) {
+  PickTask task;
+  task.kernels = kernels_of(isa);
+  task.rows = rows;
+  task.count = count;
+  task.vocabulary = vocabulary;
+  task.picks = picks;
+  if (!task.kernels || count < 0 || vocabulary < 1 || vocabulary > 1 << 20) return LLK_BAD_SHAPE;
+  int threads;
+  Team* team = team_acquire(&threads);
+  team_run(team, &task, [](void* picks, int) { pick_rows(*(PickTask*)picks); });
+  team_release(team);
+  return task.taken < count ? LLK_NO_MEMORY : LLK_OK;
 }
 
 LLK_EXPORT llk_model* llk_open(const llk_shape* shape, int32_t isa, int32_t* status) {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmos.errors import UnsupportedFeature
 from worker.kernels import abi
+from worker.kernels.build import find_library
 from worker.kernels.library import open_library
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
 
-    @property
-    def isa(self) -> Isa:
+        self.isa = Isa(library.llk_best_isa())
         """The best instruction set of this processor."""
-        return Isa(self.library.llk_best_isa())
 
     def supported(self) -> list[Isa]:
         """Instruction sets that this processor can run."""
@@ -145,6 +144,12 @@ class Kernels:
             return self.gemm(matrix, *self.quantize(x, isa=isa), isa)
         return self.gemm_float(matrix, x, isa)
 
+    def pick(self, rows: ctypes.Array[abi.PickRow], vocabulary: int, isa: Isa | None = None) -> list[int | None]:
+        """The next token of each row; None where the logits are not numbers. The caller keeps the logits alive."""
+        picks = (ctypes.c_int32 * len(rows))()
+        check(self.library.llk_pick(self.isa if isa is None else isa, rows, len(rows), vocabulary, picks))
+        return [None if pick < 0 else pick for pick in picks]
+
     def activate(self, kind: Activation, x: Tensor, isa: Isa = Isa.PORTABLE) -> Tensor:
         """The activation of each element; their number is a multiple of 8."""
         _expect(x, torch.float32, (None,))
@@ -197,6 +202,14 @@ def reason() -> str:
     """Why they cannot be used; empty if they can."""
     found = _open()
     return found if isinstance(found, str) else ""
+
+
+def present() -> Kernels | None:
+    """The kernels, if they are loaded or need no compiling."""
+    if not open_library.cache_info().currsize and find_library() is None:
+        return None
+    found = _open()
+    return found if isinstance(found, Kernels) else None
 
 
 def load() -> Kernels:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -42,9 +43,9 @@ class BuildError(Exception):
 
 def library_path(cache: Path | None = None, compiler: str | None = None) -> Path:
     """The compiled library, compiled now if there is none yet (about 30 s of CPU). Raises BuildError."""
-    for folder in (SOURCES, cache := cache or default_cache()):
-        if (found := folder / library_name()).is_file():
-            return found
+    cache = cache or default_cache()
+    if found := find_library(cache):
+        return found
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _lock(cache / "lock"):
@@ -55,6 +56,12 @@ def library_path(cache: Path | None = None, compiler: str | None = None) -> Path
     return cache / library_name()
 
 
+def find_library(cache: Path | None = None) -> Path | None:
+    """The compiled library, if there is one."""
+    candidates = (folder / library_name() for folder in (SOURCES, cache or default_cache()))
+    return next((path for path in candidates if path.is_file()), None)
+
+
 def default_cache(environ: Mapping[str, str] | None = None) -> Path:
     """`llmos/kernels` in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache)."""
     variables = environment() if environ is None else environ
@@ -62,6 +69,7 @@ def default_cache(environ: Mapping[str, str] | None = None) -> Path:
     return (cache if cache.is_absolute() else Path("~/.cache").expanduser()) / "llmos" / "kernels"
 
 
+@functools.cache
 def library_name() -> str:
     """File name of the library that the present sources make on this machine's architecture."""
     digest = hashlib.sha256(repr((platform.system(), platform.machine(), _FLAGS, _X86)).encode())

@@ -59,11 +59,19 @@ struct State {
   float* attended;
 };
 
+// Memory for picking a token, for one thread.
+struct PickScratch {
+  float* maxima;   // [vocabulary / 64 + 1]
+  float* values;   // [vocabulary + 64]
+  double* masses;  // [vocabulary + 64]
+};
+
 struct Kernels {
   void (*quantize)(const float* x, const float* norm, float epsilon, int rows, int width, int16_t* out, float* scales);
   void (*gemm)(const llk_matrix* matrix, const int16_t* quantized, const float* scales, int rows, float* out);
   void (*gemm_float)(const llk_matrix* matrix, const float* x, int rows, float* out);
   void (*activate)(int activation, const float* x, int count, float* out);
+  int (*pick)(const llk_pick_row* row, int vocabulary, const PickScratch* scratch);
   void (*step)(State* state, int thread);
   void (*attend)(State* state, int thread);
 };

@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "lora.h"
 #include "numeric.h"
+#include "pick.h"
 #include "product.h"
 #include "state.h"
 
@@ -340,6 +341,10 @@ void activate_only(int activation, const float* x, int count, float* out) {
   for (int i = 0; i < count; i += 8) store(out + i, activate(activation, load(x + i)));
 }
 
+int pick_only(const llk_pick_row* row, int vocabulary, const PickScratch* scratch) {
+  return pick_row(*row, vocabulary, *scratch);
+}
+
 }  // namespace
 
-extern const Kernels LLK_TABLE = {quantize_only, gemm_only, gemm_float_only, activate_only, step, attend_only};
+extern const Kernels LLK_TABLE = {quantize_only, gemm_only, gemm_float_only, activate_only, pick_only, step, attend_only};

@@ -1,5 +1,7 @@
 #include "team.h"
 
+#include "state.h"
+
 #include <pthread.h>
 #include <signal.h>
 
@@ -78,8 +80,8 @@ struct Team {
   Gate start, progress, left;
   std::atomic<bool> open{false}, quit{false};
   std::atomic<int> inside{0};
-  State* state = nullptr;
-  void (*work)(State*, int) = nullptr;
+  void* task = nullptr;
+  void (*work)(void*, int) = nullptr;
   std::vector<std::thread> members;
 };
 
@@ -97,7 +99,7 @@ void serve(Team* team, int number, uint32_t seen) {
     team->inside.fetch_add(1);
     if (team->open.load()) {
       const DefaultRounding rounding;
-      team->work(team->state, number);
+      team->work(team->task, number);
     }
     if (team->inside.fetch_sub(1) == 1) team->left.advance();
   }
@@ -172,13 +174,13 @@ Team* team_acquire(int* threads) {
 
 void team_release(Team* team) { team->turn.unlock(); }
 
-void team_run(Team* team, State* state, void (*work)(State*, int)) {
+void team_run(Team* team, void* task, void (*work)(void*, int)) {
   const DefaultRounding rounding;
-  team->state = state;
+  team->task = task;
   team->work = work;
   team->open.store(true);
   if (team->threads > 1) team->start.advance();
-  work(state, 0);
+  work(task, 0);
   team->open.store(false);
   for (;;) {
     const uint32_t before = team->left.value();

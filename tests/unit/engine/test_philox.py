@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from worker.engine.philox import gumbel, philox4x32, token_words
+from worker.engine.drawing import mass
+from worker.engine.philox import gumbel, logarithm, philox4x32, token_words
 
 pytestmark = pytest.mark.torch
 
@@ -63,3 +64,19 @@ def test_gumbel_is_finite_at_both_ends_and_has_the_right_mean() -> None:
     noise = gumbel(torch.tensor(words(11, 0, 0, 40_000)))
     assert math.isclose(float(noise.mean()), 0.5772, abs_tol=0.02)
     assert math.isclose(float(noise.var()), math.pi**2 / 6, abs_tol=0.05)
+
+
+def test_logarithm_is_off_by_the_last_bit_at_most() -> None:
+    x = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(
+        -40, 40, dtype=torch.float64
+    ).repeat(250)
+    assert float(((logarithm(x) - x.log()) / x.log()).abs().max()) < 4e-16
+    assert float(logarithm(torch.tensor([1.0], dtype=torch.float64))) == 0.0
+
+
+def test_masses_are_whole_and_those_of_exp() -> None:
+    x = torch.cat([-torch.linspace(0, 22.9, 5000), torch.tensor([-23.1, -1e9, -math.inf])]).double()
+    found = mass(x)
+    assert torch.equal(found, found.round())
+    assert float((found - x.exp() * 2**32).abs().max()) <= 0.6
+    assert found[0] == 2**32 and not found[-3:].any()
