@@ -12,22 +12,20 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from bench import command
 from bench.disturbance import DISTURBANCES, Bench
 from bench.rows import Row
+from bench.subject import Prompts, default_model, plan_of, prompts_of
 from llmos.clock import SystemClock
-from llmos.store import Store, default_store_path, ensure_default
-from llmos.store.planning import ensure_plan
-from llmos.store.precision import Precision, PrecisionPlan
+from llmos.store.precision import Precision
 from worker.backend import Attempt, Constraint, Epoch, Sampling
 from worker.backends.torch import TorchBackend
 from worker.engine.grammar.grammars import open_grammars
@@ -55,9 +53,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 
-Text = Callable[[int, int], list[int]]
-"""A prompt of so many tokens; the first number says which."""
-
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -70,11 +65,11 @@ class Kind:
     repeats: bool = False
     constraint: Constraint | None = None
 
-    def attempts(self, text: Text, count: int, source: random.Random) -> list[Attempt]:
+    def attempts(self, text: Prompts, count: int, source: random.Random) -> list[Attempt]:
         """Requests of different prompts and seeds."""
         return [self._attempt(number, text, source) for number in range(count)]
 
-    def _attempt(self, number: int, text: Text, source: random.Random) -> Attempt:
+    def _attempt(self, number: int, text: Prompts, source: random.Random) -> Attempt:
         length = source.randrange(*LENGTHS)
         prompt = text(number, length)
         if self.repeats:
@@ -107,7 +102,7 @@ KINDS = (
 
 
 def measure(
-    bench: Bench, kind: Kind, text: Text, runs: int, requests: int = REQUESTS
+    bench: Bench, kind: Kind, text: Prompts, runs: int, requests: int = REQUESTS
 ) -> Iterator[tuple[str, int, int]]:
     """Per disturbance: how many runs were exact, and how many there were, about `runs`."""
     attempts = kind.attempts(text, min(runs, REQUESTS), random.Random(kind.name))
@@ -137,7 +132,7 @@ def random_adapter(decoder: Servable, hidden: int, seed: int = 1) -> Adapter:
 def tables(folder: Path, modes: Sequence[Precision], only: str, runs: int) -> Iterator[Row]:
     """A row per mode, kind of request and disturbance."""
     disable_progress_bar()
-    text = _texts(folder)
+    text = prompts_of(folder)
     for mode in modes:
         with opened(folder, mode) as bench:
             for kind in KINDS:
@@ -155,7 +150,7 @@ def _row(mode: str, case: str, exact: int, total: int) -> Row:
 def opened(folder: Path, mode: Precision) -> Iterator[Bench]:
     """A model in a mode, with an adapter and what follows constraints."""
     backend = TorchBackend(threads=torch.get_num_threads(), precision=mode)
-    plan = _plan(folder) if backend.precision == "auto" else None
+    plan = plan_of(folder) if backend.precision == "auto" else None
     decoder = load(folder, torch.device("cpu"), precision=backend.precision, plan=plan, kernels=backend.kernels)
     hidden = int(json.loads((folder / "config.json").read_text())["hidden_size"])
     guard = Guard()
@@ -168,27 +163,6 @@ def opened(folder: Path, mode: Precision) -> Iterator[Bench]:
         guard.close()
 
 
-def _plan(folder: Path) -> PrecisionPlan | None:
-    """The plan of a model in the store, which names a folder by its version."""
-    store = Store(default_store_path())
-    record = ensure_plan(store, store.resolve(folder.name))
-    return None if record is None else record.plan
-
-
-def _texts(folder: Path) -> Text:
-    """Prompts from the standard library's documentation texts."""
-    from pydoc_data.topics import topics
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids: list[int] = [number for name in sorted(topics) for number in tokenizer(topics[name][:8000])["input_ids"]]
-
-    def text(number: int, length: int) -> list[int]:
-        first = number * 997 % (len(ids) - length)
-        return ids[first : first + length]
-
-    return text
-
-
 def main() -> int:
     """See `bench.command`."""
     parser = command.parser("exactness", __doc__, "10 runs of each, in the default mode")
@@ -199,13 +173,8 @@ def main() -> int:
     modes = options.mode or ([DEFAULT_MODE] if options.quick else MODES)
     runs = min(options.runs, 10) if options.quick else options.runs
     return command.run(
-        "exactness", options, lambda _: tables(options.model or _default_model(), modes, options.only, runs)
+        "exactness", options, lambda _: tables(options.model or default_model(), modes, options.only, runs)
     )
-
-
-def _default_model() -> Path:
-    store = Store(default_store_path())
-    return store.materialize(ensure_default(store))
 
 
 if __name__ == "__main__":
