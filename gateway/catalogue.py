@@ -82,6 +82,8 @@ class Catalogue:
                 capabilities=frozenset(model.capabilities),
                 created_unix_s=model.created_unix_s,
                 base_model=model.base_model,
+                labels=tuple(model.labels),
+                dimensions=tuple(model.dimensions),
             )
             for model in self._models.values()
         ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from gateway import validate
+from gateway import task_bodies, validate
 from gateway.grpc_convert import (
     EventT,
     ResponseT,
@@ -18,8 +18,10 @@ from gateway.grpc_convert import (
     stream_event,
 )
 from gateway.grpc_edge import Caller
+from gateway.grpc_tasks import classify_response, embed_response, score_response
+from gateway.tasks import Call, Results, Tasks
 from gateway.types import Authenticator, Engine, Generation, GenerationRequest
-from llmos.errors import InvalidRequest, ModelNotFound, UnsupportedFeature
+from llmos.errors import InvalidRequest
 from llmos.v1 import inference_pb2 as pb
 from llmos.v1 import inference_pb2_grpc
 
@@ -31,6 +33,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, engine: Engine, authenticator: Authenticator) -> None:
         self._engine = engine
+        self._tasks = Tasks(engine)
         self._authenticator = authenticator
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> pb.ChatResponse:  # noqa: N802
@@ -70,15 +73,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
         """See the contract."""
-        raise self._unsupported("embed", request.model, context)
+        call = self._call(context)
+        ask = task_bodies.embedding({"model": request.model, "input": list(request.inputs)})
+        return embed_response(await _named(self._tasks.embed(ask, call), context))
 
     async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:  # noqa: N802
         """See the contract."""
-        raise self._unsupported("classify", request.model, context)
+        call = self._call(context)
+        ask = task_bodies.classification({"model": request.model, "input": list(request.inputs)})
+        return classify_response(await _named(self._tasks.classify(ask, call), context))
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:  # noqa: N802
         """See the contract."""
-        raise self._unsupported("score", request.model, context)
+        call = self._call(context)
+        body = {"model": request.model, "text_1": request.query, "text_2": list(request.texts)}
+        return score_response(await _named(self._tasks.score(task_bodies.score(body), call), context))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
         """See the contract."""
@@ -111,12 +120,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         finally:
             await generation.aclose()
 
-    def _unsupported(self, capability: str, model: str, context: Any) -> Exception:
-        """No backend of this release has these; the answer still tells an unknown model from one that can't."""
-        Caller(context, self._authenticator)
-        if all(served.name != model for served in self._engine.models()):
-            return ModelNotFound(f"The model '{model[:200]}' is not served here; list the models.", param="model")
-        return UnsupportedFeature(f"The model '{model}' does not offer {capability}.", param="model")
+    def _call(self, context: Any) -> Call:
+        caller = Caller(context, self._authenticator)
+        return Call(caller.identity, caller.request_id, caller.trace, caller.deadline_s)
+
+
+async def _named(work: Coroutine[Any, Any, Results], context: Any) -> Results:
+    """The results, once the call has got its id."""
+    results = await work
+    await context.send_initial_metadata((("x-request-id", results.request_id),))
+    return results
 
 
 async def _messages(generation: Generation, kind: type[EventT]) -> AsyncGenerator[EventT, None]:

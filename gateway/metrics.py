@@ -22,6 +22,7 @@ from gateway.types import (
     GenerationRequest,
     Identity,
     ModelInfo,
+    TaskRequest,
     TraceHeaders,
 )
 from llmos.clock import Clock
@@ -33,7 +34,13 @@ _SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 2
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 _MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
-_OPERATIONS = {"chat": "chat", "completion": "text_completion"}
+_OPERATIONS = {
+    "chat": "chat",
+    "completion": "text_completion",
+    "embed": "embeddings",
+    "classify": "classify",
+    "score": "score",
+}
 
 
 class Metrics:
@@ -122,7 +129,7 @@ class MeteredEngine:
         self._clock = clock
 
     async def generate(
-        self, request: GenerationRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
+        self, request: GenerationRequest | TaskRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
     ) -> Generation:
         """See `Engine`."""
         model = request.model if any(served.name == request.model for served in self._inner.models()) else ""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gateway.catalogue import TextRules
 from gateway.text.choice import ChoiceText
 from gateway.text.prefix import prefix_hashes
 from gateway.transcript import Shape, Transcript
-from gateway.types import Constraint, GenerationRequest, Identity, Params
+from gateway.types import Constraint, GenerationRequest, Identity, Params, TaskRequest
+from gateway.values import ValuesTranscript
 from llmos.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
 from llmos.internal.v1 import request_pb2, requests_pb2
 from llmos.v1 import inference_pb2
@@ -24,14 +26,41 @@ _PRIORITY = {
 }
 
 
-async def tokenize(request: GenerationRequest, rules: TextRules) -> Sequence[int]:
-    """The prompt's tokens. A completion given as tokens is taken as it is. Raises InvalidRequest."""
+_TASK = {"embed": request_pb2.TASK_EMBED, "classify": request_pb2.TASK_CLASSIFY, "score": request_pb2.TASK_SCORE}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the fleet is given to read."""
+
+    token_ids: Sequence[int]
+    first_text_tokens: int = 0
+    """Length of the first of two texts; 0: there is one."""
+
+
+async def tokenize(
+    request: GenerationRequest | TaskRequest, model: requests_pb2.CatalogueModel, rules: TextRules
+) -> Prompt:
+    """The prompt's tokens. One given as tokens is taken as it is. Raises InvalidRequest."""
+    if isinstance(request, TaskRequest):
+        return await _tokenize_task(request, model, rules)
     if request.token_ids is not None:
-        return request.token_ids
+        return Prompt(request.token_ids)
     text, special = _prompt_text(request, rules)
     if len(text) <= _INLINE_CHARS:
-        return rules.tokenizer.encode(text, special=special)
-    return await asyncio.to_thread(rules.tokenizer.encode, text, special=special)
+        return Prompt(rules.tokenizer.encode(text, special=special))
+    return Prompt(await asyncio.to_thread(rules.tokenizer.encode, text, special=special))
+
+
+async def _tokenize_task(request: TaskRequest, model: requests_pb2.CatalogueModel, rules: TextRules) -> Prompt:
+    context = model.context_length
+    limit = context if request.truncate == -1 else request.truncate
+    if request.token_ids is not None:
+        return Prompt(request.token_ids[:limit])
+    texts = (request.text or "", request.second)
+    if sum(len(text or "") for text in texts) <= _INLINE_CHARS:
+        return Prompt(*rules.tokenizer.encode_task(*texts, limit))
+    return Prompt(*await asyncio.to_thread(rules.tokenizer.encode_task, *texts, limit))
 
 
 def _prompt_text(request: GenerationRequest, rules: TextRules) -> tuple[str, bool]:
@@ -43,8 +72,11 @@ def _prompt_text(request: GenerationRequest, rules: TextRules) -> tuple[str, boo
     return rules.template.render(request.turns), False
 
 
-def fit(params: Params, token_ids: Sequence[int], model: requests_pb2.CatalogueModel) -> int:
+def fit(request: GenerationRequest | TaskRequest, token_ids: Sequence[int], model: requests_pb2.CatalogueModel) -> int:
     """The most tokens per choice. Raises PromptTooLong or InvalidRequest where the model's bounds are passed."""
+    if isinstance(request, TaskRequest):
+        return _fit_task(request, token_ids, model)
+    params = request.params
     if not token_ids:
         raise InvalidRequest("The prompt is empty.", param="prompt")
     _check_vocabulary(params, token_ids, model.vocab_size)
@@ -62,6 +94,21 @@ def fit(params: Params, token_ids: Sequence[int], model: requests_pb2.CatalogueM
     return budget
 
 
+def _fit_task(request: TaskRequest, token_ids: Sequence[int], model: requests_pb2.CatalogueModel) -> int:
+    """One: what stands for the only output, though it has no token."""
+    if not token_ids:
+        raise InvalidRequest(f"'{request.param}' is empty.", param=request.param)
+    if len(token_ids) > model.context_length:
+        raise PromptTooLong(
+            f"'{request.param}' has {len(token_ids)} tokens, the model takes {model.context_length}; shorten it, or "
+            "set 'truncate_prompt_tokens' to -1.",
+            param=request.param,
+        )
+    if max(token_ids) >= model.vocab_size:
+        raise InvalidRequest(f"'{request.param}' names a token that the model does not have.", param=request.param)
+    return 1
+
+
 def _check_vocabulary(params: Params, token_ids: Sequence[int], size: int) -> None:
     for name, ids in (
         ("prompt", token_ids),
@@ -73,11 +120,11 @@ def _check_vocabulary(params: Params, token_ids: Sequence[int], size: int) -> No
 
 
 def fleet_request(
-    request: GenerationRequest,
+    request: GenerationRequest | TaskRequest,
     identity: Identity,
     model: requests_pb2.CatalogueModel,
     base: requests_pb2.CatalogueModel,
-    token_ids: Sequence[int],
+    prompt: Prompt,
     *,
     inner_id: str,
     seed: int,
@@ -96,9 +143,13 @@ def fleet_request(
         model=base.name,
         model_version=base.version,
         tokenizer_hash=model.tokenizer_hash,
-        token_ids=token_ids,
+        token_ids=prompt.token_ids,
         prefix_hashes=prefix_hashes(
-            token_ids, model_version=base.version, tenant=identity.tenant, adapter=adapter.version, salt=salt
+            () if isinstance(request, TaskRequest) else prompt.token_ids,
+            model_version=base.version,
+            tenant=identity.tenant,
+            adapter=adapter.version,
+            salt=salt,
         ),
         sampling=_sampling(params, seed),
         max_tokens=max_tokens,
@@ -110,6 +161,8 @@ def fleet_request(
         adapter=adapter.name,
         adapter_version=adapter.version,
         constraint=None if params.constraint is None else _constraint(params.constraint),
+        task=_TASK.get(request.kind, request_pb2.TASK_GENERATE),
+        first_text_tokens=prompt.first_text_tokens,
     )
 
 
@@ -140,11 +193,15 @@ def _sampling(params: Params, seed: int) -> request_pb2.Sampling:
     )
 
 
-def new_transcript(request: GenerationRequest, rules: TextRules, max_tokens: int, vocab_size: int) -> Transcript:
+def new_transcript(
+    request: GenerationRequest | TaskRequest, rules: TextRules, max_tokens: int, model: requests_pb2.CatalogueModel
+) -> Transcript | ValuesTranscript:
     """An empty transcript for a request's output."""
+    if isinstance(request, TaskRequest):
+        return ValuesTranscript(len(model.labels) or next(iter(model.dimensions), 0))
     params = request.params
     continuation = request.kind == "completion"
-    shape = Shape(params.n, max_tokens, vocab_size, params.logprobs is not None)
+    shape = Shape(params.n, max_tokens, model.vocab_size, params.logprobs is not None)
 
     def new_text() -> ChoiceText:
         return ChoiceText(rules.tokenizer.detokenizer(continuation=continuation), params.stop)

@@ -20,11 +20,11 @@ from gateway import request_id as request_ids
 from gateway.catalogue import Catalogue, TextRules
 from gateway.failure import for_client
 from gateway.leader import LeaderClient
-from gateway.prepare import fit, fleet_request, new_transcript, tokenize
+from gateway.prepare import Prompt, fit, fleet_request, new_transcript, tokenize
 from gateway.stream import Stream, StreamLimits, Uplink
 from gateway.trace import RequestTrace, span_name, start_attributes
 from gateway.transcript import Verdict
-from gateway.types import GenerationRequest, Identity, ModelInfo, Started, TraceHeaders
+from gateway.types import GenerationRequest, Identity, ModelInfo, Started, TaskRequest, TraceHeaders
 from llmos.clock import Clock
 from llmos.errors import (
     Cancelled,
@@ -42,6 +42,7 @@ from llmos.v1 import fleet_pb2
 log = logging.getLogger(__name__)
 
 _ALL_REQUESTS = 100_000
+AnyRequest = GenerationRequest | TaskRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Sessions:
     # What the edges ask for (Engine)
 
     async def generate(
-        self, request: GenerationRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
+        self, request: AnyRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
     ) -> Stream:
         """See `Engine`. The stream is registered and submitted when this returns."""
         self._admit()
@@ -129,8 +130,8 @@ class Sessions:
         self._preparing += 1
         try:
             rules = await self._catalogue.rules(model)
-            token_ids = await self._tokenize(request, rules, span, inner_id)
-            return self._begin(request, identity, model, base, rules, token_ids, span, inner_id, public_id)
+            prompt = await self._tokenize(request, model, rules, span, inner_id)
+            return self._begin(request, identity, model, base, rules, prompt, span, inner_id, public_id)
         except BaseException as error:
             self._telemetry.finish(span, error.code if isinstance(error, LlmosError) else "cancelled")
             raise
@@ -206,7 +207,7 @@ class Sessions:
         if len(self._streams) + self._preparing >= self._config.max_requests:
             raise Overloaded("This gateway has as many requests as it can hold; try again.", retry_after_s=1.0)
 
-    def _name(self, request: GenerationRequest, identity: Identity, client_id: str) -> tuple[str, str]:
+    def _name(self, request: AnyRequest, identity: Identity, client_id: str) -> tuple[str, str]:
         """The request's inner and public id. A resumed one keeps its public id and takes the old stream's place."""
         resumed = request.resume_request_id
         given = resumed or client_id
@@ -221,39 +222,41 @@ class Sessions:
             old.abort(Cancelled("The stream was resumed elsewhere."), "cancelled")
         return (request_ids.again(inner_id, self._rng) if resumed else inner_id), public_id
 
-    async def _tokenize(self, request: GenerationRequest, rules: TextRules, span: Span, inner_id: str) -> Sequence[int]:
+    async def _tokenize(
+        self, request: AnyRequest, model: requests_pb2.CatalogueModel, rules: TextRules, span: Span, inner_id: str
+    ) -> Prompt:
         child = self._telemetry.start(
             "tokenize", parent=span.get_span_context(), attributes={"llmos.request_id": inner_id}
         )
         try:
-            token_ids = await tokenize(request, rules)
+            prompt = await tokenize(request, model, rules)
         except LlmosError as error:
             self._telemetry.finish(child, error.code)
             raise
-        child.set_attribute("gen_ai.usage.input_tokens", len(token_ids))
+        child.set_attribute("gen_ai.usage.input_tokens", len(prompt.token_ids))
         self._telemetry.finish(child)
-        return token_ids
+        return prompt
 
     def _begin(
         self,
-        request: GenerationRequest,
+        request: AnyRequest,
         identity: Identity,
         model: requests_pb2.CatalogueModel,
         base: requests_pb2.CatalogueModel,
         rules: TextRules,
-        token_ids: Sequence[int],
+        prompt: Prompt,
         span: Span,
         inner_id: str,
         public_id: str,
     ) -> Stream:
-        max_tokens = fit(request.params, token_ids, model)
+        max_tokens = fit(request, prompt.token_ids, model)
         seed = self._seed(request)
         wire = fleet_request(
             request,
             identity,
             model,
             base,
-            token_ids,
+            prompt,
             inner_id=inner_id,
             seed=seed,
             max_tokens=max_tokens,
@@ -263,8 +266,8 @@ class Sessions:
         created = self._clock.unix_ns() // 1_000_000_000
         stream = Stream(
             wire,
-            Started(public_id, model.name, model.version, seed, created, len(token_ids)),
-            new_transcript(request, rules, max_tokens, model.vocab_size),
+            Started(public_id, model.name, model.version, seed, created, len(prompt.token_ids)),
+            new_transcript(request, rules, max_tokens, model),
             RequestTrace(self._telemetry, span, inner_id),
             uplink=self._link,
             clock=self._clock,
@@ -281,7 +284,7 @@ class Sessions:
             raise
         return stream
 
-    def _seed(self, request: GenerationRequest) -> int:
+    def _seed(self, request: AnyRequest) -> int:
         params = request.params
         if params.seed is not None:
             return params.seed

@@ -14,6 +14,7 @@ from typing import Protocol
 from gateway.trace import RequestTrace
 from gateway.transcript import Transcript, Verdict
 from gateway.types import Delta, Done, Event, Progress, Started
+from gateway.values import ValuesTranscript
 from llmos.clock import Clock
 from llmos.errors import Cancelled, DeadlineExceeded, LlmosError, SlowReader, Unavailable
 from llmos.internal.v1 import request_pb2
@@ -21,6 +22,7 @@ from llmos.internal.v1 import request_pb2
 _EVENT_BYTES = 96
 _TOKEN_BYTES = 40
 _LOGPROB_BYTES = 120
+_VALUE_BYTES = 4
 
 
 class Uplink(Protocol):
@@ -60,7 +62,7 @@ class Stream:
         self,
         request: request_pb2.Request,
         started: Started,
-        transcript: Transcript,
+        transcript: Transcript | ValuesTranscript,
         trace: RequestTrace,
         *,
         uplink: Uplink,
@@ -230,4 +232,5 @@ def _size(event: Event) -> int:
     if not isinstance(event, Delta):
         return 0
     entries = sum(1 + len(logprob.top) for logprob in event.logprobs)
-    return _EVENT_BYTES + 4 * len(event.text) + _TOKEN_BYTES * len(event.token_ids) + _LOGPROB_BYTES * entries
+    numbers = _TOKEN_BYTES * len(event.token_ids) + _LOGPROB_BYTES * entries + _VALUE_BYTES * len(event.values)
+    return _EVENT_BYTES + 4 * len(event.text) + numbers

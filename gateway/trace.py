@@ -7,23 +7,28 @@ from collections.abc import Mapping, Sequence
 from opentelemetry.trace import Span
 from opentelemetry.util.types import AttributeValue
 
-from gateway.types import GenerationRequest, Identity
+from gateway.types import GenerationRequest, Identity, Params, TaskRequest
 from llmos.errors import LlmosError
 from llmos.telemetry import REQUEST_ID, Telemetry
 
-_OPERATION = {"chat": "chat", "completion": "text_completion"}
+_OPERATION = {
+    "chat": "chat",
+    "completion": "text_completion",
+    "embed": "embeddings",
+    "classify": "classify",
+    "score": "score",
+}
 
 
-def span_name(request: GenerationRequest) -> str:
-    """`chat {model}` or `text_completion {model}`."""
+def span_name(request: GenerationRequest | TaskRequest) -> str:
+    """`chat {model}`, `text_completion {model}`, `embeddings {model}`, ..."""
     return f"{_OPERATION[request.kind]} {request.model}"
 
 
 def start_attributes(
-    request: GenerationRequest, identity: Identity, inner_id: str, public_id: str, version: str
+    request: GenerationRequest | TaskRequest, identity: Identity, inner_id: str, public_id: str, version: str
 ) -> Mapping[str, AttributeValue]:
     """What is known when the root span opens."""
-    params = request.params
     attributes: dict[str, AttributeValue | None] = {
         REQUEST_ID: inner_id,
         "llmos.tenant": identity.tenant,
@@ -31,6 +36,15 @@ def start_attributes(
         "gen_ai.operation.name": _OPERATION[request.kind],
         "gen_ai.provider.name": "llmos",
         "gen_ai.request.model": request.model,
+        "gen_ai.response.id": public_id,
+    }
+    if isinstance(request, GenerationRequest):
+        attributes |= _sampling(request.params)
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _sampling(params: Params) -> Mapping[str, AttributeValue | None]:
+    return {
         "gen_ai.request.max_tokens": params.max_tokens,
         "gen_ai.request.temperature": params.temperature,
         "gen_ai.request.top_p": params.top_p,
@@ -38,9 +52,7 @@ def start_attributes(
         "gen_ai.request.frequency_penalty": params.frequency_penalty,
         "gen_ai.request.presence_penalty": params.presence_penalty,
         "gen_ai.request.choice.count": params.n,
-        "gen_ai.response.id": public_id,
     }
-    return {name: value for name, value in attributes.items() if value is not None}
 
 
 class RequestTrace:

@@ -93,6 +93,45 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """A text, or a pair of them, whose vector, labels or score are wanted. One of `text` and `token_ids` is set.
+
+    A pair is `text` and `second`.
+    """
+
+    kind: Literal["embed", "classify", "score"]
+    model: str
+    text: str | None = None
+    second: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    truncate: int | None = None
+    """Cut to so many tokens, special ones included; -1: to what the model takes; None: refuse what is longer. Of a pair
+    the second text is cut."""
+    param: str = "input"
+    """Where the text came from, for refusals."""
+    deadline_s: float | None = None
+    """Seconds that the client is willing to wait."""
+
+    @property
+    def params(self) -> Params:
+        """Nothing is sampled."""
+        return _NO_ANSWER
+
+    @property
+    def resume(self) -> tuple[Progress, ...]:
+        """There is nothing that a client could hold in part."""
+        return ()
+
+    @property
+    def resume_request_id(self) -> str:
+        """Never the continuation of another one."""
+        return ""
+
+
+_NO_ANSWER = Params(max_tokens=1, temperature=0.0, seed=0)
+
+
+@dataclass(frozen=True, slots=True)
 class TraceHeaders:
     """W3C trace context as it came with the request; empty if none did."""
 
@@ -137,6 +176,8 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
+    values: Sequence[float] = ()
+    """Result of a TaskRequest, in its only delta."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +217,17 @@ class ModelInfo:
     created_unix_s: int
     base_model: str = ""
     """Adapters: name of the model that it applies to."""
+    labels: tuple[str, ...] = ()
+    """Classifiers: what each value of a TaskRequest stands for."""
+    dimensions: tuple[int, ...] = ()
+    """Embedding models: lengths of vectors that may be asked for, the model's own first."""
 
 
 class Engine(Protocol):
     """What the edges (HTTP and gRPC) ask of the session layer."""
 
     async def generate(
-        self, request: GenerationRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
+        self, request: GenerationRequest | TaskRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
     ) -> Generation:
         """Render, tokenize, submit. `request_id` is empty or the client's own. Raises `LlmosError` at once."""
         ...

@@ -7,20 +7,16 @@ InvalidRequest (or a leaf of it, or PayloadTooLarge) whose `param` is the path o
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
-
-import msgspec
+from collections.abc import Collection, Mapping, Sequence
 
 from gateway.constraints import constraint_of
+from gateway.fields import bound_text, convert, unknown
 from gateway.schemas import (
     MAX_LOGIT_BIAS,
     MAX_SEED,
-    MAX_TEXT_CHARS,
     MIN_SEED,
     ChatBody,
     CompletionBody,
@@ -28,7 +24,7 @@ from gateway.schemas import (
     Message,
 )
 from gateway.types import GenerationRequest, Params, Progress, Turn
-from llmos.errors import InvalidRequest, PayloadTooLarge, UnsupportedFeature
+from llmos.errors import InvalidRequest, UnsupportedFeature
 
 MAX_PROMPTS = 16
 """Prompts of one completion body; each makes a request of its own."""
@@ -78,11 +74,6 @@ _PART_FIELDS = frozenset({"type", "text", "cache_control"})
 
 _REQUEST_ID = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID}}}")
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
-_MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?")
-_VIOLATION = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?", re.DOTALL)
-_JSON_WORDS = {"float": "number", "int": "integer", "str": "string", "bool": "boolean"}
-
-BodyT = TypeVar("BodyT", bound=GenerationBody)
 
 
 def chat_body(body: Mapping[str, object]) -> ChatBody:
@@ -91,13 +82,13 @@ def chat_body(body: Mapping[str, object]) -> ChatBody:
     messages = body.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         _check_message(message, f"messages[{index}]")
-    return _convert(body, ChatBody)
+    return convert(body, ChatBody)
 
 
 def completion_body(body: Mapping[str, object]) -> CompletionBody:
     """Check the fields of a completion body one by one."""
     _known_fields(body, CompletionBody.__struct_fields__, neutral=_COMPLETION_ONLY)
-    return _convert(body, CompletionBody)
+    return convert(body, CompletionBody)
 
 
 def chat_request(body: Mapping[str, object] | ChatBody) -> GenerationRequest:
@@ -109,7 +100,7 @@ def chat_request(body: Mapping[str, object] | ChatBody) -> GenerationRequest:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
     logprobs = checked.top_logprobs or 0 if checked.logprobs else None
     turns = tuple(_turn(message, f"messages[{index}]") for index, message in enumerate(checked.messages))
-    _bound_text((turn.content for turn in turns), "messages")
+    bound_text((turn.content for turn in turns), "messages")
     return GenerationRequest(
         kind="chat",
         model=checked.model,
@@ -135,7 +126,7 @@ def completion_requests(body: Mapping[str, object] | CompletionBody) -> tuple[Ge
     prompts = _prompts(checked.prompt)
     if len(prompts) > 1 and checked.resume:
         raise InvalidRequest("A stream of several prompts cannot be resumed.", param="resume")
-    _bound_text((prompt for prompt in prompts if isinstance(prompt, str)), "prompt")
+    bound_text((prompt for prompt in prompts if isinstance(prompt, str)), "prompt")
     return tuple(
         GenerationRequest(
             kind="completion",
@@ -181,20 +172,13 @@ def _known_fields(body: Mapping[str, object], known: Collection[str], *, neutral
         if key in neutral:
             _not_asked_for(key, value, body, key)
         elif key not in known and key not in IGNORED_FIELDS:
-            raise _unknown(key, {*known, *neutral, *IGNORED_FIELDS}, str(key))
+            raise unknown(key, {*known, *neutral, *IGNORED_FIELDS}, str(key))
 
 
 def _not_asked_for(key: str, value: object, body: Mapping[str, object], path: str) -> None:
     if value is None or value in _NEUTRAL[key] or (key == "best_of" and value == (body.get("n") or 1)):
         return
     raise UnsupportedFeature(f"'{key}' is not supported.", param=path)
-
-
-def _unknown(key: object, known: Collection[str], path: str) -> InvalidRequest:
-    shown = str(key)[:64]
-    close = difflib.get_close_matches(shown, sorted(known), n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return InvalidRequest(f"Unknown field '{shown}'.{hint}", param=path[:128])
 
 
 def _check_message(message: object, path: str) -> None:
@@ -205,7 +189,7 @@ def _check_message(message: object, path: str) -> None:
         if key in _MESSAGE_NEUTRAL:
             _not_asked_for(key, value, message, f"{path}.{key}")
         elif key not in known:
-            raise _unknown(key, known, f"{path}.{key}")
+            raise unknown(key, known, f"{path}.{key}")
     content = message.get("content")
     for index, part in enumerate(content if isinstance(content, list) else ()):
         _check_part(part, f"{path}.content[{index}]")
@@ -219,30 +203,7 @@ def _check_part(part: object, path: str) -> None:
         raise UnsupportedFeature(f"'{path}.type' must be 'text': other kinds of content are not supported.", param=path)
     for key in part:
         if key not in _PART_FIELDS:
-            raise _unknown(key, _PART_FIELDS, f"{path}.{key}")
-
-
-def _convert(body: Mapping[str, object], kind: type[BodyT]) -> BodyT:
-    known = kind.__struct_fields__
-    try:
-        return msgspec.convert({key: value for key, value in body.items() if key in known}, kind)
-    except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from None
-
-
-def _refusal(text: str) -> InvalidRequest:
-    """msgspec's complaint as a sentence with a path."""
-    missing = _MISSING.fullmatch(text)
-    if missing:
-        path = f"{missing['path'] or ''}.{missing['field']}".removeprefix(".")
-        return InvalidRequest(f"'{path}' is required.", param=path)
-    found = _VIOLATION.fullmatch(text)
-    path = (found["path"] or "").removeprefix(".") if found else ""
-    what = found["what"] if found else text
-    for python, word in _JSON_WORDS.items():
-        what = re.sub(rf"\b{python}\b", word, what)
-    what = what[:1].lower() + what[1:].replace("`", "")
-    return InvalidRequest(f"'{path}' is not valid: {what.replace('`', '')}.", param=path or None)
+            raise unknown(key, _PART_FIELDS, f"{path}.{key}")
 
 
 def _turn(message: Message, path: str) -> Turn:
@@ -255,12 +216,6 @@ def _turn(message: Message, path: str) -> Turn:
         content = "".join(part.text or "" for part in content)
     role = "system" if message.role == "developer" else message.role
     return Turn(role=role, content=content, name=message.name or "")
-
-
-def _bound_text(texts: Iterable[str], param: str) -> None:
-    total = sum(len(text) for text in texts)
-    if total > MAX_TEXT_CHARS:
-        raise PayloadTooLarge(f"'{param}' has {total} characters; at most {MAX_TEXT_CHARS} are possible.", param=param)
 
 
 def _prompts(prompt: str | Sequence[int | str | list[int]]) -> list[str | tuple[int, ...]]:

@@ -56,7 +56,7 @@ def plan(record: registry_pb2.WorkerRecord, min_kv_tokens: int, adapter_slots: i
     """Place a worker's models in the order it names them, and adapters with their base.
 
     Beside a model, the bytes of its `adapter_slots` largest adapters are kept free. What is left on a device afterwards
-    is divided evenly among its models as KV cache. No device is ever promised more than its memory.
+    is divided evenly among its models that have a KV cache. No device is ever promised more than its memory.
     """
     left = {device.id: device.memory_bytes for device in record.capacity.devices}
     placed: list[tuple[registry_pb2.ModelRecord, str, int]] = []
@@ -77,12 +77,23 @@ def plan(record: registry_pb2.WorkerRecord, min_kv_tokens: int, adapter_slots: i
             continue
         left[device] -= need
         placed.append((model, device, need))
-    sharers = {device: sum(d == device for _, d, _ in placed) for device in left}
     models: list[Allocation | Unfit] = [
-        Allocation(m.model.name, m.model.version, device, need + left[device] // sharers[device])
+        Allocation(m.model.name, m.model.version, device, need + _share(m, device, placed, left[device]))
         for m, device, need in placed
     ]
     return unfit + models + [_beside(model, roomy) for model in record.models if model.model.base_model]
+
+
+def _share(
+    model: registry_pb2.ModelRecord,
+    device: str,
+    placed: Sequence[tuple[registry_pb2.ModelRecord, str, int]],
+    left: int,
+) -> int:
+    """A model's part of what is left on its device: encoders need none where decoders do."""
+    there = [other for other, where, _ in placed if where == device]
+    growing = [other for other in there if other.kv_bytes_per_token] or there
+    return left // len(growing) if model in growing else 0
 
 
 def _adapters_bytes(record: registry_pb2.WorkerRecord, base: str, slots: int) -> int:

@@ -18,7 +18,7 @@ from gateway.http.shapes import ChatShape, CompletionShape
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.schemas import GenerationBody
 from gateway.types import Authenticator, Engine, GenerationRequest, Identity, ModelInfo, TraceHeaders
-from llmos.errors import InvalidRequest, ModelNotFound, PermissionDenied, Unavailable, UnsupportedFeature
+from llmos.errors import ModelNotFound, PermissionDenied, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,6 @@ class Api:
         inner = list(validate.completion_requests(body))
         shape = CompletionShape(include_usage=body.wants_usage, logprobs=inner[0].params.logprobs is not None)
         return self._answer(request, identity, body, inner, shape)
-
-    async def embed(self, request: Request) -> ASGIApp:
-        """POST /v1/embeddings: no model of this release can; an unknown model is told from one that cannot."""
-        self._identify(request)
-        body = await read_json(request.receive, request.headers, self.limits)
-        name = body.get("model")
-        if not isinstance(name, str):
-            raise InvalidRequest("'model' is required.", param="model")
-        self._find(name)
-        raise UnsupportedFeature(f"The model '{name}' does not offer embeddings.", param="model")
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -130,6 +120,8 @@ def _model(model: ModelInfo) -> dict[str, Any]:
         "capabilities": sorted(model.capabilities),
         "root": model.name,
         "parent": model.base_model or None,
+        **({"labels": model.labels} if model.labels else {}),
+        **({"dimensions": model.dimensions} if model.dimensions else {}),
     }
 
 

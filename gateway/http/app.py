@@ -12,16 +12,23 @@ from starlette.types import ASGIApp
 from gateway.http.api import Api
 from gateway.http.attend import ClientGone
 from gateway.http.edge import Edge, on_bug, on_client_gone, on_http_exception, on_llmos_error
+from gateway.http.tasks import TaskEndpoints
+from gateway.tasks import Tasks
 from llmos.clock import Clock
 from llmos.errors import LlmosError
 
 
 def build_app(api: Api, *, clock: Clock, new_id: Callable[[], str]) -> ASGIApp:
     """The application. `new_id` names requests whose client did not; it must be unguessable."""
+    tasks = TaskEndpoints(Tasks(api.engine), api.authenticator, api.limits)
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
-        Route("/v1/embeddings", api.embed, methods=["POST"]),
+        Route("/v1/embeddings", tasks.embed, methods=["POST"]),
+        Route("/v1/classify", tasks.classify, methods=["POST"]),
+        Route("/v1/score", tasks.score, methods=["POST"]),
+        Route("/v1/rerank", tasks.rerank, methods=["POST"]),
+        Route("/rerank", tasks.rerank, methods=["POST"]),
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.model, methods=["GET"]),
         Route("/health", api.health, methods=["GET"]),

@@ -23,6 +23,14 @@ class Tokenizer(Protocol):
         """Token ids. `special` adds what the vocabulary puts around a text of its own, such as a begin token."""
         ...
 
+    def encode_task(self, first: str, second: str | None, limit: int | None) -> tuple[list[int], int]:
+        """Token ids of one text or a pair, special ones included, and where the second text begins; 0: there is none.
+
+        At most `limit` ids, if one is given: the end of the text, of a pair that of the second, is left out. Raises
+        InvalidRequest where that leaves none.
+        """
+        ...
+
     def detokenizer(self, *, continuation: bool) -> Detokenizer:
         """Fresh state for one choice. A continuation keeps a leading space, an answer loses SentencePiece's one."""
         ...
@@ -38,6 +46,14 @@ class ByteTokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """See `Tokenizer`."""
         return list(_utf8(text))
+
+    def encode_task(self, first: str, second: str | None, limit: int | None) -> tuple[list[int], int]:
+        """See `Tokenizer`."""
+        start = list(_utf8(first))
+        if second is None:
+            return start[:limit], 0
+        rest = list(_utf8(second))
+        return start + rest[: _room(limit, len(start), len(rest))], len(start)
 
     def detokenizer(self, *, continuation: bool) -> Detokenizer:
         """See `Tokenizer`."""
@@ -74,6 +90,18 @@ class HfTokenizer:
         ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
         return ids
 
+    def encode_task(self, first: str, second: str | None, limit: int | None) -> tuple[list[int], int]:
+        """See `Tokenizer`."""
+        inner, pair = self._inner, second is not None
+        texts = [first] if second is None else [first, second]
+        for text in texts:
+            _utf8(text)
+        parts = [inner.encode(text, add_special_tokens=False) for text in texts]
+        around = inner.num_special_tokens_to_add(pair) + (len(parts[0]) if pair else 0)
+        parts[-1].truncate(_room(limit, around, len(parts[-1])))
+        whole = inner.post_process(parts[0], parts[1] if pair else None, add_special_tokens=True)
+        return list(whole.ids), _second_at(whole) if pair else 0
+
     def detokenizer(self, *, continuation: bool) -> Detokenizer:
         """See `Tokenizer`. Special tokens have no text."""
         if self._spell is None:
@@ -102,6 +130,23 @@ class HfTokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._inner.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _room(limit: int | None, taken: int, wanted: int) -> int:
+    """Tokens of `wanted` that fit beside those that are taken."""
+    if limit is None or taken + wanted <= limit:
+        return wanted
+    if taken >= limit:
+        raise InvalidRequest(f"{limit} tokens leave no room for the text.", param="truncate_prompt_tokens")
+    return limit - taken
+
+
+def _second_at(pair: Any) -> int:
+    """Where the second text begins: by the kinds that the vocabulary gives, else by the text that a token is of."""
+    kinds, texts = list(pair.type_ids), list(pair.sequence_ids)
+    if 1 in kinds:
+        return kinds.index(1)
+    return texts.index(1) if 1 in texts else len(texts)
 
 
 def _utf8(text: str) -> bytes:

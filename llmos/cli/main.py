@@ -7,7 +7,7 @@ from importlib import metadata
 
 import typer
 
-from llmos.cli import certs, chat, down, generate, keys, kill, models, nodes, output, ps, trace, up
+from llmos.cli import certs, chat, down, embed, generate, keys, kill, models, nodes, output, ps, trace, up
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -24,6 +24,7 @@ app.command("up")(up.up)
 app.command("down")(down.down)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("embed")(embed.embed)
 app.command("nodes")(nodes.nodes)
 app.command("ps")(ps.ps)
 app.command("kill")(kill.kill)

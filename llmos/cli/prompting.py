@@ -53,9 +53,9 @@ async def list_models(fleet: Connection, timeout_s: float = CALL_TIMEOUT_S) -> S
 
 
 async def choose_model(fleet: Connection, name: str) -> pb.ServedModel:
-    """The served model `name`; the only one if that is empty.
+    """The served model `name`; the only one that generates text if that is empty.
 
-    Raises ModelNotFound, InvalidRequest (several are served) or Unavailable (none is).
+    Raises ModelNotFound, InvalidRequest (several are served, or others only) or Unavailable (none is).
     """
     served = await list_models(fleet)
     if not served:
@@ -66,9 +66,11 @@ async def choose_model(fleet: Connection, name: str) -> pb.ServedModel:
         if found is None:
             raise ModelNotFound(f"the fleet does not serve '{name}': choose one of {names}")
         return found
-    if len(served) > 1:
-        raise InvalidRequest(f"the fleet serves several models: choose one with --model ({names})", param="model")
-    return served[0]
+    generating = [model for model in served if "completion" in model.capabilities]
+    if len(generating) != 1:
+        several = f"{len(generating)} models that generate text" if generating else "no model that generates text"
+        raise InvalidRequest(f"the fleet serves {several}: choose one with --model ({names})", param="model")
+    return generating[0]
 
 
 async def stream_chat(

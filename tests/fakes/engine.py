@@ -16,6 +16,7 @@ from gateway.types import (
     Identity,
     ModelInfo,
     Started,
+    TaskRequest,
     TokenLogprob,
     TraceHeaders,
 )
@@ -43,12 +44,17 @@ class Script:
     endless: str = ""
     """Said again and again instead of ever finishing."""
     forget_done: bool = False
+    values: Sequence[float] = ()
+    """Carried by the last delta."""
+
+
+Asked = GenerationRequest | TaskRequest
 
 
 class FakeGeneration:
     """A running script. `produced` counts its deltas, `closed` tells why it was closed."""
 
-    def __init__(self, request: GenerationRequest, script: Script, request_id: str) -> None:
+    def __init__(self, request: Asked, script: Script, request_id: str) -> None:
         self.request = request
         self.request_id = request_id
         self.script = script
@@ -77,7 +83,7 @@ class FakeGeneration:
         if script.fail is not None:
             raise script.fail
         for choice in range(request.params.n):
-            yield Delta(choice, self._tokens.get(choice, 0), "", (), (), script.finish)
+            yield Delta(choice, self._tokens.get(choice, 0), "", (), (), script.finish, script.values)
         self.ended = True
         if not script.forget_done:
             yield Done(5, sum(self._tokens.values()), 2)
@@ -100,7 +106,7 @@ class FakeGeneration:
 class FakeEngine:
     """Runs `script(request)` for each request and remembers what it was asked."""
 
-    script: Callable[[GenerationRequest], Script] = field(default=lambda request: Script())
+    script: Callable[[Asked], Script] = field(default=lambda request: Script())
     served: Sequence[ModelInfo] = (MODEL,)
     is_ready: bool = True
     generations: list[FakeGeneration] = field(default_factory=list)
@@ -113,7 +119,7 @@ class FakeEngine:
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     async def generate(
-        self, request: GenerationRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
+        self, request: Asked, identity: Identity, *, request_id: str, trace: TraceHeaders
     ) -> FakeGeneration:
         self.identities.append(identity)
         self.request_ids.append(request_id)
@@ -127,6 +133,13 @@ class FakeEngine:
         self.generations.append(generation)
         self.began.set()
         return generation
+
+    async def wait_for(self, count: int) -> None:
+        """Wait until so many generations have begun."""
+        async with asyncio.timeout(10):
+            while len(self.generations) < count:
+                self.began.clear()
+                await self.began.wait()
 
     async def cancel(self, request_id: str, identity: Identity) -> bool:
         self.cancelled.append(request_id)

@@ -262,14 +262,20 @@ async def test_a_request_id_in_use_is_refused(new_scheduler: NewScheduler) -> No
         stream.cancel()
 
 
-async def test_what_no_backend_offers_is_said_so(new_scheduler: NewScheduler) -> None:
+async def test_what_a_model_does_not_do_is_said_so(new_scheduler: NewScheduler) -> None:
     _, address = await new_scheduler()
     async with running(address) as gateway:
         await gateway.ready()
-        for method, kind in (("Embed", pb.EmbedRequest), ("Classify", pb.ClassifyRequest), ("Score", pb.ScoreRequest)):
+        for method, asked in (
+            ("Embed", pb.EmbedRequest(inputs=["a"])),
+            ("Classify", pb.ClassifyRequest(inputs=["a"])),
+            ("Score", pb.ScoreRequest(query="a", texts=["b"])),
+        ):
             rpc = getattr(gateway.inference, method)
-            assert (await refused(rpc, kind(model="echo")))[1] == "unsupported_feature"
-            assert (await refused(rpc, kind(model="nope")))[1] == "model_not_found"
+            for model, code in (("echo", "unsupported_feature"), ("nope", "model_not_found"), ("", "invalid_request")):
+                asked.model = model
+                assert (await refused(rpc, asked))[1] == code
+            assert (await refused(rpc, type(asked)(model="echo")))[1] == "invalid_request"
 
 
 async def test_models_are_listed_in_order(new_scheduler: NewScheduler) -> None:

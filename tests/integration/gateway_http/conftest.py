@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from gateway.http.api import Api
 from gateway.http.app import build_app
 from gateway.http.server import HttpServer
 from gateway.metrics import MeteredEngine, Metrics
-from gateway.types import GenerationRequest
+from gateway.types import ModelInfo
 from llmos.clock import SystemClock
 from llmos.keys import KeyRing
-from tests.fakes.engine import FakeEngine, Script
+from tests.fakes.engine import MODEL, Asked, FakeEngine, Script
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -58,14 +58,15 @@ async def serve() -> AsyncIterator[Serve]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            script: Script | Callable[[GenerationRequest], Script] | None = None,
+            script: Script | Callable[[Asked], Script] | None = None,
             *,
             limits: HttpLimits | None = None,
             keys_file: Path | None = None,
             key: str = "any",
             drain_s: float = 0.0,
+            served: Sequence[ModelInfo] = (MODEL,),
         ) -> Running:
-            engine = FakeEngine(script if callable(script) else lambda request: script or Script())
+            engine = FakeEngine(script if callable(script) else lambda request: script or Script(), served)
             return await _start(stack, engine, limits or HttpLimits(), keys_file, key, drain_s)
 
         yield start

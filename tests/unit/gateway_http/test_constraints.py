@@ -9,7 +9,7 @@ import pytest
 from gateway.constraints import MAX_BYTES
 from gateway.failure import for_client
 from gateway.grpc_convert import chat_body, completion_body
-from gateway.prepare import fleet_request
+from gateway.prepare import Prompt, fleet_request
 from gateway.types import Constraint, Identity
 from gateway.validate import chat_request, completion_request
 from llmos.errors import InvalidConstraint, InvalidRequest, LlmosError, UnsupportedFeature
@@ -125,7 +125,7 @@ def test_what_comes_over_grpc_goes_to_the_fleet_as_it_came(
     assert found is not None and (found.kind, found.text, found.texts) == expected
     assert same.params.constraint == found
     model = requests_pb2.CatalogueModel(name="m", version="1")
-    sent = fleet_request(asked, Identity("t"), model, model, [1], inner_id="r", seed=1, max_tokens=1, salt=b"")
+    sent = fleet_request(asked, Identity("t"), model, model, Prompt([1]), inner_id="r", seed=1, max_tokens=1, salt=b"")
     assert sent.constraint == message
 
 
