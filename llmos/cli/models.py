@@ -93,6 +93,24 @@ def import_source(
     output.write(f"{entry.name} is version {entry.version[:DIGITS]}, {output.bytes_text(_size(entry))}\n")
 
 
+@app.command("plan")
+def plan(model: StoredModel, store: StoreFolder = None, as_json: AsJson = False) -> None:
+    """Measure in which precision a model is to be served, unless that is known. A worker does this by itself."""
+    import msgspec
+
+    from llmos.cli.progress import shown
+    from llmos.store.planning import ensure_plan
+
+    opened = _open(store)
+    entry = opened.resolve(model)
+    with shown() as progress:
+        record = ensure_plan(opened, entry, progress)
+    if as_json:
+        output.print_json(msgspec.to_builtins(record))
+        return
+    output.write(f"{entry.name or entry.version[:DIGITS]}: {_precision(record, unknown='fp32')}\n")
+
+
 @app.command("rm")
 def remove(model: StoredModel, store: StoreFolder = None, as_json: AsJson = False) -> None:
     """Remove a model, and what nothing else in the store needs."""
@@ -220,9 +238,9 @@ def _adapter_details(entry: Manifest) -> dict[str, object]:
     return {"adapter of": adapter.base_version, "rank": adapter.rank, "changes": ", ".join(adapter.targets)}
 
 
-def _precision(record: PlanRecord | None) -> str:
+def _precision(record: PlanRecord | None, *, unknown: str = "fp32, or measured at the first use") -> str:
     if record is None:
-        return "fp32, or measured at the first use"
+        return unknown
     kinds = Counter(kind for _, kind in record.plan.matrices())
     found = ", ".join(f"{kind} ({count} matrices)" for kind, count in kinds.most_common())
     if (measured := record.measured) is None:

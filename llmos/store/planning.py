@@ -35,8 +35,8 @@ def plannable(entry: Manifest) -> bool:
 def ensure_plan(store: Store, entry: Manifest, progress: Progress | None = None) -> PlanRecord | None:
     """The plan of a version, measured now if the store has none; None for a version that is computed in fp32 anyway.
 
-    Whoever else measures it is waited for.
-    Raises `MissingExtra`, `StoreBusy`, or `SourceError` if the model cannot be measured here.
+    Whoever else measures it is waited for. Raises `MissingExtra`, `StoreBusy`, or `SourceError` if the model cannot be
+    measured here.
     """
     watched = progress or Silent()
     if (found := store.plan(entry)) is not None:
@@ -45,12 +45,15 @@ def ensure_plan(store: Store, entry: Manifest, progress: Progress | None = None)
         return None
     if any(importlib.util.find_spec(module) is None for module in NEEDED):
         raise MissingExtra("worker", "Measuring a model's precision")
-    with turn(store, f"plan-{entry.version}", watched) as work:
-        if (found := store.plan(entry)) is not None:
-            return found
-        record = _measured(store.materialize(entry), entry, work, watched)
-        store.keep_plan(record)
-        return record
+    try:
+        with turn(store, f"plan-{entry.version}", watched) as work:
+            if (found := store.plan(entry)) is not None:
+                return found
+            record = _measured(store.materialize(entry), entry, work, watched)
+            store.keep_plan(record)
+            return record
+    except OSError as error:
+        raise SourceError(f"The plan cannot be stored: {error.strerror or error}.") from error
 
 
 def _measured(folder: Path, entry: Manifest, work: Path, progress: Progress) -> PlanRecord:
@@ -62,7 +65,7 @@ def _measured(folder: Path, entry: Manifest, work: Path, progress: Progress) -> 
             progress.advance(json.loads(line)["advance"])
 
     out, log = work / "plan.json", work / "plan.log"
-    command = [sys.executable, "-m", "worker.precision", "--folder", str(folder), "--version", entry.version]
+    command = [sys.executable, "-P", "-m", "worker.precision", "--folder", str(folder), "--version", entry.version]
     if child.run([*command, "--out", str(out)], log, show) != 0:
         raise SourceError(f"The precision of {entry.name or 'the model'} was not measured: {child.last_line(log)}")
     return msgspec.json.decode(out.read_bytes(), type=PlanRecord)

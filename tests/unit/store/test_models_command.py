@@ -75,6 +75,9 @@ def test_damage_is_reported_with_exit_status_1(folder: Path) -> None:
 def test_the_precision_plan_is_shown(folder: Path) -> None:
     run("import", str(folder))
     assert "measured at the first use" in run("show", "tiny").stdout
+    # Nothing about this model is worth measuring.
+    assert run("plan", "tiny").stdout == "tiny: fp32\n"
+    assert as_json("plan", "tiny") is None
     store = Store()
     entry = store.resolve("tiny")
     plan = PrecisionPlan.uniform("int8", entry.layers).changed({"head": "fp16"})
@@ -82,7 +85,8 @@ def test_the_precision_plan_is_shown(folder: Path) -> None:
     store.keep_plan(PlanRecord(version=entry.version, plan=plan, measured=measured))
     shown = " ".join(run("show", "tiny").stdout.split())
     assert "int8 (8 matrices), fp16 (1 matrices): KL 0.0012 to fp32" in shown
-    assert as_json("show", "tiny")["precision"]["measured"]["kl"] == 0.00123
+    assert as_json("show", "tiny")["precision"] == as_json("plan", "tiny")
+    assert as_json("plan", "tiny")["measured"]["kl"] == 0.00123
 
 
 @pytest.mark.parametrize("command", ["rm", "show", "verify"])
