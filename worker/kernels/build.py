@@ -1,7 +1,8 @@
 """Compiles the kernels: one shared library for all instruction sets of this machine's architecture.
 
-A library is named after its sources and flags, so that a changed source is a new library. The package's build puts one
-beside this file (`python -m worker.kernels.build FOLDER`); a checkout compiles at first use into the user's cache.
+A library is named after its sources and flags, so that a changed source is a new library. The package's build
+(`setup.py`) puts one beside this file; a checkout, and a wheel that was built without a compiler, compile at first use
+into the user's cache.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from llmos.config import environment
 
 SOURCES = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
@@ -64,6 +63,9 @@ def find_library(cache: Path | None = None) -> Path | None:
 
 def default_cache(environ: Mapping[str, str] | None = None) -> Path:
     """`llmos/kernels` in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache)."""
+    # Imported here because the package's build runs this file before anything else is installed.
+    from llmos.config import environment
+
     variables = environment() if environ is None else environ
     cache = Path(variables.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else Path("~/.cache").expanduser()) / "llmos" / "kernels"
@@ -78,9 +80,14 @@ def library_name() -> str:
     return f"libllmos_kernels-{digest.hexdigest()[:20]}.so"
 
 
+def find_compiler() -> str | None:
+    """A C++ compiler on the path, if there is one."""
+    return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+
+
 def compile_into(folder: Path, compiler: str | None = None) -> Path:
     """Compile into `folder`; the library appears there at once and whole. Raises BuildError."""
-    chosen = compiler or next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+    chosen = compiler or find_compiler()
     if chosen is None:
         raise BuildError("no C++ compiler was found (c++, g++ or clang++)")
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
