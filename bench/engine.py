@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench import command
+from bench import command, switches
 from bench.corpus import Texts
 from bench.divergence import qualities
 from bench.limits import BYTES_PER_WEIGHT, Meter, matrices
 from bench.peers.places import GEMMA3, SMOLLM2, Model
 from bench.rows import Row, at_least, in_turn, reported
 from bench.sides.side import Side
-from bench.sides.start import EVERYBODY, LLAMA_Q8, THREADS, TRANSFORMERS, VLLM, Sides, peer, require
+from bench.sides.start import EVERYBODY, LLAMA_Q8, THREADS, TRANSFORMERS, VLLM, Sides, folder, peer, require
 from worker.config import WorkerConfig
 
 PROMPT = 32
@@ -134,6 +134,8 @@ def measure(quick: bool, peers: Sequence[str], only: str, precision: str, versio
             if not quick:
                 yield from shares(sides, speeds)
             yield from divergences(sides)
+    if not quick:
+        yield from switches.rows(SMOLLM2.label, folder(SMOLLM2), precision, ROUNDS, only)
 
 
 def _named(model: Model, every: Iterable[Case], only: str) -> list[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.sides import adapters
 from bench.sides.calls import Tokens, serve
 from llmos.store import Store
 from llmos.store.planning import ensure_plan
@@ -24,6 +26,7 @@ from worker.engine.loading import load
 MODEL = "model"
 MEMORY = 6 << 30
 LOGIT_ROWS = 64
+GREEDY = Sampling(temperature=0.0)
 
 
 class Ours:
@@ -44,9 +47,9 @@ class Ours:
         kinds = {"head": "fp32" if served == "auto" else served} if self._plan is None else dict(self._plan.matrices())
         return {"version": f"llmos, {'+'.join(sorted(set(kinds.values())))}", "kinds": kinds}
 
-    def decode(self, prompts: list[Tokens], steps: int) -> dict[str, float]:
-        """See `Engine`."""
-        names = self._admit(prompts, steps + sum(map(len, prompts)))
+    def decode(self, prompts: list[Tokens], steps: int, adapter_names: Sequence[str] = ()) -> dict[str, float]:
+        """See `Engine`. `adapter_names`: one per prompt; empty: none has one."""
+        names = self._admit(prompts, steps + sum(map(len, prompts)), adapter_names=adapter_names)
         self._until_first_tokens(names)
         start, tokens = time.perf_counter(), 0
         for _ in range(steps):
@@ -63,6 +66,23 @@ class Ours:
         seconds = time.perf_counter() - start
         self._drop(names)
         return {"tokens": len(prompt), "seconds": seconds}
+
+    def generate(self, prompt: Tokens, max_tokens: int, temperature: float, seed: int) -> dict[str, float]:
+        """Time a whole answer after its first token, in as many steps as it takes: `tokens` and `seconds`."""
+        self._until_first_tokens(self._admit([prompt], max_tokens, Sampling(temperature=temperature, seed=seed)))
+        start, tokens = time.perf_counter(), 0
+        while self._backend.busy():
+            tokens += sum(len(output.token_ids) for output in self._backend.step().outputs)
+        return {"tokens": tokens, "seconds": time.perf_counter() - start}
+
+    def load_adapters(self, count: int) -> dict[str, list[str]]:
+        """Load random adapters; their `names`."""
+        names = [f"adapter-{number}" for number in range(count)]
+        with tempfile.TemporaryDirectory() as folder:
+            for number, name in enumerate(names):
+                adapters.write(self._folder, Path(folder) / name, number)
+                self._backend.load(ModelSpec(name=name, version="", folder=Path(folder) / name, base=MODEL), 0)
+        return {"names": names}
 
     @torch.inference_mode()
     def logits(self, tokens: Tokens, path: str) -> dict[str, Any]:
@@ -85,9 +105,15 @@ class Ours:
         np.save(path, torch.cat(found).numpy())
         return {}
 
-    def _admit(self, prompts: Sequence[Tokens], max_tokens: int) -> set[str]:
+    def _admit(
+        self,
+        prompts: Sequence[Tokens],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        adapter_names: Sequence[str] = (),
+    ) -> set[str]:
         names = set()
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             name = f"request-{next(self._numbers)}"
             names.add(name)
             self._backend.admit(
@@ -97,8 +123,9 @@ class Ours:
                     model=MODEL,
                     prompt=prompt,
                     max_tokens=max_tokens,
-                    sampling=Sampling(temperature=0.0),
+                    sampling=sampling,
                     ignore_eos=True,
+                    adapter=adapter_names[number] if adapter_names else "",
                 )
             )
         return names
