@@ -51,10 +51,11 @@ typedef struct {
   const llk_layer* layer;
 } llk_shape;
 
-// What an adapter adds to the projections of a layer: up (down x). NULL where it changes nothing.
+// What an adapter adds to the projections of a layer: factor * up (down x), in fp16. NULL where it changes nothing.
 typedef struct {
-  const float* down[LLK_TARGETS];  // [rank / 8][inputs][8]
-  const float* up[LLK_TARGETS];    // [outputs / 8][rank][8]
+  const uint16_t* down[LLK_TARGETS];  // [rank / 8][inputs][8]
+  const uint16_t* up[LLK_TARGETS];    // [outputs / 8][rank][8]
+  float factor[LLK_TARGETS];
 } llk_adapter_layer;
 
 typedef struct {

@@ -62,7 +62,7 @@ class Shape(Structure):
 class AdapterLayer(Structure):
     """`llk_adapter_layer`."""
 
-    _fields_ = (("down", c_void_p * TARGETS), ("up", c_void_p * TARGETS))
+    _fields_ = (("down", c_void_p * TARGETS), ("up", c_void_p * TARGETS), ("factor", c_float * TARGETS))
 
 
 class Adapter(Structure):

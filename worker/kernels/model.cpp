@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <new>
+#include <numeric>
 
 namespace {
 
@@ -62,6 +63,25 @@ void group_rows(llk_model& model, const llk_step_args& a, int limit) {
   }
 }
 
+// Brings rows of one adapter together, so that each of its weights is read for several of them.
+void group_by_adapter(llk_model& model, const llk_step_args& a) {
+  std::vector<int32_t>& rows = model.lowering;
+  std::vector<LoweringUnit>& units = model.lowering_units;
+  rows.resize(a.rows);
+  units.clear();
+  if (!a.adapter) return;
+  std::iota(rows.begin(), rows.end(), 0);
+  std::stable_sort(rows.begin(), rows.end(), [&](int left, int right) { return a.adapter[left] < a.adapter[right]; });
+  for (int place = 0; place < a.rows; place++) {
+    const int adapter = a.adapter[rows[place]];
+    LoweringUnit* last = units.empty() ? nullptr : &units.back();
+    if (adapter >= 0 && last && last->count < kLoweredRows && a.adapter[rows[last->first]] == adapter)
+      last->count++;
+    else
+      units.push_back({place, 1});
+  }
+}
+
 }  // namespace
 
 llk_status check_shape(const llk_shape& s) {
@@ -112,6 +132,8 @@ bool reserve(llk_model& model) {
     state.lowered = take<float>(model, rows * kLoweredWidth);
     state.progress = take<Progress>(model, stages(s));
     model.groups.reserve(rows);
+    model.lowering.reserve(rows);
+    model.lowering_units.reserve(rows);
   } catch (const std::bad_alloc&) {
     return false;
   }
@@ -135,6 +157,10 @@ bool prepare(llk_model& model, const llk_step_args& args, int threads) {
   group_rows(model, args, std::max(1, kMaxQueries / per_key));
   const bool few = (int)model.groups.size() * s.kv_heads < 2 * threads;
   state.heads_per_item = few || per_key > kMaxQueries ? 1 : per_key;
+  group_by_adapter(model, args);
+  state.lowering = model.lowering.data();
+  state.lowering_units = model.lowering_units.data();
+  state.lowering_count = (int)model.lowering_units.size();
   state.args = &args;
   state.groups = model.groups.data();
   state.group_count = (int)model.groups.size();

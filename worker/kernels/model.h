@@ -13,6 +13,8 @@ struct llk_model {
   std::vector<std::shared_ptr<void>> memory;
   std::vector<ThreadScratch> scratch;
   std::vector<RowGroup> groups;
+  std::vector<int32_t> lowering;
+  std::vector<LoweringUnit> lowering_units;
 };
 
 llk_status check_shape(const llk_shape& shape);

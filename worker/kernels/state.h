@@ -3,12 +3,18 @@
 #include "abi.h"
 
 constexpr int kMaxQueries = 16;                   // of one attention item
+constexpr int kLoweredRows = 3;                   // that an adapter's weights meet at once
 constexpr int kLoweredWidth = 3 * LLK_MOST_RANK;  // at most three projections share their input: q, k and v
 
 // A layer's stages in order; each is over when all of its units are.
 enum Stage { kNorm, kQkv, kAttention, kMixed, kOut, kMlpNorm, kGateUp, kGated, kDown, kStagesPerLayer };
 // Stages after the last layer, counted from layers * kStagesPerLayer on.
 enum LastStage { kEmbed, kLastBranch, kWanted, kLogits, kLastStages };
+
+// At most kLoweredRows rows of one adapter, or one row without: places in `State::lowering`.
+struct LoweringUnit {
+  int32_t first, count;
+};
 
 // Rows of one sequence at neighbouring positions of one block, attended together.
 struct RowGroup {
@@ -51,6 +57,9 @@ struct State {
   int16_t* quantized;                       // [max_rows][widest]
   float* scales;                            // [max_rows]
   float* normed;                            // [max_rows][hidden], for adapters and matrices that are not int8
+  const int32_t* lowering;                  // [rows]: row numbers, those of one adapter together
+  const LoweringUnit* lowering_units;
+  int lowering_count;
   float* lowered;                           // [max_rows][kLoweredWidth]: inputs of a stage after their adapters' `down`
   Progress* progress;                       // [layers * kStagesPerLayer + kLastStages], zero when a step starts
   ThreadScratch* scratch;                   // [threads]

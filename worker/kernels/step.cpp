@@ -44,6 +44,11 @@ struct RowSlot {
   float* lowered;
 };
 
+inline RowSlot shared_slot(const State& s, int row, int width) {
+  const size_t at = (size_t)row * width;
+  return {s.normed + at, s.quantized + at, s.scales + row, s.lowered + (size_t)row * kLoweredWidth};
+}
+
 // A row as the matrix wants it: normed (NULL: as it is, int8 only), and quantized for int8 weights.
 inline void prepare_row(const llk_matrix& m, const float* x, const float* norm, float epsilon, const RowSlot& out) {
   if (m.kind == LLK_INT8)
@@ -62,9 +67,37 @@ inline Activations prepare_rows(State& s, int stage, int thread, int rows, int w
     row(0, RowSlot{own.normed, own.quantized, &own.scale, own.lowered});
     return {own.normed, own.quantized, &own.scale, 1, width, own.lowered};
   }
-  share_rows(s, stage, rows, [&](int r) {
-    const size_t at = (size_t)r * width;
-    row(r, RowSlot{s.normed + at, s.quantized + at, s.scales + r, s.lowered + (size_t)r * kLoweredWidth});
+  share_rows(s, stage, rows, [&](int r) { row(r, shared_slot(s, r, width)); });
+  return {s.normed, s.quantized, s.scales, rows, width, s.lowered};
+}
+
+// The same for rows that adapters may change: their inputs are lowered as well, `input(r, slot)` says what from.
+template <class F, class G>
+inline Activations prepare_adapted(State& s, int stage, int thread, int width, bool changes_state, Lowering to, F row,
+                                   G input) {
+  const int rows = s.args->rows;
+  if (!s.args->adapter) return prepare_rows(s, stage, thread, rows, width, changes_state, row);
+  const auto unit = [&](LoweringUnit unit, const auto& slot_of) {
+    const llk_adapter* adapter = adapter_of(s, s.lowering[unit.first]);
+    if (adapter) fetch_first(*adapter, to);
+    const float* x[kLoweredRows];
+    float* lowered[kLoweredRows];
+    for (int i = 0; i < unit.count; i++) {
+      const int r = s.lowering[unit.first + i];
+      const RowSlot slot = slot_of(r);
+      row(r, slot);
+      x[i] = adapter ? input(r, slot) : nullptr;
+      lowered[i] = slot.lowered;
+    }
+    if (adapter) lower_rows(*adapter, to, unit.count, x, width, lowered);
+  };
+  if (rows == 1 && !changes_state) {
+    ThreadScratch& own = s.scratch[thread];
+    unit({0, 1}, [&](int) { return RowSlot{own.normed, own.quantized, &own.scale, own.lowered}; });
+    return {own.normed, own.quantized, &own.scale, 1, width, own.lowered};
+  }
+  share(s, stage, s.lowering_count, 1, [&](int first, int) {
+    unit(s.lowering_units[first], [&](int r) { return shared_slot(s, r, width); });
   });
   return {s.normed, s.quantized, s.scales, rows, width, s.lowered};
 }
@@ -78,22 +111,21 @@ inline Activations normed_rows(State& s, int stage, int thread, const llk_matrix
     float* x = s.x + (size_t)r * hidden;
     if (pending) add_normed(x, s.branch + (size_t)r * hidden, pending, epsilon, hidden);
     prepare_row(m, x, norm, epsilon, out);
-    if (const llk_adapter* adapter = adapter_of(s, r)) {
-      if (m.kind == LLK_INT8) normalize_row(x, norm, epsilon, hidden, out.plain);
-      lower(*adapter, to, out.plain, hidden, out.lowered);
-    }
   };
-  return prepare_rows(s, stage, thread, s.args->rows, hidden, pending != nullptr, row);
+  const auto input = [&](int r, const RowSlot& out) {
+    if (m.kind == LLK_INT8) normalize_row(s.x + (size_t)r * hidden, norm, epsilon, hidden, out.plain);
+    return out.plain;
+  };
+  return prepare_adapted(s, stage, thread, hidden, pending != nullptr, to, row, input);
 }
 
 inline Activations plain_rows(State& s, int stage, int thread, const llk_matrix& m, const float* rows, Lowering to) {
   if (m.kind != LLK_INT8 && !s.args->adapter) return {rows, nullptr, nullptr, s.args->rows, m.inputs};
   const auto row = [&](int r, const RowSlot& out) {
-    const float* x = rows + (size_t)r * m.inputs;
-    if (m.kind == LLK_INT8) prepare_row(m, x, nullptr, 0.f, out);
-    if (const llk_adapter* adapter = adapter_of(s, r)) lower(*adapter, to, x, m.inputs, out.lowered);
+    if (m.kind == LLK_INT8) prepare_row(m, rows + (size_t)r * m.inputs, nullptr, 0.f, out);
   };
-  Activations prepared = prepare_rows(s, stage, thread, s.args->rows, m.inputs, false, row);
+  const auto input = [&](int r, const RowSlot&) { return rows + (size_t)r * m.inputs; };
+  Activations prepared = prepare_adapted(s, stage, thread, m.inputs, false, to, row, input);
   prepared.plain = rows;
   return prepared;
 }
@@ -160,8 +192,8 @@ inline void project_heads(State& s, int layer, const Activations& a) {
     const int slot = head < shape.heads ? 0 : head < shape.heads + shape.kv_heads ? 1 : 2;
     const int first = (slot == 0 ? 0 : slot == 1 ? shape.heads : shape.heads + shape.kv_heads) * per_head;
     multiply(l.qkv, head * per_head, (head + 1) * per_head, a, [&](int row, int block, F8 low, F8 high) {
-      lift(s, layer, kToQ + slot, slot, a, row, 2 * (block - first), low);
-      lift(s, layer, kToQ + slot, slot, a, row, 2 * (block - first) + 1, high);
+      const int eighth = 2 * (block - first);
+      lift(s, layer, a, row, {kToQ + slot, slot, eighth}, {kToQ + slot, slot, eighth + 1}, low, high);
       float* out = s.qkv + (size_t)row * width + (size_t)block * kColumns;
       const float* bias = l.qkv_bias ? l.qkv_bias + (size_t)block * kColumns : nullptr;
       store(out, bias ? low + load(bias) : low);
@@ -229,8 +261,7 @@ inline void add_branch(State& s, int stage, const llk_matrix& m, const Activatio
   const int hidden = s.shape->hidden;
   multiply_shared(s, stage, m, a, [&](int row, int block, F8 low, F8 high) {
     const size_t at = (size_t)row * hidden + (size_t)block * kColumns;
-    lift(s, from.layer, from.target, 0, a, row, 2 * block, low);
-    lift(s, from.layer, from.target, 0, a, row, 2 * block + 1, high);
+    lift(s, from.layer, a, row, {from.target, 0, 2 * block}, {from.target, 0, 2 * block + 1}, low, high);
     if (bias) {
       low = low + load(bias + (size_t)block * kColumns);
       high = high + load(bias + (size_t)block * kColumns + 8);
@@ -255,8 +286,7 @@ inline void run_layer(State& s, int thread, int layer, const float* pending) {
   const Activations normed =
       normed_rows(s, first + kMlpNorm, thread, l.gate_up, l.mlp_norm, l.post_attention_norm, to_gate);
   multiply_shared(s, first + kGateUp, l.gate_up, normed, [&](int row, int block, F8 gate, F8 up) {
-    lift(s, layer, kToGate, 0, normed, row, block, gate);
-    lift(s, layer, kToUp, 1, normed, row, block, up);
+    lift(s, layer, normed, row, {kToGate, 0, block}, {kToUp, 1, block}, gate, up);
     store(s.gated + (size_t)row * shape.intermediate + (size_t)block * 8, activate(shape.activation, gate) * up);
   });
   const Activations gated = plain_rows(s, first + kGated, thread, l.down, s.gated, to_down);

@@ -38,7 +38,7 @@ def prefill(decoder: FastDecoder, tokens: list[int], adapter: int) -> Tensor:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_logits_are_those_of_the_merged_weights(family: str) -> None:
-    """With the base's weights equal; the bound is that of the base without adapters."""
+    """With the base's weights equal, and the adapters' in fp16; the strongest changes more than the base holds."""
     decoder, made = adapted(model := tiny.model(family))
     tiny.round_weights(model)
     tokens = tiny.text(LENGTH)
@@ -46,7 +46,7 @@ def test_logits_are_those_of_the_merged_weights(family: str) -> None:
         with torch.inference_mode():
             expected = one.merged(model)(torch.tensor([tokens])).logits[0]
         error = prefill(decoder, tokens, number) - expected
-        assert float(error.abs().max()) <= 1e-3 * float(expected.abs().max())
+        assert float(error.abs().max()) <= 3e-3 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

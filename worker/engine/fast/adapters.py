@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llmos.errors import SourceError
 from llmos.store.adapter import TARGETS
-from worker.engine.lora import Adapter
+from worker.engine.fast.arena import Arena, aligned
+from worker.engine.lora import Adapter, Matrices
 from worker.kernels import abi
-from worker.kernels.binding import address
 
 _LANES = 8
+_STAGES = (TARGETS[:3], TARGETS[3:4], TARGETS[4:6], TARGETS[6:])
+"""Projections that share their input."""
+_LARGEST = 13
+"""Binary exponent below which all numbers are kept: those of float16 end at 16."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """An adapter's layers, and the tensors that they point to."""
+    """An adapter's layers, and the memory that they point to."""
 
     rank: int
     layers: ctypes.Array[abi.AdapterLayer]
-    kept: Sequence[Tensor]
+    arena: Arena
 
 
 class AdapterTable:
@@ -61,21 +67,38 @@ class AdapterTable:
     def _pack(self, adapter: Adapter) -> _Packed:
         if not 0 < adapter.rank <= abi.MOST_RANK or adapter.rank % _LANES:
             raise SourceError(f"The adapter's rank, {adapter.rank}, is more than {abi.MOST_RANK}.")
-        layers, kept = (abi.AdapterLayer * self._layers)(), []
         for (layer, target), pair in adapter.pairs.items():
-            fits = (pair.up.shape[0], pair.down.shape[1]) == self._shapes[target]
-            if layer >= self._layers or not fits:
+            if layer >= self._layers or (pair.up.shape[0], pair.down.shape[1]) != self._shapes[target]:
                 raise SourceError(f"The adapter does not fit {target} of layer {layer} of its base.")
-            down, up = _lanes(pair.down), _lanes(pair.up)
-            kept += [down, up]
-            layers[layer].down[TARGETS.index(target)] = address(down)
-            layers[layer].up[TARGETS.index(target)] = address(up)
-        return _Packed(adapter.rank, layers, kept)
+        numbers = sum(pair.down.numel() + pair.up.numel() for pair in adapter.pairs.values())
+        arena = Arena(numbers * torch.float16.itemsize + 2 * len(adapter.pairs) * aligned(1))
+        layers = (abi.AdapterLayer * self._layers)()
+        for number, layer in enumerate(layers):
+            for stage in _STAGES:
+                _fill(layer, {t: adapter.pairs[number, t] for t in stage if (number, t) in adapter.pairs}, arena)
+        return _Packed(adapter.rank, layers, arena)
 
 
-def _lanes(weight: Tensor) -> Tensor:
-    """[outputs, inputs] as [outputs / 8, inputs, 8]."""
-    return weight.float().view(-1, _LANES, weight.shape[1]).transpose(1, 2).contiguous()
+def _fill(layer: abi.AdapterLayer, pairs: Mapping[str, Matrices], arena: Arena) -> None:
+    """Pack the pairs of one stage one after the other, in the order in which they are read."""
+    for target, pair in pairs.items():
+        layer.down[TARGETS.index(target)], layer.factor[TARGETS.index(target)] = _lanes(pair.down, arena)
+    for target, pair in pairs.items():
+        layer.up[TARGETS.index(target)], factor = _lanes(pair.up, arena)
+        layer.factor[TARGETS.index(target)] *= factor
+
+
+def _lanes(weight: Tensor, arena: Arena) -> tuple[int, float]:
+    """Pack [outputs, inputs] as float16 [outputs / 8, inputs, 8]. Returns its address and the factor that it lacks.
+
+    It is a power of two: no number gets too small for float16 that is not 2^27 times smaller than the largest one.
+    """
+    _, exponent = math.frexp(float(weight.abs().max()))
+    factor = math.ldexp(1.0, exponent - _LARGEST)
+    lanes = (weight.float() / factor).view(-1, _LANES, weight.shape[1]).transpose(1, 2)
+    packed = arena.take(weight.numel() * torch.float16.itemsize).view(torch.float16).view(lanes.shape)
+    packed.copy_(lanes)
+    return packed.data_ptr(), factor
 
 
 def _projection_shapes(shape: abi.Shape) -> dict[str, tuple[int, int]]:
