@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.5
 _POLL_S = 0.02
 _GRACE_S = 1.0
+_SPARE_AFTER_S = 15.0
+"""A worker that just started has better things to compute than a spare's imports."""
 
 
 class WorkerProcess:
@@ -60,7 +62,8 @@ class WorkerProcess:
         telemetry = Telemetry("worker", self._id, clock=self._clock, otlp_endpoint=config.otlp_endpoint)
         spans = ExecuteSpans(telemetry)
         core = WorkerCore(self._id, Shelf(held, capacity), spans, self._clock, orphan_s=config.orphan_s)
-        link = EngineLink(_setup(config, held), core, clock=self._clock, rng=self._rng)
+        spare_after_s = _SPARE_AFTER_S if config.spare_engine and config.backend == "torch" else None
+        link = EngineLink(_setup(config, held), core, clock=self._clock, rng=self._rng, spare_after_s=spare_after_s)
         core.connect(link)
         server = RpcServer(config.host, config.port, tls=config.tls)
         server.add(work_pb2_grpc.add_WorkServicer_to_server, WorkService(core, held), "llmos.internal.v1.Work")

@@ -48,6 +48,9 @@ class WorkerConfig:
     """Seconds after which its record vanishes from etcd once it no longer renews it."""
     drain_s: float = 10.0
     """Seconds that running attempts get to finish after SIGTERM."""
+    spare_engine: bool = True
+    """Keep a second engine process, started and empty, so that a lost one is replaced at once. It takes about 0.3 GB of
+    main memory. Of the torch backend only; echo starts at once."""
     orphan_s: float = 10.0
     """Seconds without a scheduler after which running attempts are cancelled."""
     etcd_endpoints: tuple[str, ...] = ("127.0.0.1:2379",)

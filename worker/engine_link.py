@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import random
-import socket
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
-
-import msgspec
 
 from llmos.clock import Clock
 from llmos.errors import SetupError, Unavailable
 from llmos.internal.v1 import work_pb2
 from worker import pipe
+from worker.engine_child import EngineChild, spawn
 from worker.engine_process import EXIT_SETUP, EngineSetup
+from worker.engine_spare import Spare
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +23,6 @@ _STEADY_S = 30.0
 """An engine that lived this long starts the backoff anew."""
 _FALSE_STARTS = 5
 """Ends before the first sign of life after which starting again is given up."""
-_GRACE_S = 2.0
 _BUFFER_BYTES = 64 * 1024 * 1024
 """Commands that an engine may leave unread before it counts as hung for new ones."""
 
@@ -49,27 +43,35 @@ class EngineListener(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Child:
-    process: asyncio.subprocess.Process
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-
 class EngineLink:
     """One engine process at a time. `run` supervises it until it is cancelled; `close` ends it."""
 
-    def __init__(self, setup: EngineSetup, listener: EngineListener, *, clock: Clock, rng: random.Random) -> None:
+    def __init__(
+        self,
+        setup: EngineSetup,
+        listener: EngineListener,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        spare_after_s: float | None = None,
+    ) -> None:
+        """`spare_after_s`: seconds after which an engine gets a spare beside it; None: it never does."""
         self._setup = setup
+        self._spare = None if spare_after_s is None else Spare(setup, spare_after_s)
         self._listener = listener
         self._clock = clock
         self._rng = rng
-        self._child: _Child | None = None
+        self._child: EngineChild | None = None
         self.ready = asyncio.Event()
         """Set while an engine process waits for commands."""
         self._was_ready = False
         self.restarts = 0
         """Engine processes that ended without being asked to."""
+
+    @property
+    def spare_pid(self) -> int | None:
+        """Process id of the spare, once there is one."""
+        return None if self._spare is None else self._spare.pid
 
     @property
     def pid(self) -> int | None:
@@ -78,6 +80,15 @@ class EngineLink:
 
     async def run(self) -> None:
         """Keep an engine process running. Raises SetupError if the backend cannot exist here, or never starts."""
+        keeper = None if self._spare is None else asyncio.create_task(self._spare.keep())
+        try:
+            await self._supervise()
+        finally:
+            if keeper is not None:
+                keeper.cancel()
+                await asyncio.gather(keeper, return_exceptions=True)
+
+    async def _supervise(self) -> None:
         backoff_s = _BACKOFF_FIRST_S
         while True:
             started = self._clock.monotonic()
@@ -107,58 +118,33 @@ class EngineLink:
         child, self._child = self._child, None
         self.ready.clear()
         if child is not None:
-            await _end(child)
+            await child.end()
 
     async def _live(self) -> int:
         """Run one engine process to its end. Returns its exit status; negative: the signal that ended it."""
-        child = self._child = await _spawn(self._setup)
+        spare = None if self._spare is None else self._spare.take()
+        child = self._child = await spawn(self._setup) if spare is None else spare.child
         try:
-            await self._read(child)
+            if spare is not None:
+                self._begin(spare.report)
+            while (message := await child.receive()) is not None:
+                if message.HasField("report"):
+                    self._begin(message.report)
+                else:
+                    self._listener.engine_frame(message.frame)
         finally:
             self.ready.clear()
         # The socket ended first: a process that still exists is of no use without it.
-        status = await _end(child)
+        status = await child.end()
         self._child = None
         return status
 
-    async def _read(self, child: _Child) -> None:
-        while (message := await pipe.receive(child.reader)) is not None:
-            response = work_pb2.AttachResponse.FromString(message)
-            if response.HasField("report"):
-                self.ready.set()
-                self._was_ready = True
-                self._listener.engine_ready(response.report)
-            else:
-                self._listener.engine_frame(response.frame)
-
-
-async def _spawn(setup: EngineSetup) -> _Child:
-    ours, theirs = socket.socketpair()
-    arguments = ["-m", "worker.engine_process", str(theirs.fileno()), str(os.getpid())]
-    try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    reader, writer = await asyncio.open_connection(sock=ours)
-    writer.write(pipe.frame(msgspec.json.encode(setup)))
-    return _Child(process, reader, writer)
-
-
-async def _end(child: _Child) -> int:
-    child.writer.close()
-    try:
-        async with asyncio.timeout(_GRACE_S):
-            return await child.process.wait()
-    except TimeoutError:
-        log.warning("the engine process %d did not end by itself; killing it", child.process.pid)
-    with contextlib.suppress(ProcessLookupError):  # it ended in between
-        child.process.kill()
-    return await child.process.wait()
+    def _begin(self, report: work_pb2.WorkerReport) -> None:
+        self.ready.set()
+        self._was_ready = True
+        self._listener.engine_ready(report)
+        if self._spare is not None:
+            self._spare.want()
 
 
 def _describe(status: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -98,6 +100,53 @@ async def test_the_link_starts_the_engine_again_and_ends_it_at_the_end() -> None
     await link.close()
     assert gone(first)
     assert gone(second)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - another process decides
+            await asyncio.sleep(0.01)
+
+
+def serves(link: EngineLink, pid: int | None) -> bool:
+    return link.ready.is_set() and link.pid == pid
+
+
+async def test_a_spare_takes_the_place_of_a_lost_engine() -> None:
+    listener = Listener()
+    link = EngineLink(SETUP, listener, clock=SystemClock(), rng=random.Random(7), spare_after_s=0.0)
+    running = asyncio.create_task(link.run())
+    seen: list[int | None] = []
+    for _ in range(2):
+        await until(lambda: link.ready.is_set() and link.spare_pid is not None)
+        seen += [link.pid, spare := link.spare_pid]
+        assert link.pid is not None
+        os.kill(link.pid, signal.SIGKILL)
+        await until(functools.partial(serves, link, spare))
+    assert listener.told == ["echo-1", "signal 9"] * 2 + ["echo-1"]
+    await until(lambda: link.spare_pid is not None)
+    seen.append(link.spare_pid)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await link.close()
+    assert all(pid is not None and gone(pid) for pid in seen)
+
+
+async def test_an_engine_is_replaced_without_a_spare_if_that_is_gone_too() -> None:
+    listener = Listener()
+    link = EngineLink(SETUP, listener, clock=SystemClock(), rng=random.Random(7), spare_after_s=0.0)
+    running = asyncio.create_task(link.run())
+    await until(lambda: link.spare_pid is not None)
+    assert link.spare_pid is not None and link.pid is not None
+    os.kill(link.spare_pid, signal.SIGKILL)
+    await until(lambda: link.spare_pid is None)
+    first = link.pid
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: link.restarts == 1 and link.ready.is_set())
+    assert link.pid != first
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await link.close()
 
 
 async def test_an_engine_that_never_starts_is_given_up() -> None:
