@@ -6,8 +6,6 @@ WORKDIR /src
 RUN apt-get update && apt-get install -y --no-install-recommends g++=4:12.2.0-3 && rm -rf /var/lib/apt/lists/*
 COPY . .
 RUN python -m venv /opt/llmos && /opt/llmos/bin/pip install -c constraints.txt '.[worker,store,certs]'
-WORKDIR /
-RUN /opt/llmos/bin/python -m worker.kernels.build
 
 FROM python:3.11.14-slim-bookworm
 RUN useradd --uid 10001 --create-home --home-dir /var/lib/llmos --shell /usr/sbin/nologin llmos \

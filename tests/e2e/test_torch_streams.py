@@ -19,6 +19,10 @@ from tests.e2e.default_model import default_model
 from tests.fakes.fleet import Fleet, Process, running_fleet, wait_for
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
+in_fp32 = pytest.mark.parametrize("fleet", [("--precision", "fp32")], indirect=True, ids=["fp32"])
+in_default_precision = pytest.mark.parametrize("fleet", [()], indirect=True, ids=["default"])
+LONG = 256
+"""Tokens that take seconds, so that a worker can be killed among them."""
 TOPICS = ("the sea", "bread", "a train", "winter", "glass", "music", "iron", "a letter")
 
 
@@ -66,8 +70,8 @@ class Client:
         self._channel.close()
 
 
-def add_worker(fleet: Fleet, model: str) -> Process:
-    return fleet.worker("--backend", "torch", "--precision", "fp32", "--threads", "1", model=model)
+def add_worker(fleet: Fleet, model: str, *flags: str) -> Process:
+    return fleet.worker("--backend", "torch", "--threads", "1", *flags, model=model)
 
 
 def wait_for_workers(fleet: Fleet, ids: set[str]) -> None:
@@ -79,11 +83,12 @@ def wait_for_workers(fleet: Fleet, ids: set[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    """Two workers with the flags that the test names."""
     name = default_model()[0]
     with running_fleet(tmp_path_factory.mktemp("fleet")) as fleet:
         fleet.scheduler()
-        ids = {add_worker(fleet, name).id for _ in range(2)}
+        ids = {add_worker(fleet, name, *request.param).id for _ in range(2)}
         fleet.gateway()
         fleet.wait_ready(timeout_s=120)
         wait_for_workers(fleet, ids)
@@ -116,6 +121,7 @@ def reference(folder: Path, texts: list[str], lengths: list[int]) -> list[list[i
     return continuations
 
 
+@in_fp32
 def test_32_concurrent_chats_equal_generate(fleet: Fleet, client: Client) -> None:
     """Half greedy, half sampled; the greedy ones token for token as transformers has them."""
     numbers = range(32)
@@ -129,6 +135,7 @@ def test_32_concurrent_chats_equal_generate(fleet: Fleet, client: Client) -> Non
     assert [answers[n].tokens for n in greedy] == expected
 
 
+@in_fp32
 def test_a_seeded_request_is_the_same_alone_and_among_fifteen(client: Client) -> None:
     alone = client.stream("Tell me a story.", max_tokens=24, temperature=1.0, seed=77)
     with ThreadPoolExecutor(16) as pool:
@@ -154,8 +161,9 @@ def worker_of_most(fleet: Fleet) -> str:
     return wait_for(busiest, "eight streams to run")
 
 
+@in_default_precision
 def test_eight_streams_survive_kill_9_and_a_new_worker_is_used(fleet: Fleet, client: Client) -> None:
-    wanted = [{"max_tokens": 40, "min_tokens": 40, "temperature": 0.8, "seed": 500 + n} for n in range(8)]
+    wanted = [{"max_tokens": LONG, "min_tokens": LONG, "temperature": 0.8, "seed": 500 + n} for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
         undisturbed = [f.result() for f in [pool.submit(client.stream, prompt(n), **wanted[n]) for n in range(8)]]
         answers = [Answer() for _ in range(8)]
@@ -164,7 +172,7 @@ def test_eight_streams_survive_kill_9_and_a_new_worker_is_used(fleet: Fleet, cli
         victim = next(process for process in fleet.processes if process.id == worker_of_most(fleet))
         victim.kill()
         cut_at = [len(answer.tokens) for answer in answers]
-        assert min(cut_at) < 40, "nothing was left to do when the worker died"
+        assert min(cut_at) < LONG, "nothing was left to do when the worker died"
         assert [f.result().tokens for f in streams] == [answer.tokens for answer in undisturbed]
     assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
     wait_for(lambda: victim.id not in fleet.workers(), "the killed worker to leave the list")
