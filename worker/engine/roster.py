@@ -66,7 +66,9 @@ class Roster:
     def make_room(self, batch: Batch) -> None:
         """Reserve the blocks that a step writes, at the cost of who comes last. Changes the batch."""
         for span in sorted(batch.spans, key=lambda span: span.run.order):
-            if self._runs(span.run) and self._make_room(span.run, span.kv.lacks(span.end - len(span.draft))):
+            if not self._runs(span.run) or not span.kv.lacks(span.end):
+                continue
+            if self._make_room(span.run, span.kv.lacks(span.end - len(span.draft))):
                 if span.kv.lacks(span.end) > self._manager.free:
                     span.drop_draft()
                 span.kv.reserve(span.end)

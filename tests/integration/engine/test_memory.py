@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,13 @@ OPTIONS = Sampling(temperature=1.0, seed=11, logprobs=1)
 
 
 @pytest.fixture(scope="module")
-def decoder(written: Callable[[str], tuple[Path, Any]]) -> Any:
-    return load(written("llama")[0], select_device("cpu"))
+def decoder(written: Callable[[str], tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("long")
+    for file in written("llama")[0].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    return load(folder, select_device("cpu"))
 
 
 def make(decoder: Any, blocks: int = 100) -> Engine:
@@ -45,7 +51,7 @@ def cached(found: Transcript) -> dict[str, int]:
 
 
 def test_only_the_tail_after_a_cached_prefix_is_computed(decoder: Any) -> None:
-    shared, *tails = prompts((384, 30, 7))
+    shared, *tails = prompts((1024, 30, 7))
     apart = Transcript()
     for name, tail in zip("ab", tails, strict=True):
         engine = make(decoder)
@@ -56,8 +62,8 @@ def test_only_the_tail_after_a_cached_prefix_is_computed(decoder: Any) -> None:
     for name, tail in zip("ab", tails, strict=True):
         engine.admit(hashed(name, shared + tail))
         found.run(engine)
-    assert prefilled(found) == {"a": 384 + 30, "b": 7}
-    assert cached(found) == {"a": 0, "b": 384}
+    assert prefilled(found) == {"a": 1024 + 30, "b": 7}
+    assert cached(found) == {"a": 0, "b": 1024}
     assert found.tokens == apart.tokens
     assert logprobs(found) == logprobs(apart)
     engine.admit(hashed("again", shared))
