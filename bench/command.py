@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def run(name: str, options: argparse.Namespace, measure: Callable[[list[str]], I
     """Print what `measure` yields and return the exit status. It adds the peers' versions to the list it is given."""
     versions: list[str] = []
     found: list[Row] = []
+    # As an exception, so that the peers' processes are ended.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         found.extend(_shown(measure(versions), options.json))
     except (MissingPeer, NoCompiler, SideError, LlmosError) as error:

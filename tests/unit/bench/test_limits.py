@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,9 @@ LAYER = {
 def test_matrices_are_counted_under_the_plans_names_and_an_embedding_only_if_tied(
     tmp_path: Path, tied: bool, head: int
 ) -> None:
-    tensors = {f"model.layers.0.{name}.weight": np.zeros(shape, np.float32) for name, shape in LAYER.items()}
+    tensors: dict[str, Any] = {
+        f"model.layers.0.{name}.weight": np.zeros(shape, np.float32) for name, shape in LAYER.items()
+    }
     tensors |= {
         "model.embed_tokens.weight": np.zeros((10, 4), np.float32),
         "model.norm.weight": np.zeros(4, np.float32),
