@@ -41,12 +41,14 @@ def run(name: str, options: argparse.Namespace, measure: Callable[[list[str]], I
     versions: list[str] = []
     found: list[Row] = []
     # As an exception, so that the peers' processes are ended.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         found.extend(_shown(measure(versions), options.json))
     except (MissingPeer, NoCompiler, SideError, LlmosError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if options.json:
         print(rows.as_json(found))
     if options.save:
