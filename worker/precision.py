@@ -23,10 +23,10 @@ from llmos import cgroups
 from llmos.errors import LlmosError, SourceError
 from llmos.store.precision import Measured, PlanRecord, PrecisionPlan
 from llmos.store.tensors import read_header
-from worker import kernels
 from worker.engine import model as general
 from worker.engine.fast import fast_decoder, packing, why_not
 from worker.engine.planned import round_weights
+from worker.kernels.library import preferred
 from worker.quality import corpus
 from worker.quality.distance import Distance, Logits, distance, of_decoder, of_transformers
 from worker.quality.search import Bound, Sensitivity, search
@@ -64,7 +64,7 @@ class Measurement:
         return ranked
 
     def _planned(self, plan: PrecisionPlan) -> Logits:
-        if kernels.available():
+        if preferred():
             decoder = fast_decoder(self.model, kind_of=packing.planned(plan))
             self.weight_bytes = decoder.weight_bytes
             return of_decoder(decoder)
