@@ -21,6 +21,9 @@ _FORGETTING = 0.98
 """Weight of a step relative to the one after it."""
 _ROW_SHARE = 0.15
 """What a further row costs relative to a step of none, until steps of different size have been seen."""
+_SETTLED = 10.0
+_OUTLIER = 1.5
+"""Steps that took longer than this many times what was expected count as that."""
 
 
 @dataclass(slots=True)
@@ -38,6 +41,9 @@ class StepCost:
         """A step of `rows` rows took so long."""
         if seconds <= 0:
             return
+        if self._weight > _SETTLED:
+            # What else runs on the machine makes single steps long.
+            seconds = min(seconds, _OUTLIER * self.of(rows))
         share = self.per_row / self.base
         keep = _FORGETTING
         self._weight = keep * self._weight + 1
