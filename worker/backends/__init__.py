@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from llmos.clock import SystemClock
 from llmos.errors import ConfigError, MissingExtra
 from llmos.store.precision import Precision
 from worker.backend import Backend
@@ -33,5 +34,5 @@ def _torch(threads: int, precision: Precision) -> tuple[Backend, str]:
         if error.name in ("torch", "transformers", "safetensors", "tokenizers", "numpy", "llguidance"):
             raise MissingExtra("worker", "The torch backend") from error
         raise
-    backend = TorchBackend(threads=threads, precision=precision, guard=Guard())
+    backend = TorchBackend(threads=threads, precision=precision, guard=Guard(SystemClock()))
     return backend, torch_fingerprint(precision=backend.precision, kernels=backend.kernels)

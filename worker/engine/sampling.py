@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Pick | None]:
     adjusted: dict[int, Tensor] = {}
     for number, row in enumerate(rows):
         if _adjusts(row):
-            adjusted[number] = logits[number].clone()
+            adjusted[number] = _copy(logits[number])
             _adjust(adjusted[number], row)
     kernels = present() if logits.device.type == "cpu" and logits.stride(-1) == 1 else None
     if kernels is None:
@@ -98,7 +99,7 @@ def _adjust(values: Tensor, row: SamplingRow) -> None:
     if row.barred:
         values[torch.tensor(sorted(row.barred), device=values.device)] = -math.inf
     if row.allowed is not None:
-        values.masked_fill_(row.allowed.logical_not().to(values.device), -math.inf)
+        _keep_only(values, row.allowed)
     if options.repetition_penalty != 1.0:
         ids = torch.tensor(sorted({*row.prompt, *row.generated}), device=values.device)
         seen = values[ids]
@@ -109,6 +110,20 @@ def _adjust(values: Tensor, row: SamplingRow) -> None:
         ids = torch.tensor(list(counts), device=values.device)
         times = torch.tensor(list(counts.values()), dtype=values.dtype, device=values.device)
         values[ids] -= options.frequency_penalty * times + options.presence_penalty
+
+
+# One thread on the CPU: torch would wake its others for a row of a large vocabulary, which takes longer than the work.
+
+
+def _copy(values: Tensor) -> Tensor:
+    return torch.from_numpy(values.numpy().copy()) if values.device.type == "cpu" else values.clone()
+
+
+def _keep_only(values: Tensor, allowed: Tensor) -> None:
+    if values.device.type == "cpu":
+        np.copyto(values.numpy(), -np.inf, where=~allowed.numpy())
+    else:
+        values.masked_fill_(~allowed.to(values.device), -math.inf)
 
 
 def _pick_with_kernels(

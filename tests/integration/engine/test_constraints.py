@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from bench.schemas import Schema, most_bytes, schemas, without_bounds
+from llmos.clock import SystemClock
 from tests.fakes import json_tokens
 from tests.fakes.json_tokens import END, SIZE, decode, encode
 from tests.integration.engine.test_guard import ENDLESS
@@ -58,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def guard() -> Iterator[Guard]:
-    guard = Guard()
+    guard = Guard(SystemClock())
     yield guard
     guard.close()
 

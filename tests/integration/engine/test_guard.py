@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from llmos.clock import SystemClock
 from llmos.errors import InvalidConstraint, Unavailable, UnsupportedFeature
 from tests.fakes import json_tokens
+from tests.fakes.clock import ManualClock
 from tests.fakes.json_tokens import END, SIZE, decode, encode
 from tests.integration.engine.tiny import attempt
 from worker.backend import Constraint
@@ -27,7 +29,7 @@ GOOD = Constraint("regex", "a+b?")
 
 @pytest.fixture
 def guard() -> Iterator[Guard]:
-    guard = Guard()
+    guard = Guard(SystemClock())
     yield guard
     guard.close()
 
@@ -47,7 +49,19 @@ def test_endless_work_is_cut_off_and_the_next_check_goes_on(guard: Guard, folder
     assert guard.pid == first
 
 
-def test_a_killed_process_is_replaced(guard: Guard, folder: Path) -> None:
+def test_a_process_that_dies_is_replaced(guard: Guard, folder: Path) -> None:
+    key = guard.open(folder, SIZE, {END})
+    guard.check(key, GOOD)
+    first = guard.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    _check_until_answered(guard, key)
+    assert guard.pid not in (None, first)
+
+
+def test_a_process_that_hangs_is_replaced(folder: Path) -> None:
+    clock = ManualClock()
+    guard = Guard(clock)
     key = guard.open(folder, SIZE, {END})
     guard.check(key, GOOD)
     first = guard.pid
@@ -55,12 +69,18 @@ def test_a_killed_process_is_replaced(guard: Guard, folder: Path) -> None:
     os.kill(first, signal.SIGSTOP)
     with pytest.raises(Unavailable):
         guard.check(key, GOOD)
-    for _ in range(2):
-        try:
-            guard.check(key, GOOD)
-        except Unavailable:  # its end may not have been noticed yet
-            continue
+    assert guard.pid == first
+    clock.advance(11)
+    _check_until_answered(guard, key)
     assert guard.pid not in (None, first)
+    guard.close()
+
+
+def _check_until_answered(guard: Guard, key: int) -> None:
+    for _ in range(3):
+        with contextlib.suppress(Unavailable):  # the end of the old one may not have been noticed yet
+            return guard.check(key, GOOD)
+    raise AssertionError
 
 
 def test_attempts_get_matchers_that_stand_where_their_choices_do(guard: Guard, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The process in which a constraint is tried first: `python -m worker.engine.grammar.checker FD`.
 
 It reads vocabularies once and forks for every check. The fork has a bound on time and memory and may die of either;
-the engine's process never compiles what did not pass here. It is nice, so that steps come first.
+the engine's process never compiles what did not pass here. Forks are nice, so that steps come first.
 
 Messages are JSON over `worker.pipe`'s framing: `Order` comes in, `Verdict` goes out. It ends when its socket ends.
 """
@@ -31,11 +31,11 @@ from worker.engine.grammar.vocabulary import Vocabulary
 
 CPU_S = 0.25
 """Processor time of a check; what people write takes a few milliseconds."""
-WALL_S = 1.4
+WALL_S = 1.0
 """A check that took longer is given up, however little of the processor it got."""
 _STARVED_S = 0.05
 """A check that was given up before it got this much of the processor says something about the machine only."""
-MEMORY_BYTES = 256 << 20
+MEMORY_BYTES = 128 << 20
 """Address space that a check may take besides what the process has."""
 _STACK_BYTES = 2 << 20
 """Less than the engine's threads have: a recursion that passes here does not overflow there."""
@@ -185,6 +185,7 @@ def _confine() -> None:
         present = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         most = present + MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, _STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # A failed allocation would announce itself there.
@@ -196,7 +197,6 @@ def main(argv: list[str]) -> int:
     """Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.nice(_NICENESS)
     try:
         Checker(socket.socket(fileno=int(argv[1]))).run()
     except (BrokenPipeError, ConnectionResetError):

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import msgspec
 
+from llmos.clock import Clock
 from llmos.errors import Unavailable, from_code
 from worker import pipe
 from worker.backend import Constraint
 from worker.engine.grammar.checker import WALL_S, Order, Verdict
 from worker.engine.grammar.vocabulary import PARAM
 
-_ANSWER_S = WALL_S + 0.4
+_ANSWER_S = WALL_S + 0.8
+_HUNG_S = 10.0
+"""A process that owes an answer for this long is replaced; it bounds its forks itself."""
 _SEND_S = 1
 _READ_S = 30.0
 """For a process that starts and reads a large vocabulary."""
@@ -32,7 +35,8 @@ _LOST = "The check of the constraint was lost; try again."
 class _Process:
     """A checker process and what it was asked. Its reader thread ends with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._sock, theirs = socket.socketpair()
         # A process that does not read must not hold up those who ask.
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_S, 0))
@@ -45,7 +49,8 @@ class _Process:
             )
         self.read: dict[int, Future[Verdict]] = {}
         """By vocabulary: set once it was read."""
-        self._asked: dict[int, Future[Verdict]] = {}
+        self._asked: dict[int, tuple[float, Future[Verdict]]] = {}
+        """By number: since when, and whom to tell."""
         self._writing = threading.Lock()
         self.alive = True
         self._reader = threading.Thread(target=self._listen, name="constraint-verdicts", daemon=True)
@@ -55,7 +60,9 @@ class _Process:
         """Send an order; its answer is cancelled if the process dies. Thread-safe."""
         answer: Future[Verdict] = Future()
         with self._writing:
-            self._asked[order.number] = answer
+            if any(self._clock.monotonic() - since > _HUNG_S for since, _ in self._asked.values()):
+                self.popen.kill()
+            self._asked[order.number] = self._clock.monotonic(), answer
             try:
                 pipe.write(self._sock, msgspec.json.encode(order))
             except OSError:
@@ -74,10 +81,10 @@ class _Process:
         with self._sock, self._sock.makefile("rb") as stream:
             while (message := pipe.read(stream)) is not None:
                 verdict = msgspec.json.decode(message, type=Verdict)
-                self._asked.pop(verdict.number).set_result(verdict)
+                self._asked.pop(verdict.number)[1].set_result(verdict)
             with self._writing:
                 self.alive = False
-                for answer in self._asked.values():
+                for _, answer in self._asked.values():
                     answer.cancel()
         self.popen.wait()
 
@@ -85,7 +92,8 @@ class _Process:
 class Guard:
     """Owns the checker process, from the first vocabulary on. All methods are thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._process: _Process | None = None
         self._vocabularies: dict[_Wanted, int] = {}
@@ -117,8 +125,8 @@ class Guard:
         order = Order(
             number=number, vocabulary=vocabulary, kind=constraint.kind, text=constraint.text, texts=constraint.texts
         )
-        self._wait(process, process.read[vocabulary], _READ_S)
-        self._wait(process, process.ask(order), _ANSWER_S)
+        _wait(process.read[vocabulary], _READ_S)
+        _wait(process.ask(order), _ANSWER_S)
 
     def close(self) -> None:
         """End the process."""
@@ -126,22 +134,9 @@ class Guard:
             if self._process is not None:
                 self._process.end()
 
-    def _wait(self, process: _Process, answer: Future[Verdict], timeout_s: float) -> None:
-        """Raise what a verdict says."""
-        try:
-            verdict = answer.result(timeout_s)
-        except TimeoutError:
-            # It bounds its forks itself, so this one hangs.
-            process.popen.kill()
-            raise Unavailable(_LOST, param=PARAM) from None
-        except CancelledError as error:
-            raise Unavailable(_LOST, param=PARAM) from error
-        if verdict.code:
-            raise from_code(verdict.code, verdict.message, param=PARAM)
-
     def _running(self) -> _Process:
         if self._process is None or not self._process.alive:
-            self._process = _Process()
+            self._process = _Process(self._clock)
             for wanted, key in self._vocabularies.items():
                 self._process.read[key] = self._process.ask(_read_order(wanted, key))
         return self._process
@@ -150,3 +145,15 @@ class Guard:
 def _read_order(wanted: _Wanted, key: int) -> Order:
     folder, size, end_tokens = wanted
     return Order(number=key, vocabulary=key, folder=folder, size=size, end_tokens=end_tokens)
+
+
+def _wait(answer: Future[Verdict], timeout_s: float) -> None:
+    """Raise what a verdict says."""
+    try:
+        verdict = answer.result(timeout_s)
+    except TimeoutError:
+        raise Unavailable(_LOST, param=PARAM) from None
+    except CancelledError as error:
+        raise Unavailable(_LOST, param=PARAM) from error
+    if verdict.code:
+        raise from_code(verdict.code, verdict.message, param=PARAM)
