@@ -18,6 +18,7 @@ from bench.client import Target, Trace, send
 from bench.mix import OUTPUT_TOKENS, PROMPT_TOKENS
 from bench.peers import places
 from bench.peers.places import Model
+from bench.sides.side import SideError
 from bench.sides.start import THREADS, folder
 
 OURS, LLAMA, VLLM = "llmos up", "llama-server Q8_0", "vLLM server"
@@ -31,7 +32,7 @@ _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "ignore_eos": True}
 """Sampled, since greedy text of a small model soon repeats itself, which no user's does."""
 
 
-class ServerError(Exception):
+class ServerError(SideError):
     """A server did not start, or failed what it was asked; the text names it."""
 
 
