@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from bench import command, switches
 from bench.corpus import Texts
@@ -22,12 +23,12 @@ from bench.sides.side import Side
 from bench.sides.start import EVERYBODY, LLAMA_Q8, THREADS, TRANSFORMERS, VLLM, Sides, folder, peer, require
 from worker.config import WorkerConfig
 
-PROMPT = 32
+PROMPT = 16
 """Tokens of the short prompts before decoding."""
 PREFILL = 1024
 ROUNDS, QUICK_ROUNDS = 5, 3
 SEQUENCES = (1, 4, 16, 32)
-STEPS = {1: 64, 4: 48, 16: 32, 32: 24}
+STEPS = {1: 64, 4: 32, 16: 16, 32: 12}
 KL_TOKENS = 256
 LIMIT_SHARE = 0.75
 Measure = Callable[[Side, Texts, int], float]
@@ -71,20 +72,22 @@ SMOLLM2_CASES = cases(
 GEMMA3_CASES = cases({1: {LLAMA_Q8: 1.2}, 4: {LLAMA_Q8: 2.0}, 16: {LLAMA_Q8: 2.0}, 32: {LLAMA_Q8: 2.0}}, {})
 
 
-def compare(sides: Sides, wanted: Sequence[Case], rounds: int) -> Iterator[tuple[Row, list[float]]]:
-    """Rows of the cases against each peer, and our own rounds. A first round that nobody counts warms all up."""
-    texts = Texts(sides.folder)
+def compare(sides: Sides, wanted: Sequence[Case], rounds: int) -> Iterator[tuple[Case, list[float], list[Row]]]:
+    """Each case with our rounds and its rows, one per peer."""
+    texts, everyone = Texts(sides.folder), [sides.ours, *sides.peers.values()]
+    for one in everyone:
+        warm_up(one, texts)
     for case in wanted:
-        everyone = [sides.ours, *sides.peers.values()]
-        for one in everyone:
-            case.measure(one, texts, rounds)
-        measures = [lambda number, one=one, case=case: case.measure(one, texts, number) for one in everyone]
-        ours, *theirs = in_turn(rounds, measures)
-        for name, found in zip(sides.peers, theirs, strict=True):
-            yield (
-                at_least(f"{sides.model.label}: {case.name}, {name}", "tokens/s", ours, found, case.aims.get(name)),
-                ours,
-            )
+        ours, *theirs = in_turn(rounds, [partial(case.measure, one, texts) for one in everyone])
+        name = f"{sides.model.label}: {case.name}"
+        peers = zip(sides.peers, theirs, strict=True)
+        yield case, ours, [at_least(f"{name}, {p}", "tokens/s", ours, found, case.aims.get(p)) for p, found in peers]
+
+
+def warm_up(one: Side, texts: Texts) -> None:
+    """What is done at first use only is not measured."""
+    one.decode(texts.windows(max(SEQUENCES), PROMPT), 4)
+    one.prefill(texts.windows(1, PREFILL // 4)[0])
 
 
 def divergences(sides: Sides) -> Iterator[Row]:
@@ -128,12 +131,12 @@ def measure(quick: bool, peers: Sequence[str], only: str, precision: str, versio
         with Sides(model, names, precision) as sides:
             versions.extend(sides.versions)
             speeds: dict[str, list[float]] = {}
-            for row, ours in compare(sides, some, QUICK_ROUNDS if quick else ROUNDS):
-                speeds[row.case.split(": ")[1].rsplit(", ", 1)[0]] = ours
-                yield row
+            for case, ours, found in compare(sides, some, QUICK_ROUNDS if quick else ROUNDS):
+                speeds[case.name] = ours
+                yield from found
             if not quick:
                 yield from shares(sides, speeds)
-            yield from divergences(sides)
+                yield from divergences(sides)
     if not quick:
         yield from switches.rows(SMOLLM2.label, folder(SMOLLM2), precision, ROUNDS, only)
 
