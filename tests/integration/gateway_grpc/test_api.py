@@ -21,6 +21,7 @@ ALICE = (("authorization", "Bearer alice"),)
 BOB = (("authorization", "Bearer bob"),)
 OPERATOR = (("authorization", "Bearer ops"),)
 ANSWER = "Hé llo"
+CACHED = 2
 HELLO = [pb.Message(role=pb.ROLE_USER, content="Hello")]
 
 
@@ -34,7 +35,9 @@ def answer_all(scheduler: FakeScheduler, request: request_pb2.Request) -> None:
             for token in tokens[start:]
         ]
         wanted = logprobs if request.sampling.HasField("logprobs") else []
-        scheduler.send(output(request.request_id, start, tokens[start:], choice=choice, finish=STOP, logprobs=wanted))
+        piece = output(request.request_id, start, tokens[start:], choice=choice, finish=STOP, logprobs=wanted)
+        piece.cached_tokens = 0 if choice else CACHED
+        scheduler.send(piece)
 
 
 async def call(method: Any, request: Any, metadata: Sequence[tuple[str, str]] = ALICE, **options: Any) -> Any:
@@ -73,6 +76,7 @@ async def test_chat(new_scheduler: NewScheduler) -> None:
     assert (answer.model, answer.model_version, answer.seed) == ("echo", "v1", 7)
     prompt = b"system: Be brief.\nuser: Hello\nassistant: "
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 2 * len(ANSWER.encode()))
+    assert answer.usage.cached_tokens == CACHED
     wire = scheduler.submits[0]
     assert bytes(wire.token_ids) == prompt
     assert (wire.tenant, wire.choices, wire.max_tokens, wire.model_version) == ("alice", 2, 50, "v1")

@@ -54,6 +54,27 @@ async def test_a_torch_worker_resumes_exactly_after_its_engine_was_killed(torch_
         await _kill_and_resume(scheduler, torch_worker, TOKENS)
 
 
+async def test_what_is_cached_is_told_up_the_stream(torch_worker: WorkerProcess) -> None:
+    hashes = [11, 12]
+    async with SchedulerClient(torch_worker.address) as scheduler:
+        await scheduler.load("tiny")
+        for name in ("first", "second"):
+            order = dispatch(name, model="tiny", max_tokens=3)
+            order.dispatch.request.token_ids[:] = [number % 100 for number in range(130)]
+            order.dispatch.request.prefix_hashes[:] = hashes
+            scheduler.send(order)
+            await scheduler.done(name)
+        outputs = [output for frame in scheduler.frames for output in frame.outputs]
+        assert {output.request_id: output.cached_tokens for output in outputs if not output.index} == {
+            "first": 0,
+            "second": 128,
+        }
+        changes = [change for frame in scheduler.frames for change in frame.cache]
+        assert [change.number for change in changes] == list(range(1, len(changes) + 1))
+        assert [known for change in changes for known in change.stored] == hashes
+        assert scheduler.models["tiny"].free_blocks == scheduler.models["tiny"].total_blocks
+
+
 async def _kill_and_resume(scheduler: SchedulerClient, worker: WorkerProcess, tokens: int) -> None:
     await scheduler.load("tiny")
     scheduler.send(dispatch("whole", model="tiny", max_tokens=tokens))
