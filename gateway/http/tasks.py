@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-import struct
+import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,10 @@ def _classified(index: int, probabilities: Sequence[float], labels: Sequence[str
 
 def _encoded(vector: Sequence[float]) -> str:
     """float32, little-endian, as OpenAI's clients read it."""
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    numbers = array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 def _answer(request: Request, results: Results, content: Json) -> Response:

@@ -148,17 +148,17 @@ def _announce(state: FleetState, options: FleetOptions, *, stop: str) -> None:
     remember_last_up(state_home(environment()), options.data_dir)
     if options.http_port is None and urlsplit(state.http_url).port != DEFAULT_HTTP_PORT:
         output.note(f"port {DEFAULT_HTTP_PORT} is taken: this fleet has another; --http-port chooses one")
-    output.note(usage_text(state, has_keys=options.keys_file is not None, logs=options.log_dir, stop=stop))
+    embeds = options.backend == "torch" and "embed" in Store(options.store).resolve(state.models[0]).capabilities
+    has_keys = options.keys_file is not None
+    output.note(usage_text(state, has_keys=has_keys, logs=options.log_dir, stop=stop, embeds=embeds))
 
 
-def usage_text(state: FleetState, *, has_keys: bool, logs: Path, stop: str) -> str:
-    """Where the fleet serves and how to ask it: a curl line, and three lines of Python."""
+def usage_text(state: FleetState, *, has_keys: bool, logs: Path, stop: str, embeds: bool = False) -> str:
+    """Where the fleet serves and how to ask it: a curl line, and three lines of Python. `embeds`: it makes vectors."""
     model, base = state.models[0], f"{state.http_url}/v1"
     key = "YOUR-KEY" if has_keys else "any"
     header = f" -H 'authorization: Bearer {key}'" if has_keys else ""
-    message = '{"role": "user", "content": "Hello"}'
-    body = f'{{"model": "{model}", "messages": [{message}], "max_tokens": {_EXAMPLE_TOKENS}}}'
-    call = f'model="{model}", messages=[{message}], max_tokens={_EXAMPLE_TOKENS}'
+    route, body, call = _embedding_example(model) if embeds else _chat_example(model)
     return f"""
 llmos serves {", ".join(state.models)}
   HTTP  {base}
@@ -166,9 +166,23 @@ llmos serves {", ".join(state.models)}
   logs  {logs}
   stop  {stop}
 
-  curl {base}/chat/completions{header} -H 'content-type: application/json' -d '{body}'
+  curl {base}{route}{header} -H 'content-type: application/json' -d '{body}'
 
   from openai import OpenAI
   client = OpenAI(base_url="{base}", api_key="{key}")
-  print(client.chat.completions.create({call}).choices[0].message.content)
+  print({call})
 """
+
+
+def _chat_example(model: str) -> tuple[str, str, str]:
+    """Route, body and Python call of a chat."""
+    message = '{"role": "user", "content": "Hello"}'
+    body = f'{{"model": "{model}", "messages": [{message}], "max_tokens": {_EXAMPLE_TOKENS}}}'
+    call = f'model="{model}", messages=[{message}], max_tokens={_EXAMPLE_TOKENS}'
+    return "/chat/completions", body, f"client.chat.completions.create({call}).choices[0].message.content"
+
+
+def _embedding_example(model: str) -> tuple[str, str, str]:
+    """Route, body and Python call of an embedding."""
+    call = f'client.embeddings.create(model="{model}", input="Hello").data[0].embedding'
+    return "/embeddings", f'{{"model": "{model}", "input": "Hello"}}', call

@@ -27,10 +27,12 @@ def ready_state() -> FleetState:
     )
 
 
-def test_usage_shows_a_curl_line_and_three_lines_of_python() -> None:
-    text = usage_text(ready_state(), has_keys=False, logs=Path("/l"), stop="Ctrl-C")
+@pytest.mark.parametrize(("embeds", "route"), [(False, "/chat/completions"), (True, "/embeddings")])
+def test_usage_shows_a_curl_line_and_three_lines_of_python(embeds: bool, route: str) -> None:
+    text = usage_text(ready_state(), has_keys=False, logs=Path("/l"), stop="Ctrl-C", embeds=embeds)
     (curl,) = [line for line in text.splitlines() if "curl" in line]
     assert json.loads(curl.split("-d '")[1].rstrip("'"))["model"] == "m"
+    assert f"/v1{route} " in curl
     assert "authorization" not in curl
     python = text[text.index("from openai") :].strip().splitlines()
     assert len(python) == 3
