@@ -153,7 +153,7 @@ def opened(folder: Path, mode: Precision) -> Iterator[Bench]:
     plan = plan_of(folder) if backend.precision == "auto" else None
     decoder = load(folder, torch.device("cpu"), precision=backend.precision, plan=plan, kernels=backend.kernels)
     hidden = int(json.loads((folder / "config.json").read_text())["hidden_size"])
-    guard = Guard()
+    guard = Guard(SystemClock())
     grammars = open_grammars(guard, folder, decoder.vocabulary, decoder.end_tokens, SystemClock())
     try:
         yield Bench(decoder, {LORA: random_adapter(decoder, hidden)}, grammars)

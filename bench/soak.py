@@ -31,6 +31,7 @@ from bench.exactness import SCHEMA
 from bench.rows import Row, bounded, reported
 from bench.subject import Prompts, default_model, plan_of, prompts_of
 from gateway.text.prefix import prefix_hashes
+from llmos.clock import SystemClock
 from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import fleet_pb2, inference_pb2
 from worker.backend import ModelSpec
@@ -213,7 +214,7 @@ def _none(case: str, unit: str, count: int) -> Row:
 
 
 def _run(folder: Path, seconds: float) -> Iterator[Row]:
-    guard = Guard()
+    guard = Guard(SystemClock())
     backend = TorchBackend(threads=torch.get_num_threads(), options=EngineOptions(max_running=32), guard=guard)
     spec = ModelSpec(MODEL, "1", folder, plan=plan_of(folder))
     try:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from bench.soak import MODEL, Soak, start
+from llmos.clock import SystemClock
 from tests.fakes import json_tokens
 from tests.fakes.json_tokens import END, SIZE
 from tests.integration.engine.tiny import prompts
@@ -39,7 +40,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Soak]:
         eos_token_id=END,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    guard, threads = Guard(), torch.get_num_threads()
+    guard, threads = Guard(SystemClock()), torch.get_num_threads()
     backend = TorchBackend(threads=1, precision="fp32", options=EngineOptions(max_running=24), guard=guard)
     yield start(
         backend, ModelSpec(MODEL, "1", folder), BUDGET, lambda seed, length: prompts([length], seed=seed)[0], seed=3
