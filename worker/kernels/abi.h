@@ -5,11 +5,11 @@
 #pragma once
 #include <stdint.h>
 
-#define LLK_ABI 4
+#define LLK_ABI 5
 #define LLK_GROUP 64         // inputs that share a scale
 #define LLK_COLUMNS 16       // outputs of a packed block
 #define LLK_BLOCK_TOKENS 64  // tokens of a KV block
-#define LLK_KEY_TILE 8       // tokens whose keys are interleaved
+#define LLK_KEY_TILE 16      // tokens whose keys are interleaved
 #define LLK_TARGETS 7        // projections that an adapter may change: q, k, v, out, gate, up, down
 #define LLK_MOST_RANK 64     // of an adapter
 
@@ -71,7 +71,7 @@ typedef struct {
   const int32_t* tables;                         // [sequences][table_width]: KV blocks in order of position
   const int32_t* wanted;                         // [wanted_rows] row numbers
   float* logits;                                 // [wanted_rows][vocabulary]
-  void* const* keys;                             // per layer: [blocks][kv_heads][64 / 8][head_dim][8]
+  void* const* keys;                             // per layer: [blocks][kv_heads][64 / 16][head_dim][16]
   void* const* values;                           // per layer: [blocks][kv_heads][64][head_dim]
   int32_t adapter_count;
   const llk_adapter* adapters;  // [adapter_count]

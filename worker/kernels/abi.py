@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
-ABI = 4
+ABI = 5
 GROUP = 64
 """Inputs of a linear layer that share a scale; their number must be a multiple of it."""
 HEAD_MULTIPLE = 16
 KV_BLOCK_TOKENS = 64
-KEY_TILE = 8
+KEY_TILE = 16
 MOST_RANK = 64
 """Of an adapter."""
 TARGETS = 7

@@ -148,6 +148,7 @@ bool prepare(llk_model& model, const llk_step_args& args, int threads) {
       ThreadScratch fresh;
       fresh.quantized = take<int16_t>(model, widest(s));
       fresh.normed = take<float>(model, s.hidden);
+      fresh.attention.queries = take<float>(model, (size_t)s.head_dim * kMaxQueries);
       model.scratch.push_back(fresh);
     }
   } catch (const std::bad_alloc&) {

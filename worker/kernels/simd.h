@@ -144,9 +144,9 @@ LLK_INLINE float sum(F8 a) {
 LLK_INLINE float largest(F8 a) {
   float lane[8];
   store(lane, a);
-  float found = lane[0];
-  for (int i = 1; i < 8; i++) found = lane[i] > found ? lane[i] : found;
-  return found;
+  const auto larger = [](float x, float y) { return x > y ? x : y; };
+  return larger(larger(larger(lane[0], lane[4]), larger(lane[2], lane[6])),
+                larger(larger(lane[1], lane[5]), larger(lane[3], lane[7])));
 }
 
 }  // namespace

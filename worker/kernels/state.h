@@ -2,7 +2,7 @@
 #pragma once
 #include "abi.h"
 
-constexpr int kMaxQueries = 16;                   // of one attention item
+constexpr int kMaxQueries = 24;                   // of one attention item
 constexpr int kLoweredRows = 3;                   // that an adapter's weights meet at once
 constexpr int kLoweredWidth = 3 * LLK_MOST_RANK;  // at most three projections share their input: q, k and v
 
@@ -25,6 +25,7 @@ struct AttentionScratch {
   float scores[kMaxQueries][LLK_BLOCK_TOKENS];
   float peak[kMaxQueries];
   float total[kMaxQueries][8];
+  float* queries;  // [head_dim][kMaxQueries]
 };
 
 struct ThreadScratch {

@@ -1,4 +1,4 @@
-"""KV memory in the layout of the kernels: in each block of 64 tokens, keys of eight tokens interleaved."""
+"""KV memory in the layout of the kernels: in each block of 64 tokens, keys of sixteen tokens interleaved."""
 
 from __future__ import annotations
 
