@@ -43,14 +43,14 @@ def requests(text_tokens: int, seed: int) -> Iterator[Request]:
 
 
 def arrivals(rate: float, seconds: float, text_tokens: int, seed: int) -> list[Arrival]:
-    """A Poisson process of `rate` requests per second, for so long; at least one request."""
+    """A Poisson process of `rate` requests per second, for so long; one request at once if none would come."""
     source, stream = random.Random(f"arrivals {seed}"), requests(text_tokens, seed)
     found: list[Arrival] = []
     now = source.expovariate(rate)
-    while now < seconds or not found:
+    while now < seconds:
         found.append(Arrival(now, next(stream)))
         now += source.expovariate(rate)
-    return found
+    return found or [Arrival(0.0, next(stream))]
 
 
 def mean_output_tokens() -> float:

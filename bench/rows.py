@@ -30,7 +30,7 @@ class Row:
     ok: bool
     """Whether the target is met; True where there is none."""
     spread: tuple[float, float] | None = None
-    """Lowest and highest ratio of the rounds."""
+    """Lowest and highest ratio of the rounds, if there were several."""
 
     def public(self) -> dict[str, str | float | bool | None]:
         """What `--json` prints; null for what is infinite, which JSON does not know."""
@@ -116,7 +116,7 @@ def _compare(
         ratio=_rounded(ratio),
         target=target,
         ok=target is None or meets(ratio, target),
-        spread=(_rounded(min(ratios)), _rounded(max(ratios))),
+        spread=(_rounded(min(ratios)), _rounded(max(ratios))) if len(ratios) > 1 else None,
     )
 
 
