@@ -48,6 +48,7 @@ _CANCELS = 20
 """Most cancels per step."""
 _PROMPTS = 40
 _PARTS = 12
+_SAMPLES = 500
 _STUDENT_T = 2.228
 """97.5 % quantile for `_PARTS` - 2 degrees of freedom."""
 
@@ -195,11 +196,12 @@ def measure(soak: Soak, seconds: float) -> Iterator[Row]:
     process = psutil.Process()
     samples: list[tuple[int, int]] = []
     end = time.monotonic() + seconds
-    warm = end - 0.8 * seconds
+    following = end - 0.8 * seconds
     while (now := time.monotonic()) < end:
         soak.step()
-        if now > warm:
+        if now > following:
             samples.append((soak.cancels, process.memory_info().rss))
+            following += seconds / _SAMPLES  # few, as they take memory too
     yield _none("KV blocks in use after the load", "blocks", soak.drain())
     yield _none("requests that failed", "requests", len(soak.line.failures))
     yield reported("requests cancelled", "requests", soak.cancels)
