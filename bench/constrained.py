@@ -103,7 +103,9 @@ def asked(bench: Bench, wanted: Sequence[Schema]) -> list[Attempt]:
 def is_valid(text: str, schema: Schema) -> bool:
     """Whether an answer is JSON that the schema allows."""
     try:
-        jsonschema.validate(json.loads(text), without_bounds(schema), format_checker=jsonschema.FormatChecker())
+        jsonschema.validate(
+            json.loads(text), without_bounds(schema), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+        )
     except (ValueError, jsonschema.ValidationError):
         return False
     return True

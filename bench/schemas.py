@@ -24,7 +24,7 @@ _NAMES = (
 )
 _WORDS = ("red", "green", "dark blue", "n/a", 'say "hi"', "naïve", "x", "one\ntwo", "日本", "")
 _PATTERNS = ("^[A-Z]{2}-[0-9]{3}$", "^[a-z]{1,8}(_[a-z]{1,4}){0,2}$", "^(cat|dog|bird) [0-9]{1,2}$", "^#[0-9a-f]{6}$")
-_FORMATS = ("date", "uuid", "ipv4")
+_FORMATS = ("date", "time", "date-time", "uuid", "ipv4")
 _CHAR_BYTES = 6
 """Most bytes of one character of a string: an escape."""
 

@@ -122,7 +122,9 @@ def test_every_answer_is_what_was_asked_for_and_ends_by_itself(alone: Transcript
     assert alone.failures == [] and set(alone.finishes.values()) == {FinishReason.STOP}
     for number, schema in enumerate(schemas(10, seed=7, deepest=3)):
         answer = json.loads(text(alone.tokens[f"schema {number}", 0]))
-        jsonschema.validate(answer, without_bounds(schema), format_checker=jsonschema.FormatChecker())
+        jsonschema.validate(
+            answer, without_bounds(schema), format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+        )
     for choice in range(3):
         assert re.fullmatch(DATE.text, text(alone.tokens["date", choice]))
     assert {text(alone.tokens["name", choice]) for choice in range(2)} <= {*NAMES.texts}

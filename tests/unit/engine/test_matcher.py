@@ -130,6 +130,7 @@ def test_what_is_barred_is_left_out_unless_nothing_else_is_left(begin: Begin) ->
         (schema({"$ref": "http://localhost/other"}), "Resource"),
         (Constraint("json_schema", '{"type"'), "cannot be read"),
         (schema([1]), "cannot be read"),
+        (Constraint("json_schema", '{"items":' * 5000 + '{"format": "date"}' + "}" * 5000), "nested"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_with_a_reason(constraint: Constraint, why: str, begin: Begin) -> None:
@@ -137,6 +138,24 @@ def test_what_cannot_be_followed_is_refused_with_a_reason(constraint: Constraint
         begin(constraint)
     assert caught.value.param == "constraint"
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ("date", ("2024-02-29", "2000-02-29", "0001-12-31"), ("2023-02-29", "1900-02-29", "0000-01-01", "2023-04-31")),
+        ("time", ("23:59:59Z", "00:00:00.5+23:59"), ("24:00:00Z", "10:00:60Z", "10:00:00", "10:00:00+24:00")),
+        ("date-time", ("2024-02-29T00:00:00Z",), ("2023-02-29T00:00:00Z", "2024-01-01 00:00:00Z")),
+    ],
+)
+def test_dates_and_times_are_real_ones(form: str, good: tuple[str, ...], bad: tuple[str, ...], begin: Begin) -> None:
+    date = {"type": "string", "format": form}
+    wanted = schema({"type": "object", "properties": {"format": {"anyOf": [{"type": "null"}, date]}}})
+    for text in good:
+        assert begin(wanted, f'{{"format": "{text}"}}').complete
+    for text in bad:
+        with pytest.raises(InvalidConstraint):
+            begin(wanted, f'{{"format": "{text}"}}')
 
 
 def test_tokens_that_do_not_fit_are_refused(begin: Begin) -> None:

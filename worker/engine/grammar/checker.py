@@ -29,11 +29,11 @@ from worker import pipe
 from worker.backend import Constraint
 from worker.engine.grammar.vocabulary import Vocabulary
 
-CPU_S = 0.25
+CPU_S = 0.15
 """Processor time of a check; what people write takes a few milliseconds."""
-WALL_S = 1.0
+WALL_S = 0.8
 """A check that took longer is given up, however little of the processor it got."""
-_STARVED_S = 0.05
+_STARVED_S = 0.03
 """A check that was given up before it got this much of the processor says something about the machine only."""
 MEMORY_BYTES = 128 << 20
 """Address space that a check may take besides what the process has."""

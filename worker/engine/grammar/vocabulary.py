@@ -11,6 +11,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from llmos.errors import InvalidConstraint, UnsupportedFeature
 from worker.backend import Constraint
+from worker.engine.grammar.formats import with_patterns
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -76,7 +77,7 @@ def _read(text: str, size: int, end_tokens: list[int]) -> LLTokenizer:
 def _grammar(constraint: Constraint) -> str:
     match constraint.kind:
         case "json_schema":
-            return _json(constraint.text)
+            return _json(with_patterns(constraint.text))
         case "json_object":
             return _json('{"type": "object"}')
         case "regex":
