@@ -13,7 +13,7 @@ from worker.backend import Attempt, Blocks, Failure, FinishReason, Output, Stage
 from worker.engine.encoder import Encoder, Text
 from worker.engine.kv import BLOCK_TOKENS
 
-STEP_TOKENS = 256
+STEP_TOKENS = 512
 """Most tokens of a step, unless one text alone has more: other models' streams wait for it."""
 QUEUE_BLOCKS = 128
 """Blocks of 64 tokens that may wait here. An encoder keeps nothing per token: this bounds what a worker is handed, so

@@ -118,13 +118,13 @@ def names(engine: TextEngine) -> list[str]:
 
 
 def test_a_step_is_bounded_in_tokens_and_the_urgent_go_first(engine: TextEngine) -> None:
-    for number in range(6):
-        engine.admit(attempt(f"batch{number}", 60, priority=2))
-    engine.admit(attempt("now", 60, priority=0))
-    assert engine.blocks().free == QUEUE_BLOCKS - 7
-    assert names(engine) == ["now", "batch0", "batch1", "batch2"]
-    assert STEP_TOKENS == 256
-    assert names(engine) == ["batch3", "batch4", "batch5"]
+    length = STEP_TOKENS // 6
+    for number in range(8):
+        engine.admit(attempt(f"batch{number}", length, priority=2))
+    engine.admit(attempt("now", length, priority=0))
+    assert engine.blocks().free == QUEUE_BLOCKS - 9 * -(-length // 64)
+    assert names(engine) == ["now", *(f"batch{number}" for number in range(5))]
+    assert names(engine) == ["batch5", "batch6", "batch7"]
     assert not engine.busy()
     assert engine.blocks().free == engine.blocks().total == QUEUE_BLOCKS
 
@@ -183,7 +183,7 @@ def test_the_backend_serves_encoders_beside_decoders(tmp_path: Path) -> None:
     backend.load(ModelSpec("llama", "v", tmp_path / "llama"), 64 << 20)
     assert backend.load(ModelSpec("tiny", "v", tmp_path / "bert"), 64 << 20).free == QUEUE_BLOCKS
     backend.admit(Attempt("story", Epoch(1, 1), "llama", [1, 2, 3], 6))
-    for number in range(40):
+    for number in range(60):
         backend.admit(attempt(f"text{number}", 60))
     tokens, vectors, steps = 0, 0, 0
     while backend.busy():
@@ -192,6 +192,6 @@ def test_the_backend_serves_encoders_beside_decoders(tmp_path: Path) -> None:
         vectors += sum(bool(output.values) for output in outputs)
         steps += 1
         assert tokens == min(steps, 6), "a flood of texts must not hold up a stream"
-    assert vectors == 40
+    assert vectors == 60
     with pytest.raises(UnsupportedFeature):
         backend.admit(Attempt("vector", Epoch(1, 1), "llama", [1, 2], 1, task=Task.EMBED))
