@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llmos.clock import Clock, SystemClock
-from llmos.errors import SourceError, Unavailable
+from llmos.errors import SourceError, Unavailable, UnsupportedFeature
 from llmos.store.precision import Precision
 from worker import kernels
 from worker.backend import Attempt, Blocks, CacheChange, Failure, ModelSpec, Output, StageDone, StepResult
@@ -103,7 +103,9 @@ class TorchBackend:
 
     def _load_adapter(self, spec: ModelSpec, folder: Path) -> Blocks:
         engine = self._engines.get(spec.base)
-        if not isinstance(engine, Engine):
+        if isinstance(engine, TextEngine):
+            raise UnsupportedFeature(f"{spec.base} writes no text: llmos runs adapters to models that do.")
+        if engine is None:
             raise Unavailable(f"The model {spec.base}, to which {spec.name} belongs, is not loaded here.")
         engine.load_adapter(spec.name, read_adapter(folder))
         self._adapters[spec.name] = spec.base

@@ -14,15 +14,16 @@ from tests.integration.engine_fast import tiny
 from worker import kernels
 from worker.engine.attention import KVRow
 from worker.engine.fast import FastDecoder, FastRows, fast_decoder
+from worker.engine.fast.packing import KindOf, all_int8
 from worker.engine.lora import Adapter
-from worker.kernels import Isa
+from worker.kernels import Isa, Kind
 
 LENGTH = 70
 
 
-def adapted(model: Any, isa: Isa | None = None) -> tuple[FastDecoder, list[RandomAdapter]]:
+def adapted(model: Any, isa: Isa | None = None, kind_of: KindOf = all_int8) -> tuple[FastDecoder, list[RandomAdapter]]:
     """A decoder of its own with adapters 1 to 4, of which 2 changes little."""
-    decoder = fast_decoder(model, kv_dtype=torch.float32, isa=isa)
+    decoder = fast_decoder(model, kv_dtype=torch.float32, isa=isa, kind_of=kind_of)
     made = [RandomAdapter.of(model, seed, rank=rank, strength=0.05) for seed, rank in enumerate((8, 3, 64, 17))]
     made[1] = RandomAdapter.of(model, 1, rank=3, targets=["v_proj"])
     for number, one in enumerate(made, 1):
@@ -47,6 +48,21 @@ def test_logits_are_those_of_the_merged_weights(family: str) -> None:
             expected = one.merged(model)(torch.tensor([tokens])).logits[0]
         error = prefill(decoder, tokens, number) - expected
         assert float(error.abs().max()) <= 3e-3 * float(expected.abs().max())
+
+
+def mixed_kinds(name: str) -> Kind:
+    """Half of a layer in fp16, all else in fp32."""
+    return Kind.FP16 if name.split(".")[-1] in ("out", "gate_up") else Kind.FP32
+
+
+def test_matrices_of_any_kind_have_adapters() -> None:
+    decoder, made = adapted(model := tiny.model("llama"), kind_of=mixed_kinds)
+    texts = [tiny.text(3 + 7 * n, n) for n in range(10)]
+    alone = [prefill(decoder, text, n % 5)[-1] for n, text in enumerate(texts)]
+    assert all(torch.equal(*pair) for pair in zip(_together(decoder, texts), alone, strict=True))
+    with torch.inference_mode():
+        expected = made[3].merged(model)(torch.tensor([texts[4]])).logits[0, -1]
+    assert float((alone[4] - expected).abs().max()) <= 3e-3 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
