@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHES := engine quality serving kernels lora constrained exactness soak embeddings
+BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak
 ORDER := tests/unit tests/architecture tests/integration tests/e2e tests/faults
 
 # Handed over in the environment, so that quotes in a prompt stay what they are.

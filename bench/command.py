@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ from llmos.errors import LlmosError
 
 RESULTS = Path(__file__).parent / "results"
 EXIT_MISSED, EXIT_ERROR = 1, 2
+BUSY = 0.7
+"""Load from which figures are doubtful: llama.cpp's threads, for one, wait for each other without sleeping."""
 
 
 def parser(name: str, description: str, quick: str) -> argparse.ArgumentParser:
@@ -40,6 +43,8 @@ def run(name: str, options: argparse.Namespace, measure: Callable[[list[str]], I
     """Print what `measure` yields and return the exit status. It adds the peers' versions to the list it is given."""
     versions: list[str] = []
     found: list[Row] = []
+    if (load := os.getloadavg()[0]) > BUSY:
+        print(f"warning: the machine is busy (load {load:.1f}), which hurts sides that spin most", file=sys.stderr)
     # As an exception, so that the peers' processes are ended.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -52,7 +57,12 @@ def run(name: str, options: argparse.Namespace, measure: Callable[[list[str]], I
     if options.json:
         print(rows.as_json(found))
     if options.save:
-        save(RESULTS / f"{name}.md", found, versions, datetime.datetime.now(datetime.UTC))
+        save(
+            RESULTS / f"{name}.md",
+            found,
+            [*versions, f"load at the start {load:.1f}"],
+            datetime.datetime.now(datetime.UTC),
+        )
     return 0 if all(row.ok for row in found) else EXIT_MISSED
 
 

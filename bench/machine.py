@@ -25,9 +25,8 @@ PACKAGES = ("torch", "transformers", "numpy")
 
 
 def describe(versions: Iterable[str] = ()) -> list[str]:
-    """Lines for people; `versions` are those of the peers."""
-    cpu = _cpu()
-    present = [name for name in FEATURES if name in cpu.get("flags", cpu.get("Features", "")).split()]
+    """Lines for people; `versions` are those of the sides, and what else is told of the run."""
+    cpu, present = _cpu(), features()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     return [
@@ -35,8 +34,20 @@ def describe(versions: Iterable[str] = ()) -> list[str]:
         f"instruction sets: {', '.join(present) or 'baseline'}",
         f"memory: {memory:.0f} GiB",
         f"software: Python {platform.python_version()}, {', '.join(packages)}",
-        *([f"peers: {'; '.join(versions)}"] if versions else []),
+        *([f"run: {'; '.join(versions)}"] if versions else []),
     ]
+
+
+def features() -> list[str]:
+    """Those of `FEATURES` that this processor has."""
+    cpu = _cpu()
+    flags = cpu.get("flags", cpu.get("Features", "")).split()
+    return [name for name in FEATURES if name in flags]
+
+
+def vllm_dtype() -> str:
+    """The type in which vLLM is fastest here: bfloat16 only where the processor multiplies it."""
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(features()) else "float32"
 
 
 def _cpu(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:

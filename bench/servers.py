@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.client import Target, Trace, send
+from bench.machine import vllm_dtype
 from bench.mix import OUTPUT_TOKENS, PROMPT_TOKENS
 from bench.peers import places
 from bench.peers.places import Model
@@ -72,6 +73,7 @@ def _command(name: str, model: Model, port: int, scratch: Path) -> tuple[list[st
         command = [str(places.llama_server()), "--model", str(model.gguf("q8_0")), *size, *threads, "--no-webui"]
         return [*command, "--host", "127.0.0.1", "--port", str(port)], {"top_k": 0, "min_p": 0.0}
     size = ["--max-num-seqs", str(SLOTS), "--max-model-len", str(CONTEXT), "--gpu-memory-utilization", "0.3"]
+    size += ["--dtype", vllm_dtype()]
     command = [str(places.python("vllm")), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder(model))]
     return [*command, *size, "--served-model-name", model.name, "--host", "127.0.0.1", "--port", str(port)], {}
 

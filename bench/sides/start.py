@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from bench.machine import vllm_dtype
 from bench.peers import places
 from bench.peers.places import Model
 from bench.sides.side import Side
@@ -44,7 +45,7 @@ def peer(name: str, model: Model) -> Side:
         side = Side(
             name, [str(places.python("vllm")), "-m", "bench.sides.vllm"], environ | {"VLLM_CPU_KVCACHE_SPACE": "2"}
         )
-        return side.load(folder(model), THREADS, dtype="auto")
+        return side.load(folder(model), THREADS, dtype=vllm_dtype())
     return Side(name, [sys.executable, "-m", "bench.sides.transformers"]).load(folder(model), THREADS)
 
 
