@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
+import openai
+import pydantic
 import pytest
 
 from llmos.v1 import inference_pb2 as api
@@ -23,6 +28,7 @@ in_fp32 = pytest.mark.parametrize("fleet", [("--precision", "fp32")], indirect=T
 in_default_precision = pytest.mark.parametrize("fleet", [()], indirect=True, ids=["default"])
 LONG = 256
 """Tokens that take seconds, so that a worker can be killed among them."""
+HUES = ["red", "dark blue", "green"]
 TOPICS = ("the sea", "bread", "a train", "winter", "glass", "music", "iron", "a letter")
 
 
@@ -161,9 +167,49 @@ def worker_of_most(fleet: Fleet) -> str:
     return wait_for(busiest, "eight streams to run")
 
 
+class Person(pydantic.BaseModel):
+    """What the model is asked for."""
+
+    name: str = pydantic.Field(max_length=12)
+    age: int = pydantic.Field(ge=0, le=120)
+    born: datetime.date
+    colour: Literal["red", "green"]
+
+
+@in_default_precision
+def test_answers_look_as_they_were_asked_to(fleet: Fleet) -> None:
+    client = openai.OpenAI(base_url=f"{fleet.http}/v1", api_key="any", max_retries=0)
+    ask = functools.partial(
+        client.chat.completions.create,
+        model=default_model()[0],
+        messages=[{"role": "user", "content": "Invent a person."}],
+        max_tokens=200,
+    )
+    parsed = client.chat.completions.parse(**ask.keywords, response_format=Person, n=3, seed=5)
+    assert all(isinstance(choice.message.parsed, Person) for choice in parsed.choices)
+    for fields, pattern in (
+        ({"guided_regex": "[A-Z][a-z]{2,9}"}, "[A-Z][a-z]{2,9}"),
+        ({"guided_choice": HUES}, "|".join(HUES)),
+    ):
+        choice = ask(extra_body=fields, logprobs=True).choices[0]
+        assert re.fullmatch(pattern, choice.message.content)
+        assert choice.finish_reason == "stop"
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(ask, max_tokens=40)
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(extra_body={"guided_json": {"type": "integer", "multipleOf": 9_999_991}})
+        assert (caught.value.code, caught.value.param) == ("invalid_constraint", "guided_json")
+        assert other.result().choices
+    client.close()
+
+
 @in_default_precision
 def test_eight_streams_survive_kill_9_and_a_new_worker_is_used(fleet: Fleet, client: Client) -> None:
-    wanted = [{"max_tokens": LONG, "min_tokens": LONG, "temperature": 0.8, "seed": 500 + n} for n in range(8)]
+    wanted: list[dict[str, Any]] = [
+        {"max_tokens": LONG, "min_tokens": LONG, "temperature": 0.8, "seed": 500 + n} for n in range(8)
+    ]
+    for constrained in wanted[:2]:
+        constrained["constraint"] = api.Constraint(regex="([a-z]{1,12} )+")
     with ThreadPoolExecutor(8) as pool:
         undisturbed = [f.result() for f in [pool.submit(client.stream, prompt(n), **wanted[n]) for n in range(8)]]
         answers = [Answer() for _ in range(8)]
