@@ -13,6 +13,8 @@ from worker.engine_process import EngineSetup
 
 log = logging.getLogger(__name__)
 
+_START_S = 300.0
+"""For a process that imports torch and may compile the kernels."""
 _PAUSE_S = 30.0
 """Between a spare that ended and the next one."""
 
@@ -64,10 +66,14 @@ class Spare:
 
     async def _hold(self) -> bool:
         """Start one and keep it until it is taken. Returns whether it was; otherwise it has ended."""
-        child = await spawn(self._setup)
+        try:
+            child = await spawn(self._setup)
+        except OSError as error:
+            log.warning("no spare engine process can be started: %s", error)
+            return False
         reported = False
         try:
-            first = await child.receive()
+            first = await _first(child)
             if first is not None:
                 self._ready, reported = Ready(child, first.report), True
                 self._taken.clear()
@@ -77,6 +83,15 @@ class Spare:
             if self._ready is not None or not reported:
                 self._ready = None
                 await child.end()
+
+
+async def _first(child: EngineChild) -> work_pb2.AttachResponse | None:
+    """What a process says first; None if it ends, or says nothing for too long."""
+    try:
+        async with asyncio.timeout(_START_S):
+            return await child.receive()
+    except TimeoutError:
+        return None
 
 
 async def _either(*works: Coroutine[None, None, object]) -> None:

@@ -15,7 +15,7 @@ ENGINE_REVISION = 2
 """To be raised with every change of `worker/engine` that can change a token."""
 
 
-KERNEL_REVISION = 1
+KERNEL_REVISION = 2
 """To be raised with every change of `worker/kernels` or `worker/engine/fast` that can change a token."""
 
 

@@ -142,9 +142,11 @@ class TorchBackend:
         failures: list[Failure] = []
         stages: list[StageDone] = []
         cache: list[CacheChange] = []
+        # Who only waits for a verdict must not hold up the others' steps.
+        patient = not any(engine.computing for engine in self._engines.values())
         for engine in self._engines.values():
             if engine.busy():
-                result = engine.step()
+                result = engine.step(patient=patient)
                 outputs.extend(result.outputs)
                 failures.extend(result.failures)
                 stages.extend(result.stages)

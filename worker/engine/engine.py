@@ -116,6 +116,11 @@ class Engine:
         """Whether any attempt waits or runs."""
         return bool(self._roster or self._preparing)
 
+    @property
+    def computing(self) -> bool:
+        """Whether a step has something to compute, and not only verdicts on constraints to wait for."""
+        return bool(self._roster)
+
     def epoch(self, request_id: str) -> tuple[int, int] | None:
         """Epoch of the request's attempt here, if there is one."""
         run = self._find(request_id)
@@ -154,10 +159,13 @@ class Engine:
             self._grammars.close()
 
     @torch.inference_mode()
-    def step(self) -> StepResult:
-        """Start what fits, compute one batch, pick tokens."""
+    def step(self, *, patient: bool = True) -> StepResult:
+        """Start what fits, compute one batch, pick tokens.
+
+        `patient`: if there is nothing to compute, wait a moment for verdicts on constraints.
+        """
         report = Report()
-        self._queue_prepared(report)
+        self._queue_prepared(report, patient)
         begun = self._clock.monotonic()
         self._start_waiting(report)
         batch = self._plan()
@@ -172,8 +180,8 @@ class Engine:
                 self._drafting.cost.add(logits.shape[0], self._clock.monotonic() - begun)
         return report.result(self._cache_changes())
 
-    def _queue_prepared(self, report: Report) -> None:
-        if not self._roster:
+    def _queue_prepared(self, report: Report, patient: bool) -> None:
+        if patient and not self.computing:
             self._preparing.wait(_VERDICT_S)
         for run, error in self._preparing.ready():
             if error is None:

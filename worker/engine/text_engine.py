@@ -44,6 +44,11 @@ class TextEngine:
         """Whether any text waits."""
         return bool(self._waiting)
 
+    @property
+    def computing(self) -> bool:
+        """Whether a step has something to compute."""
+        return self.busy()
+
     def epoch(self, request_id: str) -> tuple[int, int] | None:
         """Epoch of the request's attempt here, if there is one."""
         attempt = self._waiting.get(request_id)
@@ -65,8 +70,8 @@ class TextEngine:
             heapq.heapify(self._order)
 
     @torch.inference_mode()
-    def step(self) -> StepResult:
-        """Compute the values of the texts that come first."""
+    def step(self, *, patient: bool = True) -> StepResult:
+        """Compute the values of the texts that come first; there is never anything to wait for."""
         start = self._clock.monotonic()
         attempts = self._next()
         values = self._encoder.values([Text(attempt.prompt, attempt.first_text_tokens) for attempt in attempts])

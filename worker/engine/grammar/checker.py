@@ -139,7 +139,8 @@ class Checker:
         os.close(source)
         check = self._checks.pop(source)
         _, status, used = os.wait4(check.pid, 0)
-        starved = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used.ru_utime < _STARVED_S
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        starved = killed and used.ru_utime + used.ru_stime < _STARVED_S
         if check.answer:
             self._answer(msgspec.json.decode(check.answer, type=Verdict))
         else:

@@ -20,7 +20,7 @@ from llmos.errors import InvalidConstraint, Overloaded, UnsupportedFeature
 from worker.backend import Attempt, Constraint
 from worker.engine.grammar.guard import Guard
 from worker.engine.grammar.matcher import Matcher
-from worker.engine.grammar.vocabulary import Vocabulary
+from worker.engine.grammar.vocabulary import PARAM, Vocabulary
 
 Matchers = Mapping[int, Matcher]
 """By choice."""
@@ -44,7 +44,8 @@ class Grammars:
         self._known = ThreadPoolExecutor(_THREADS, thread_name_prefix="constraints")
         """Those with a verdict do not queue behind those without."""
         self._lock = threading.Lock()
-        self._verdicts: OrderedDict[bytes, Future[None]] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, Future[str]] = OrderedDict()
+        """Why each was refused; empty: it was not. Text, as an exception would keep all that it was raised for."""
 
     def prepare(self, attempt: Attempt, constraint: Constraint) -> Future[Matchers]:
         """Matchers of the attempt's choices, soon; or an LlmosError."""
@@ -84,18 +85,21 @@ class Grammars:
                 self._verdicts.popitem(last=False)
         if asks:
             self._ask(key, constraint, verdict)
-        verdict.result()
+        refusal = verdict.result()
+        if refusal:
+            raise InvalidConstraint(refusal, param=PARAM)
 
-    def _ask(self, key: bytes, constraint: Constraint, verdict: Future[None]) -> None:
+    def _ask(self, key: bytes, constraint: Constraint, verdict: Future[str]) -> None:
         try:
             self._guard.check(self._key, constraint)
+        except InvalidConstraint as error:
+            verdict.set_result(error.message)
         except BaseException as error:
-            if not isinstance(error, InvalidConstraint):
-                with self._lock:
-                    self._verdicts.pop(key, None)
+            with self._lock:
+                self._verdicts.pop(key, None)
             verdict.set_exception(error)
         else:
-            verdict.set_result(None)
+            verdict.set_result("")
 
 
 def open_grammars(guard: Guard, folder: Path, size: int, end_tokens: frozenset[int], clock: Clock) -> Grammars | None:

@@ -23,7 +23,7 @@ from worker.engine.grammar.vocabulary import PARAM
 
 _ANSWER_S = WALL_S + 0.8
 _HUNG_S = 10.0
-"""A process that owes an answer for this long is replaced; it bounds its forks itself."""
+"""A process that owes a verdict for this long is replaced; it bounds its forks itself."""
 _SEND_S = 1
 _READ_S = 30.0
 """For a process that starts and reads a large vocabulary."""
@@ -50,7 +50,7 @@ class _Process:
         self.read: dict[int, Future[Verdict]] = {}
         """By vocabulary: set once it was read."""
         self._asked: dict[int, tuple[float, Future[Verdict]]] = {}
-        """By number: since when, and whom to tell."""
+        """By number: until when an answer is due, and whom to tell."""
         self._writing = threading.Lock()
         self.alive = True
         self._reader = threading.Thread(target=self._listen, name="constraint-verdicts", daemon=True)
@@ -60,9 +60,11 @@ class _Process:
         """Send an order; its answer is cancelled if the process dies. Thread-safe."""
         answer: Future[Verdict] = Future()
         with self._writing:
-            if any(self._clock.monotonic() - since > _HUNG_S for since, _ in self._asked.values()):
+            now = self._clock.monotonic()
+            # The reader thread takes entries out meanwhile.
+            if any(now > due for due, _ in list(self._asked.values())):
                 self.popen.kill()
-            self._asked[order.number] = self._clock.monotonic(), answer
+            self._asked[order.number] = now + (_READ_S if order.folder else _HUNG_S), answer
             try:
                 pipe.write(self._sock, msgspec.json.encode(order))
             except OSError:
