@@ -73,8 +73,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Pick | None]:
     else:
         tokens = _pick_with_kernels(kernels, logits, adjusted, rows)
     return [
-        None if token is None else Pick(token, _logprob(values, token, row.sampling.logprobs))
-        for values, token, row in zip(logits, tokens, rows, strict=True)
+        None if token is None else Pick(token, _logprob(logits, number, token, row.sampling.logprobs))
+        for number, (token, row) in enumerate(zip(tokens, rows, strict=True))
     ]
 
 
@@ -130,13 +130,16 @@ def _pick_with_kernels(
     kernels: Kernels, logits: Tensor, adjusted: Mapping[int, Tensor], rows: Sequence[SamplingRow]
 ) -> list[int | None]:
     calls = (abi.PickRow * len(rows))()
-    for number, (call, row) in enumerate(zip(calls, rows, strict=True)):
-        how = _draw_of(row)
-        call.raw = call.logits = logits.data_ptr() + number * logits.stride(0) * logits.itemsize
-        if number in adjusted:
-            call.logits = adjusted[number].data_ptr()
-        call.temperature, call.top_k, call.top_p, call.log_min_p = how.temperature, how.top_k, how.top_p, how.log_min_p
-        call.seed, call.choice, call.index = how.seed, how.choice, how.index
+    address, stride = logits.data_ptr(), logits.stride(0) * logits.itemsize
+    for number, row in enumerate(rows):
+        raw = address + number * stride
+        chosen = adjusted[number].data_ptr() if number in adjusted else raw
+        if row.sampling.temperature > 0:
+            how = _draw_of(row)
+            drawn = (how.temperature, how.top_p, how.log_min_p, how.seed, how.choice, how.index, how.top_k)
+            calls[number] = abi.PickRow(chosen, raw, *drawn)
+        else:
+            calls[number] = abi.PickRow(chosen, raw)
     return kernels.pick(calls, logits.shape[-1])
 
 
@@ -165,10 +168,10 @@ def _draw_of(row: SamplingRow) -> Draw:
     )
 
 
-def _logprob(logits: Tensor, token: int, count: int | None) -> TokenLogprob | None:
+def _logprob(logits: Tensor, number: int, token: int, count: int | None) -> TokenLogprob | None:
     if count is None:
         return None
-    values = logits.log_softmax(-1)
+    values = logits[number].log_softmax(-1)
     top: list[tuple[int, float]] = []
     if count:
         count = min(count, values.shape[0])

@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define LLK_ABI 5
+#define LLK_ABI 6
 #define LLK_GROUP 64         // inputs that share a scale
 #define LLK_COLUMNS 16       // outputs of a packed block
 #define LLK_BLOCK_TOKENS 64  // tokens of a KV block
@@ -66,9 +66,10 @@ typedef struct {
 // Rows of a step: one token each, of any sequences, at any positions. A row sees its own sequence up to itself; what it
 // sees must lie in the pool or be a row of this step.
 typedef struct {
-  int32_t rows, sequences, table_width, wanted_rows, blocks;
+  int32_t rows, sequences, wanted_rows, blocks;
   const int32_t *tokens, *positions, *sequence;  // [rows]
-  const int32_t* tables;                         // [sequences][table_width]: KV blocks in order of position
+  const int32_t* const* tables;                  // [sequences]: KV blocks in order of position
+  const int32_t* table_blocks;                   // [sequences]: how many
   const int32_t* wanted;                         // [wanted_rows] row numbers
   float* logits;                                 // [wanted_rows][vocabulary]
   void* const* keys;                             // per layer: [blocks][kv_heads][64 / 16][head_dim][16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
-ABI = 5
+ABI = 6
 GROUP = 64
 """Inputs of a linear layer that share a scale; their number must be a multiple of it."""
 HEAD_MULTIPLE = 16
@@ -75,8 +75,8 @@ class StepArgs(Structure):
     """`llk_step_args`."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("rows", "sequences", "table_width", "wanted_rows", "blocks")),
-        *((name, c_void_p) for name in ("tokens", "positions", "sequence", "tables", "wanted")),
+        *((name, c_int32) for name in ("rows", "sequences", "wanted_rows", "blocks")),
+        *((name, c_void_p) for name in ("tokens", "positions", "sequence", "tables", "table_blocks", "wanted")),
         *((name, c_void_p) for name in ("logits", "keys", "values")),
         ("adapter_count", c_int32),
         ("adapters", POINTER(Adapter)),

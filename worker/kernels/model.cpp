@@ -102,9 +102,9 @@ llk_status check_step(const llk_shape& s, const llk_step_args& a) {
     if (!within(a.tokens[row], s.vocabulary)) return LLK_BAD_TOKEN;
     if (!within(a.sequence[row], a.sequences)) return LLK_BAD_ROW;
     const int position = a.positions[row], block = position / LLK_BLOCK_TOKENS;
-    if (!within(position, s.positions) || !within(block, a.table_width)) return LLK_BAD_POSITION;
+    if (!within(position, s.positions) || !within(block, a.table_blocks[a.sequence[row]])) return LLK_BAD_POSITION;
     const bool checked = row && a.sequence[row] == a.sequence[row - 1] && position >= a.positions[row - 1];
-    const int32_t* table = a.tables + (size_t)a.sequence[row] * a.table_width;
+    const int32_t* table = a.tables[a.sequence[row]];
     for (int i = checked ? a.positions[row - 1] / LLK_BLOCK_TOKENS : 0; i <= block; i++)
       if (!within(table[i], a.blocks)) return LLK_BAD_BLOCK;
   }

@@ -173,7 +173,7 @@ inline void place_head(State& s, int layer, int head, int row) {
     for (int d = 0; d < dim; d += 8) store(v + d, load(v + d) * splat(shape.attention_scale));
     return;
   }
-  const int32_t* table = s.args->tables + (size_t)s.args->sequence[row] * s.args->table_width;
+  const int32_t* table = s.args->tables[s.args->sequence[row]];
   const int kv_head = head < values_from ? head - keys_from : head - values_from;
   const size_t offset = kv_offset(table[position / kTokens], shape.kv_heads, kv_head, dim);
   if (head < values_from)
@@ -220,7 +220,7 @@ inline Item item_of(const State& s, int layer, int number) {
   const llk_shape& shape = *s.shape;
   const int items = shape.heads / s.heads_per_item, first_head = number % items * s.heads_per_item;
   const RowGroup group = s.groups[number / items];
-  const int32_t* table = s.args->tables + (size_t)s.args->sequence[group.row] * s.args->table_width;
+  const int32_t* table = s.args->tables[s.args->sequence[group.row]];
   const int kv_head = first_head / (shape.heads / shape.kv_heads);
   const KVHead kv = {s.args->keys[layer], s.args->values[layer], table, shape.kv_heads, kv_head, shape.head_dim,
                      shape.attention_softcap};

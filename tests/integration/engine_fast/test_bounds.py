@@ -43,8 +43,7 @@ def test_what_is_out_of_range_is_refused_and_nothing_is_written(
     pool = decoder.open_pool(2)
     for tensor in (*pool._keys, *pool._values):
         tensor.fill_(7.0)
-    rows = FastRows(pool, [KVRow(pool.slots([0]), 1)])
-    rows.tables[:] = block
+    rows = FastRows(pool, [KVRow(pool.slots([block]), 1)])
     with pytest.raises(ValueError, match=message):
         decoder.forward([token], [position], rows, [wanted])
     assert all((tensor == 7.0).all() for tensor in (*pool._keys, *pool._values))
