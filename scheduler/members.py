@@ -11,7 +11,7 @@ from scheduler.commands import Dial, HangUp, Order, SendCatalogue
 from scheduler.lifecycle import forget_claim, migrate
 from scheduler.loads import order_loads
 from scheduler.state import Outbox, State
-from scheduler.workers import ModelSlot, WorkerView
+from scheduler.workers import AVAILABLE, ModelSlot, WorkerView
 
 _SETTLE_AGAIN_S = 0.25
 
@@ -27,8 +27,14 @@ def registered(state: State, event: events.WorkerRegistered, now: float, out: Ou
         out += (HangUp(worker.id), Dial(worker.id, record.address))
     worker.record = record
     worker.registered = True
-    for model in record.models:
-        worker.slots.setdefault(model.model.name, ModelSlot(model))
+    fresh = [ModelSlot(model) for model in record.models if model.model.name not in worker.slots]
+    for slot in fresh:
+        # What comes into the record of a worker that has reported already is there to be loaded.
+        slot.state = AVAILABLE if worker.connected else slot.state
+        worker.slots[slot.key[0]] = slot
+    if fresh and worker.connected:
+        order_loads(state, worker, out)
+        refresh_catalogue(state, now, out)
 
 
 def deregistered(state: State, event: events.WorkerDeregistered, now: float, out: Outbox) -> None:

@@ -16,19 +16,21 @@ from llmos import cgroups
 from llmos.addresses import host_port
 from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
+from llmos.errors import LlmosError
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2, work_pb2_grpc
 from llmos.ready import write_ready
 from llmos.rpc import RpcServer, run_until_signal
-from llmos.store import default_store_path
+from llmos.store import Store, default_store_path
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2
-from worker.adapters import hold_with_adapters
+from worker.adapters import AdapterWatch, hold_with_adapters
 from worker.backends import USES_GPUS
 from worker.config import WorkerConfig
 from worker.core import WorkerCore
 from worker.engine_link import EngineLink
 from worker.engine_process import EngineSetup
+from worker.events import either
 from worker.models import HeldModel
 from worker.probe import Probe, RecordedProbe, local_probe
 from worker.registration import Registration
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _POLL_S = 0.02
+_LOOK_S = 2.0
+"""Between looks into the store for adapters that were imported meanwhile."""
 _GRACE_S = 1.0
 _SPARE_AFTER_S = 15.0
 """A worker that just started has better things to compute than a spare's imports."""
@@ -61,7 +65,8 @@ class WorkerProcess:
         capacity = await asyncio.to_thread(_probe(config).measure)
         telemetry = Telemetry("worker", self._id, clock=self._clock, otlp_endpoint=config.otlp_endpoint)
         spans = ExecuteSpans(telemetry)
-        core = WorkerCore(self._id, Shelf(held, capacity), spans, self._clock, orphan_s=config.orphan_s)
+        shelf = Shelf(held, capacity)
+        core = WorkerCore(self._id, shelf, spans, self._clock, orphan_s=config.orphan_s)
         spare_after_s = _SPARE_AFTER_S if config.spare_engine and config.backend == "torch" else None
         link = EngineLink(_setup(config, held), core, clock=self._clock, rng=self._rng, spare_after_s=spare_after_s)
         core.connect(link)
@@ -71,7 +76,7 @@ class WorkerProcess:
             async with _beside(stop, link.run(), _tick(core)):
                 if await _first(link.ready, stop):
                     await server.start()
-                    async with self._registered(server.port, capacity, held, stop):
+                    async with self._registered(server.port, capacity, held, shelf, stop):
                         log.info("worker %s serves on port %d", self._id, server.port)
                         write_ready(config.ready_file, self._id, port=server.port)
                         await stop.wait()
@@ -91,7 +96,7 @@ class WorkerProcess:
 
     @contextlib.asynccontextmanager
     async def _registered(
-        self, port: int, capacity: fleet_pb2.Capacity, held: list[HeldModel], stop: asyncio.Event
+        self, port: int, capacity: fleet_pb2.Capacity, held: list[HeldModel], shelf: Shelf, stop: asyncio.Event
     ) -> AsyncIterator[None]:
         etcd = self._config.etcd()
         if etcd is None:
@@ -110,7 +115,10 @@ class WorkerProcess:
         )
         async with EtcdClient(etcd, self._clock, self._rng) as client:
             registration = Registration(client, record, lease_ttl_s=self._config.lease_ttl_s, rng=self._rng)
-            async with _beside(stop, registration.run()):
+            works = [registration.run()]
+            if self._config.backend == "torch":
+                works.append(_watch_adapters(AdapterWatch(Store(self._config.store), held), shelf, registration))
+            async with _beside(stop, *works):
                 yield
 
 
@@ -138,16 +146,25 @@ async def _tick(core: WorkerCore) -> None:
         core.tick()
 
 
+async def _watch_adapters(watch: AdapterWatch, shelf: Shelf, registration: Registration) -> None:
+    while True:
+        await asyncio.sleep(_LOOK_S)
+        try:
+            fresh = await asyncio.to_thread(watch.look)
+        except (OSError, LlmosError) as error:
+            log.warning("the store cannot be searched for adapters: %s", error)
+            continue
+        if fresh:
+            log.info("adapters imported meanwhile: %s", ", ".join(model.name for model in fresh))
+            # First the shelf: a scheduler that reads the record may order at once.
+            shelf.add(fresh)
+            registration.add(model.record for model in fresh)
+
+
 async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
     """Wait for either; whether it was `ready`."""
-    waits = [asyncio.create_task(ready.wait()), asyncio.create_task(stop.wait())]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        return not stop.is_set()
-    finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+    await either(ready, stop)
+    return not stop.is_set()
 
 
 def _probe(config: WorkerConfig) -> Probe:
@@ -165,6 +182,7 @@ def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
         models=tuple(model.engine for model in held),
         log_level=config.log_level,
         precision=config.precision,
+        store=str(config.store or ""),
     )
 
 

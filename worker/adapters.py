@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llmos.errors import ConfigError, StoreCorrupt
@@ -27,7 +27,7 @@ def hold_with_adapters(backend: str, names: Sequence[str], store: Path | None, p
     named = {name: entry.name for name in names if (entry := opened.resolve(name)).adapter is not None}
     models = [name for name in names if name not in named]
     bases = hold(backend, models, store, precision) if models or not names else []
-    held = [*bases, *held_adapters(opened, bases)]
+    held = [*bases, *_hold(opened, _adapters(opened), bases)]
     if missing := set(named.values()) - {model.name for model in held}:
         raise ConfigError(
             f"{min(missing)} is an adapter: name its model, in the version that it was imported for", param="model"
@@ -35,10 +35,25 @@ def hold_with_adapters(backend: str, names: Sequence[str], store: Path | None, p
     return held
 
 
-def held_adapters(store: Store, bases: Sequence[HeldModel]) -> Iterator[HeldModel]:
-    """Adapters of `bases`, in order of name. Damaged ones are left out, and named in the log."""
+class AdapterWatch:
+    """Adapters that come into the store while the worker runs. What goes, or changes its version, needs a restart."""
+
+    def __init__(self, store: Store, held: Sequence[HeldModel]) -> None:
+        self._store = store
+        self._bases = [model for model in held if not model.engine.base]
+        self._known = {model.name for model in held}
+
+    def look(self) -> list[HeldModel]:
+        """Those whose names were not there before. Reads the store's manifests."""
+        fresh = [entry for entry in _adapters(self._store) if entry.name not in self._known]
+        self._known.update(entry.name for entry in fresh)
+        return list(_hold(self._store, fresh, self._bases))
+
+
+def _hold(store: Store, entries: Iterable[Manifest], bases: Sequence[HeldModel]) -> Iterator[HeldModel]:
+    """Those that belong to `bases`. Damaged ones are left out, and named in the log."""
     by_version = {content_version(base.engine.version): base for base in bases}
-    for entry in _adapters(store):
+    for entry in entries:
         base = by_version.get(entry.adapter.base_version) if entry.adapter is not None else None
         if base is not None and store.whole(entry):
             yield _held(store, entry, base)
@@ -73,7 +88,7 @@ def _held(store: Store, entry: Manifest, base: HeldModel) -> HeldModel:
 
 
 def _weight_bytes(entry: Manifest) -> int:
-    """fp32, the rank padded."""
+    """At most: fp32, the rank padded."""
     rank = entry.adapter.rank if entry.adapter is not None else _RANK_MULTIPLE
     padded = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
     return entry.parameter_count * padded // rank * _FLOAT32_BYTES

@@ -25,6 +25,7 @@ from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.store.precision import Precision, PrecisionPlan
 from llmos.v1 import fleet_pb2
 from worker import backends, pipe, wire
+from worker.adapter_spec import adapter_spec
 from worker.backend import Backend, Blocks, Failure, ModelSpec, StepResult
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[EngineModel, ...]
     log_level: str = "info"
     precision: Precision = "auto"
+    store: str = ""
+    """Folder of the model store; empty: the user's."""
 
 
 class Transmit:
@@ -85,9 +88,12 @@ class Transmit:
 class Engine:
     """Runs a backend: commands between steps, one frame per step. Everything happens in the calling thread."""
 
-    def __init__(self, backend: Backend, models: Mapping[str, ModelSpec], send: Transmit) -> None:
+    def __init__(
+        self, backend: Backend, models: Mapping[str, ModelSpec], send: Transmit, store: Path | None = None
+    ) -> None:
         self._backend = backend
         self._models = models
+        self._store = store
         self._send = send
         self._steps = 0
         self._loaded: dict[str, ModelSpec] = {}
@@ -135,7 +141,7 @@ class Engine:
 
     def _load(self, order: work_pb2.LoadModel) -> None:
         try:
-            spec = self._models.get(order.model)
+            spec = self._models.get(order.model) or adapter_spec(self._store, self._models.values(), order)
             if spec is None or order.version not in ("", spec.version):
                 raise ModelNotFound(f"This worker does not hold {order.model} {order.version}.")
             self._backend.load(spec, order.memory_budget_bytes)
@@ -234,7 +240,8 @@ def serve(sock: socket.socket) -> int:
         log.error("%s", error.message)
         return EXIT_SETUP
     send = Transmit(sock)
-    engine = Engine(backend, {model.name: model.spec() for model in setup.models}, send)
+    models = {model.name: model.spec() for model in setup.models}
+    engine = Engine(backend, models, send, Path(setup.store) if setup.store else None)
     reader.start()
     try:
         send(work_pb2.AttachResponse(report=work_pb2.WorkerReport(numerics_fingerprint=fingerprint)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Iterable
 
 from google.protobuf import json_format
 
 from llmos.errors import EtcdError
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2
+from worker.events import either
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +29,17 @@ class Registration:
     ) -> None:
         self._client = client
         self._key = PREFIX + record.worker_id
-        self._value = json_format.MessageToJson(record, preserving_proto_field_name=True, indent=None).encode()
+        self._record = record
+        self._changed = asyncio.Event()
         self._lease_ttl_s = lease_ttl_s
         self._rng = rng
         self.registered = asyncio.Event()
         """Set while the record is there, as far as this side knows."""
+
+    def add(self, models: Iterable[registry_pb2.ModelRecord]) -> None:
+        """Put more models into the record."""
+        self._record.models.extend(models)
+        self._changed.set()
 
     async def run(self) -> None:
         """Register, again whenever the lease is lost. Cancelling it takes the record out, if etcd answers."""
@@ -48,11 +56,16 @@ class Registration:
                 await asyncio.sleep(self._rng.uniform(0.0, _JITTER_S))
 
     async def _hold(self) -> None:
-        """Write the record under a lease and wait until that is lost. The lease is revoked on the way out."""
+        """Write the record under a lease, again when it changes, until that is lost. It is revoked on the way out."""
         async with await self._client.lease(self._lease_ttl_s) as lease:
-            await self._client.put(self._key, self._value, lease.id)
-            self.registered.set()
             try:
-                await lease.lost.wait()
+                while not lease.lost.is_set():
+                    self._changed.clear()
+                    await self._client.put(self._key, self._value(), lease.id)
+                    self.registered.set()
+                    await either(lease.lost, self._changed)
             finally:
                 self.registered.clear()
+
+    def _value(self) -> bytes:
+        return json_format.MessageToJson(self._record, preserving_proto_field_name=True, indent=None).encode()

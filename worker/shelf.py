@@ -22,6 +22,13 @@ class Shelf:
         self._orders: dict[str, work_pb2.LoadModel] = {}
         self._changed: set[str] = set()
 
+    def add(self, held: Sequence[HeldModel]) -> None:
+        """Hold more models."""
+        for model in held:
+            self._held[model.name] = model
+            self._states[model.name] = self._initial(model)
+            self._changed.add(model.name)
+
     @property
     def changed(self) -> bool:
         """Whether a state has changed since `take_changes`."""

@@ -16,14 +16,14 @@ import transformers
 
 from llmos.store import Store, import_model
 from tests.fakes.adapters import RandomAdapter
-from tests.fakes.fleet import Fleet, running_fleet
+from tests.fakes.fleet import Fleet, running_fleet, wait_for
 from tests.integration.engine.tiny import generate
 from tests.unit.gateway_text import vocabularies
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(300)]
 PROMPT = list(range(40, 70))
 TOKENS = 24
-LONG = 400
+LONG = 300
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Served:
     """A fleet of two workers with a tiny model and two adapters to it."""
 
     fleet: Fleet
+    store: Store
     model: Any
     adapters: dict[str, RandomAdapter]
 
@@ -68,6 +69,12 @@ def write_base(folder: Path) -> Any:
     return model
 
 
+def text_of(model: Any) -> str:
+    """transformers' own greedy answer."""
+    tokenizer = vocabularies.reference(vocabularies.byte_level())
+    return str(tokenizer.decode(generate(model, PROMPT, TOKENS)))
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapters")
@@ -79,10 +86,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             import_model(store, str(adapter.write(folder / name)), base="tiny", environ={})
         fleet.scheduler()
         for _ in range(2):
-            fleet.worker("--precision", "fp32", "--threads", "1", "--store", str(store.path), model="tiny")
+            flags = ("--precision", "fp32", "--threads", "1", "--spare-engine", "no", "--store", str(store.path))
+            fleet.worker(*flags, model="tiny")
         fleet.gateway()
         fleet.wait_ready(models=3)
-        yield Served(fleet, model, adapters)
+        yield Served(fleet, store, model, adapters)
 
 
 def test_adapters_are_listed_with_their_base_and_loaded_when_asked_for(served: Served) -> None:
@@ -98,12 +106,18 @@ def test_each_answers_as_the_merged_model_would_alone_and_together(served: Serve
     names = ["tiny", *served.adapters]
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(served.ask, names * 4))
-    tokenizer = vocabularies.reference(vocabularies.byte_level())
-    for name, answer in zip(names * 4, answers, strict=True):
-        merged = served.adapters[name].merged(served.model) if name in served.adapters else served.model
-        assert answer["model"] == name
-        assert answer["choices"][0]["text"] == tokenizer.decode(generate(merged, PROMPT, TOKENS))
-    assert len({answer["choices"][0]["text"] for answer in answers}) == len(names)
+    expected = {name: text_of(adapter.merged(served.model)) for name, adapter in served.adapters.items()}
+    expected["tiny"] = text_of(served.model)
+    assert [answer["model"] for answer in answers] == names * 4
+    assert [answer["choices"][0]["text"] for answer in answers] == [expected[name] for name in names * 4]
+    assert len(set(expected.values())) == len(names)
+
+
+def test_an_adapter_imported_meanwhile_is_served_without_a_restart(served: Served, tmp_path: Path) -> None:
+    late = RandomAdapter.of(served.model, 7, rank=12)
+    import_model(served.store, str(late.write(tmp_path / "late")), base="tiny", environ={})
+    answer = wait_for(lambda: (said := served.ask("late"))["status"] == 200 and said, "the adapter to be served")
+    assert answer["choices"][0]["text"] == text_of(late.merged(served.model))
 
 
 def test_an_unknown_adapter_is_an_unknown_model(served: Served) -> None:

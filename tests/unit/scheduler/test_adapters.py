@@ -140,6 +140,21 @@ def test_what_fails_to_load_everywhere_ends_its_requests() -> None:
     arena.check_idle()
 
 
+def test_an_adapter_that_comes_into_the_record_later_is_offered_and_loaded() -> None:
+    arena = Arena()
+    gateway = arena.connect()
+    worker = arena.add_worker("w1", adapters=("a",))
+    arena.advance(1.5)
+    worker.adapters["b"] = False
+    arena.post(events.WorkerRegistered(make_record("w1", adapters=("a", "b"))))
+    assert gateway.catalogue is not None
+    assert [model.name for model in gateway.catalogue.models] == ["a", "b", MODEL]
+    client = arena.submit(asking("r1", "b"))
+    arena.run()
+    assert client.finished == [True]
+    assert orders(arena, "load") == [("w1", "b")]
+
+
 def test_memory_is_kept_for_the_largest_adapters() -> None:
     record = make_record("w", memory=4 * GIB, adapters=tuple("abc"))
     for number, model in enumerate(record.models[1:]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from llmos.store.precision import PlanRecord, PrecisionPlan, identity
 from llmos.v1 import fleet_pb2
 from tests.fakes.models import LINEARS, write_base, write_model, write_peft
 from tests.unit.worker.rig import LOADED, Rig, dispatch, load
-from worker.adapters import hold_with_adapters
+from worker.adapter_spec import adapter_spec
+from worker.adapters import AdapterWatch, hold_with_adapters
 from worker.engine_process import EngineModel
 from worker.models import HeldModel, echo_model
 from worker.shelf import Shelf
@@ -81,6 +83,27 @@ def test_damaged_adapters_are_left_out(store: Store, caplog: pytest.LogCaptureFi
     store.blob_path(config.sha256).unlink()
     assert [model.name for model in hold_with_adapters("torch", ["base"], store.path, "fp32")] == ["base", "style"]
     assert "tone is damaged" in caplog.text
+
+
+def test_adapters_that_come_later_are_found_once(store: Store, tmp_path: Path) -> None:
+    held = hold_with_adapters("torch", ["base"], store.path, "fp32")
+    watch = AdapterWatch(store, held)
+    assert watch.look() == []
+    import_model(store, str(write_peft(tmp_path / "late", "base", lora_alpha=9)), environ={})
+    import_model(store, str(write_model(tmp_path / "third")), environ={})
+    (late,) = watch.look()
+    assert (late.name, late.engine.base) == ("late", "base")
+    assert watch.look() == []
+    shelf = Shelf(held, fleet_pb2.Capacity(devices=[fleet_pb2.Device(id="cpu", memory_bytes=2**40)]))
+    shelf.all()
+    shelf.add([late])
+    assert [model.name for model in shelf.take_changes()] == ["late"]
+    order = work_pb2.LoadModel(model="late", version=late.engine.version)
+    spec = adapter_spec(store.path, [held[0].engine.spec()], order)
+    assert spec == replace(late.engine.spec(), weight_bytes=0)
+    assert adapter_spec(store.path, [], order) is None
+    for version in (held[0].engine.version, "nothing"):
+        assert adapter_spec(store.path, [held[0].engine.spec()], work_pb2.LoadModel(version=version)) is None
 
 
 def _adapter(name: str, base: str) -> HeldModel:
