@@ -45,7 +45,7 @@ _POLL_S = 0.02
 _LOOK_S = 2.0
 """Between looks into the store for adapters that were imported meanwhile."""
 _GRACE_S = 1.0
-_SPARE_AFTER_S = 15.0
+_SPARE_AFTER_S = 30.0
 """A worker that just started has better things to compute than a spare's imports."""
 
 
