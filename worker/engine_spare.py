@@ -60,8 +60,13 @@ class Spare:
         while True:
             await self._wanted.wait()
             await asyncio.sleep(self._after_s)
-            if not await self._hold():
-                log.warning("the spare engine process ended; the next one starts in %.0f s", _PAUSE_S)
+            try:
+                taken = await self._hold()
+            except OSError as error:  # no process or no socket to be had: serving goes on without
+                log.warning("a spare engine process cannot be started: %s", error)
+                taken = False
+            if not taken:
+                log.warning("there is no spare engine process; the next one starts in %.0f s", _PAUSE_S)
                 await asyncio.sleep(_PAUSE_S)
 
     async def _hold(self) -> bool:
