@@ -27,15 +27,25 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
             return False  # the worker that runs it may be about to say so
         worker = state.placement.place(live)
         if worker is None:
-            want_adapter(state, live, now, out)
             return False
         _start(state, live, worker, now, out)
         return True
 
     for key in sorted(state.freed.keys() | state.looking):
-        state.drain.count(now, state.waiting.admit(key, start, state.reach(key)))
+        admission = state.waiting.admit(key, start, state.reach(key), state.absent)
+        state.drain.count(now, admission.taken)
+        _want_adapters(state, admission.wanting, now, out)
     state.freed.clear()
     state.looking.clear()
+
+
+def _want_adapters(state: State, wanting: list[LiveRequest], now: float, out: Outbox) -> None:
+    """Load what they lack. An adapter that a more urgent one waits for stays: else they would take turns to load."""
+    kept: set[ModelKey] = set()
+    for live in wanting:
+        if live.adapter is not None and (state.settled or not live.request.resume):
+            want_adapter(state, live, live.adapter, kept, now, out)
+            kept.add(live.adapter)
 
 
 def _start(state: State, live: LiveRequest, worker: WorkerView, now: float, out: Outbox) -> None:

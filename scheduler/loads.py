@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 from llmos.internal.v1 import work_pb2
 from llmos.v1 import fleet_pb2
@@ -28,10 +29,14 @@ def order_loads(state: State, worker: WorkerView, out: Outbox) -> None:
             _load(worker, slot, decision, out)
 
 
-def want_adapter(state: State, live: LiveRequest, now: float, out: Outbox) -> None:
-    """A request found no worker. If that is for want of its adapter, load that where there is room for the request."""
-    adapter = live.adapter
-    if adapter is None or now < state.wanted_at.get(adapter, -math.inf) + state.policy.adapter_wanted_s:
+def want_adapter(
+    state: State, live: LiveRequest, adapter: ModelKey, kept: Set[ModelKey], now: float, out: Outbox
+) -> None:
+    """A request found no worker. If that is for want of its adapter, load that where there is room for the request.
+
+    Adapters in `kept` do not give way to it.
+    """
+    if now < state.wanted_at.get(adapter, -math.inf) + state.policy.adapter_wanted_s:
         return
     state.wanted_at[adapter] = now
     holders = [worker for worker in state.workers.values() if worker.usable and worker.loaded(live.key)]
@@ -43,7 +48,7 @@ def want_adapter(state: State, live: LiveRequest, now: float, out: Outbox) -> No
     for worker in sorted(able, key=lambda worker: (-_room(worker, live), worker.id)):
         if loaded and _room(worker, live) < live.blocks:
             return
-        if _make_room(state, worker, live.key[0], out):
+        if _make_room(state, worker, live.key[0], kept, out):
             _load_adapter(state, worker, slots[worker.id], out)
             return
 
@@ -58,14 +63,14 @@ def _room(worker: WorkerView, live: LiveRequest) -> int:
     return worker.slots[live.key[0]].available
 
 
-def _make_room(state: State, worker: WorkerView, base: str, out: Outbox) -> bool:
+def _make_room(state: State, worker: WorkerView, base: str, kept: Set[ModelKey], out: Outbox) -> bool:
     """See that one more adapter may be loaded beside `base`: if need be, drop the one that was used longest ago."""
     beside = [slot for slot in worker.slots.values() if slot.base == base and (slot.ordered or slot.state != AVAILABLE)]
     held = [slot for slot in beside if slot.state not in HOPELESS]
     if len(held) < state.policy.adapter_slots:
         return True
     used = {attempt.adapter for attempt in worker.running.values()}
-    idle = [slot for slot in held if slot.state == LOADED and slot.key[0] not in used]
+    idle = [slot for slot in held if slot.state == LOADED and slot.key[0] not in used and slot.key not in kept]
     if not idle:
         return False
     oldest = min(idle, key=lambda slot: (slot.used_at, slot.key))

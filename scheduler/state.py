@@ -129,6 +129,10 @@ class State:
             self.reachable[key] = _largest((worker for worker in self.workers.values() if worker.usable), key)
         return self.reachable[key]
 
+    def absent(self, adapter: ModelKey) -> bool:
+        """No usable worker has this adapter loaded."""
+        return not self.pools.get(adapter)
+
     def room_taken(self, worker: WorkerView, slot: ModelSlot) -> None:
         """An attempt was just placed there."""
         if slot.available <= 0:

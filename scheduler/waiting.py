@@ -34,6 +34,16 @@ class _Entry:
 _Item = tuple[float, int, _Entry]
 
 
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What one look at a queue came to."""
+
+    taken: int
+    """Requests that began."""
+    wanting: list[LiveRequest]
+    """Requests with an adapter that found no worker, most urgent first; one of each adapter that is loaded nowhere."""
+
+
 class WaitingRoom:
     """Order: earliest due first (EDF over class patience), then arrival. A request is in it at most once."""
 
@@ -43,6 +53,8 @@ class WaitingRoom:
         self._heaps: dict[ModelKey, list[_Item]] = {}
         self._stranded: dict[ModelKey, dict[str, _Item]] = {}
         """Too large for every worker at present: they neither hold the others up nor are looked at each time."""
+        self._lacking: dict[ModelKey, dict[ModelKey, dict[str, _Item]]] = {}
+        """The same for those whose adapter is loaded nowhere: by model, then by adapter."""
         self._reach: dict[ModelKey, float] = {}
         self._entries: dict[str, _Entry] = {}
         self._gone: dict[ModelKey, int] = {}
@@ -60,11 +72,13 @@ class WaitingRoom:
 
     def keys(self) -> list[ModelKey]:
         """Model versions that somebody waits for, in order of name."""
-        return sorted(self._heaps.keys() | self._stranded.keys())
+        return sorted(self._heaps.keys() | self._stranded.keys() | self._lacking.keys())
 
     def waiting_for(self, key: ModelKey) -> Iterator[LiveRequest]:
         """Everybody who waits for a model version, in no order."""
         items = [*self._heaps.get(key, ()), *self._stranded.get(key, {}).values()]
+        for lacking in self._lacking.get(key, {}).values():
+            items += lacking.values()
         return (entry.live for _, _, entry in items if not entry.gone)
 
     def stranded(self) -> list[LiveRequest]:
@@ -72,9 +86,11 @@ class WaitingRoom:
         return [entry.live for items in self._stranded.values() for _, _, entry in items.values()]
 
     def recall(self) -> None:
-        """Look at the stranded ones again, next time."""
+        """Look at those who stepped aside again, next time."""
         for key in list(self._stranded):
             self._recall(key)
+        for key in list(self._lacking):
+            self._recall_lacking(key, lambda adapter: False)
 
     def push(self, live: LiveRequest) -> None:
         """Begin to wait."""
@@ -88,10 +104,7 @@ class WaitingRoom:
         entry = self._entries.pop(live.id, None)
         if entry is None:
             return False
-        stranded = self._stranded.get(live.key, {})
-        if stranded.pop(live.id, None) is not None:
-            if not stranded:
-                del self._stranded[live.key]
+        if self._discard_aside(live):
             return True
         entry.gone = True
         self._gone[live.key] = self._gone.get(live.key, 0) + 1
@@ -99,15 +112,23 @@ class WaitingRoom:
             self._compact(live.key)
         return True
 
-    def admit(self, key: ModelKey, start: Callable[[LiveRequest], bool], reach: float = math.inf) -> int:
-        """Offer the most urgent requests to `start`, which says whether it took one. Returns how many it took.
+    def admit(
+        self,
+        key: ModelKey,
+        start: Callable[[LiveRequest], bool],
+        reach: float = math.inf,
+        absent: Callable[[ModelKey], bool] = lambda adapter: False,
+    ) -> Admission:
+        """Offer the most urgent requests to `start`, which says whether it took one.
 
         Looks a few places past one that does not fit, so that a large request does not idle the fleet; one that was
         overtaken too often is not overtaken any more. Requests of more than `reach` KV blocks fit nowhere, whoever else
-        ends: they step aside until the reach grows or they are recalled.
+        ends: they step aside until the reach grows or they are recalled. So do those whose adapter is `absent`, loaded
+        nowhere: room that is kept for them would help nobody.
         """
         if reach > self._reach.get(key, 0):
             self._recall(key)
+        self._recall_lacking(key, absent)
         self._reach[key] = reach
         heap = self._heaps.get(key, []) if reach else []
         passed: list[_Item] = []
@@ -115,11 +136,9 @@ class WaitingRoom:
         while heap and len(passed) < self._lookahead:
             item = heapq.heappop(heap)
             entry = item[2]
-            if entry.gone:
+            if entry.gone or self._step_aside(item, reach, absent):
                 continue
-            if entry.live.blocks > reach:
-                self._stranded.setdefault(key, {})[entry.live.id] = item
-            elif start(entry.live):
+            if start(entry.live):
                 taken += 1
                 del self._entries[entry.live.id]
                 for _, _, other in passed:
@@ -132,11 +151,51 @@ class WaitingRoom:
             heapq.heappush(heap, item)
         if reach and not heap:
             self._heaps.pop(key, None)
-        return taken
+        return Admission(taken, self._wanting(key, passed))
+
+    def _step_aside(self, item: _Item, reach: float, absent: Callable[[ModelKey], bool]) -> bool:
+        live = item[2].live
+        if live.blocks > reach:
+            self._stranded.setdefault(live.key, {})[live.id] = item
+        elif live.adapter is not None and absent(live.adapter):
+            self._lacking.setdefault(live.key, {}).setdefault(live.adapter, {})[live.id] = item
+        else:
+            return False
+        return True
+
+    def _wanting(self, key: ModelKey, passed: list[_Item]) -> list[LiveRequest]:
+        # They stepped aside in order of urgency, since the last recall at least: the first one speaks for the others.
+        first = [next(iter(items.values())) for items in self._lacking.get(key, {}).values()]
+        items = sorted(first + [item for item in passed if item[2].live.adapter is not None])
+        return [entry.live for _, _, entry in items]
+
+    def _discard_aside(self, live: LiveRequest) -> bool:
+        stranded = self._stranded.get(live.key, {})
+        if stranded.pop(live.id, None) is not None:
+            if not stranded:
+                del self._stranded[live.key]
+            return True
+        lacking = self._lacking.get(live.key, {})
+        if live.adapter is None or lacking.get(live.adapter, {}).pop(live.id, None) is None:
+            return False
+        if not lacking[live.adapter]:
+            del lacking[live.adapter]
+        if not lacking:
+            del self._lacking[live.key]
+        return True
 
     def _recall(self, key: ModelKey) -> None:
         for item in self._stranded.pop(key, {}).values():
             heapq.heappush(self._heaps.setdefault(key, []), item)
+
+    def _recall_lacking(self, key: ModelKey, absent: Callable[[ModelKey], bool]) -> None:
+        lacking = self._lacking.pop(key, {})
+        for adapter, items in lacking.items():
+            if absent(adapter):
+                self._lacking.setdefault(key, {})[adapter] = items
+                continue
+            for item in items.values():
+                heapq.heappush(self._heaps.setdefault(key, []), item)
 
     def _compact(self, key: ModelKey) -> None:
         """Forget entries that are gone; they are at least half of the heap, so that the cost is spread."""

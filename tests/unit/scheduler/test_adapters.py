@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from llmos.internal.v1 import request_pb2
 from llmos.v1 import fleet_pb2
 from scheduler import commands, events
@@ -80,6 +82,63 @@ def test_one_that_runs_is_not_dropped() -> None:
     arena.run()
     assert long.finished == short.finished == [True]
     assert orders(arena, "load") == [("w1", "a"), ("w1", "b")]
+
+
+@pytest.mark.parametrize("waiting", [1, 20])
+def test_requests_whose_adapter_cannot_be_loaded_hold_nobody_up(waiting: int) -> None:
+    arena = Arena(Policy(adapter_slots=1, lookahead=4, bypass_limit=8))
+    arena.connect()
+    arena.add_worker("w1", adapters=("a", "b"))
+    arena.advance(1.5)
+    long = arena.submit(asking("long", "a", max_tokens=400))
+    arena.run(steps=4)
+    lacking = [arena.submit(asking(f"b{i}", "b", max_tokens=1)) for i in range(waiting)]
+    for number in range(20):
+        plain = arena.submit(make_request(f"r{number}", max_tokens=1))
+        arena.run(steps=3)
+        assert plain.finished == [True]
+    assert long.open
+    assert all(client.open for client in lacking)
+    arena.cancel("long")
+    arena.run()
+    assert all(client.finished == [True] for client in lacking)
+    begun = [command.dispatch.request.request_id for command in arena.issued(commands.StartAttempt)]
+    assert [name for name in begun if name.startswith("b")] == [f"b{i}" for i in range(waiting)]
+    assert not arena.core.state.waiting.keys()
+    arena.check_idle()
+
+
+def test_what_waits_for_an_adapter_can_leave() -> None:
+    arena = Arena(Policy(adapter_slots=1))
+    arena.connect()
+    arena.add_worker("w1", adapters=("a", "b"))
+    arena.advance(1.5)
+    arena.submit(asking("long", "a", max_tokens=60))
+    arena.run(steps=4)
+    gone, late = arena.submit(asking("gone", "b")), arena.submit(asking("late", "b", deadline_ms=500))
+    arena.cancel("gone")
+    arena.run()
+    assert late.error == "deadline_exceeded"
+    assert (gone.finished, orders(arena, "load")) == ([False], [("w1", "a")])
+    assert not arena.core.state.waiting.keys()
+    arena.check_idle()
+
+
+def test_adapters_do_not_take_turns_while_a_large_request_waits_for_room() -> None:
+    arena = Arena(Policy(adapter_slots=1, bypass_limit=8))
+    arena.connect()
+    arena.add_worker("w1", blocks=4, adapters=("a", "b"))
+    arena.advance(1.5)
+    plain = [arena.submit(make_request(f"p{i}", max_tokens=4 + 3 * i)) for i in range(4)]
+    arena.run(steps=2)
+    large = [arena.submit(asking(name, name, max_tokens=200)) for name in ("a", "b")]
+    for number in range(60):
+        plain.append(arena.submit(make_request(f"q{number}", max_tokens=4)))
+        arena.run(steps=2)
+    arena.run(steps=600)
+    assert orders(arena, "load") == [("w1", "a"), ("w1", "b")]
+    assert all(client.finished == [True] for client in plain + large)
+    arena.check_idle()
 
 
 def test_another_worker_loads_it_when_the_first_one_is_full() -> None:
