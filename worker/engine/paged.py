@@ -43,9 +43,8 @@ class Paged(Protocol):
     ) -> Tensor:
         """One pass over rows of any sequences, one token each; each is written to the last slot that it sees.
 
-        Rows of one sequence share their `slots` tensor. Logits of the rows in `wanted`, float32 [wanted, vocabulary],
-        which the next call may overwrite. `adapters` are the numbers of the rows' adapters, 0 for none; empty: no row
-        has one.
+        Rows of one sequence share their `slots` tensor. Logits of the rows in `wanted`, float32 [wanted, vocabulary].
+        `adapters` are the numbers of the rows' adapters, 0 for none; empty: no row has one.
         """
         ...
 

@@ -155,17 +155,6 @@ def test_long_steps_and_repeated_rows(packed: Packed) -> None:
     assert torch.equal(logits, torch.cat(alone)[[399, 3, 3, 255, 256]])
 
 
-def test_logits_in_memory_that_is_kept(packed: Packed) -> None:
-    """More rows, then fewer: what lay there before does not show."""
-    decoder = packed("llama")
-    paged, fresh = decoder.with_memory(4), decoder.open_pool(4)
-    for first, count in ((0, 3), (3, 9), (12, 1), (13, 5)):
-        tokens, places = tiny.text(30)[first : first + count], range(first, first + count)
-        rows = [KVRow(paged.memory.slots([2]), place + 1) for place in places]
-        kept = paged.forward(tokens, places, rows, range(count))
-        assert torch.equal(kept, decoder.forward(tokens, places, FastRows(fresh, rows), range(count)))
-
-
 def test_a_copied_block_serves_as_well(packed: Packed) -> None:
     decoder, tokens = packed("gemma3"), tiny.text(40)
     pool = decoder.open_pool(3)

@@ -7,7 +7,7 @@ import threading
 import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from worker.engine.attention import KVRow
 from worker.engine.fast.adapters import AdapterTable
 from worker.engine.fast.packing import KindOf, PackedModel, all_int8, open_model, pack
 from worker.engine.fast.pool import FastKVPool
-from worker.engine.fast.rows import MAX_ROWS, FastRows, LogitMemory, StepArgs
+from worker.engine.fast.rows import MAX_ROWS, FastRows, StepArgs
 from worker.engine.kv import LayerShape
 from worker.engine.lora import Adapter
 from worker.kernels import Isa, Kernels, abi, load
@@ -79,13 +79,12 @@ class FastDecoder:
         attend: FastRows,
         wanted: Sequence[int],
         adapters: Sequence[int] = (),
-        memory: LogitMemory | None = None,
     ) -> Tensor:
         """One pass over rows of any sequences, one token each; writes their keys and values.
 
         Logits of the rows in `wanted`, float32 [wanted, vocabulary]. `adapters` are the numbers of the rows' adapters,
-        0 for none; empty: none has one. The logits lie in `memory` if it is given, and last until it is used again.
-        Raises ValueError, before anything is written, for a token, position, block or adapter that is out of range.
+        0 for none; empty: none has one. Raises ValueError, before anything is written, for a token, position, block or
+        adapter that is out of range.
         """
         if not len(tokens) == len(positions) == len(attend.sequence) == (len(adapters) or len(tokens)):
             raise ValueError("tokens, positions, rows and adapters differ in number")
@@ -94,8 +93,7 @@ class FastDecoder:
         rows = sorted(set(wanted))
         if rows and not 0 <= rows[0] <= rows[-1] < len(tokens):
             raise ValueError(abi.MESSAGES[5])
-        shape = len(rows), self.vocabulary
-        logits = torch.empty(shape) if memory is None else memory.take(*shape)
+        logits = torch.empty(len(rows), self.vocabulary)
         adapted = np.asarray(adapters, np.int32) - np.int32(1) if any(adapters) else None
         for first in range(0, len(tokens), MAX_ROWS):
             part = slice(first, first + MAX_ROWS)
@@ -133,7 +131,6 @@ class PagedFastDecoder:
 
     decoder: FastDecoder
     memory: FastKVPool
-    logits: LogitMemory = field(default_factory=LogitMemory)
 
     def forward(
         self,
@@ -144,7 +141,7 @@ class PagedFastDecoder:
         adapters: Sequence[int] = (),
     ) -> Tensor:
         """See `Paged`."""
-        return self.decoder.forward(tokens, positions, FastRows(self.memory, rows), wanted, adapters, self.logits)
+        return self.decoder.forward(tokens, positions, FastRows(self.memory, rows), wanted, adapters)
 
 
 def fast_decoder(

@@ -6,11 +6,9 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from worker.engine.attention import KVRow
-from worker.engine.fast.arena import Arena
 from worker.engine.fast.pool import FastKVPool
 from worker.kernels import abi
 
@@ -32,22 +30,6 @@ class FastRows:
         """Block table of each sequence; this object keeps them alive."""
         self.widths = (ctypes.c_int32 * count)(*map(len, self._slots.values()))
         """Blocks in each table."""
-
-
-class LogitMemory:
-    """Memory for the logits of a step, kept from step to step: fresh pages cost more than many a layer.
-
-    In huge pages, and only as large as was ever needed.
-    """
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0)
-
-    def take(self, rows: int, vocabulary: int) -> Tensor:
-        """Float32 [rows, vocabulary], not filled, overwritten after the next call."""
-        if self._memory.numel() < rows * vocabulary:
-            self._memory = Arena(rows * vocabulary * 4).take(rows * vocabulary * 4).view(torch.float32)
-        return self._memory[: rows * vocabulary].view(rows, vocabulary)
 
 
 class StepArgs:
