@@ -25,6 +25,8 @@ _NAMES = (
 _WORDS = ("red", "green", "dark blue", "n/a", 'say "hi"', "naïve", "x", "one\ntwo", "日本", "")
 _PATTERNS = ("^[A-Z]{2}-[0-9]{3}$", "^[a-z]{1,8}(_[a-z]{1,4}){0,2}$", "^(cat|dog|bird) [0-9]{1,2}$", "^#[0-9a-f]{6}$")
 _FORMATS = ("date", "time", "date-time", "uuid", "ipv4")
+_MOST_BYTES = 4000
+"""Longest answer of a schema: it must fit into a context."""
 _CHAR_BYTES = 6
 """Most bytes of one character of a string: an escape."""
 
@@ -32,12 +34,18 @@ _CHAR_BYTES = 6
 def schemas(count: int, seed: int, deepest: int = 5) -> list[Schema]:
     """`count` schemas; the nesting of objects and arrays rises evenly from 0 to `deepest`."""
     source = random.Random(seed)
-    return [_value(source, number * (deepest + 1) // count) for number in range(count)]
+    return [_small_value(source, number * (deepest + 1) // count) for number in range(count)]
 
 
 def most_bytes(schema: Schema) -> int:
     """Upper bound of the length of an answer, in UTF-8 bytes: no tokenizer needs more tokens."""
     return int(schema["x-bytes"])
+
+
+def _small_value(source: random.Random, depth: int) -> Schema:
+    while most_bytes(schema := _value(source, depth)) > _MOST_BYTES:
+        continue
+    return schema
 
 
 def without_bounds(schema: Any) -> Any:
