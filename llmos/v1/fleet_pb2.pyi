@@ -19,6 +19,62 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _PriorityClass:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PriorityClassEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PriorityClass.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRIORITY_CLASS_UNSPECIFIED: _PriorityClass.ValueType  # 0
+    """Not set: standard."""
+    PRIORITY_CLASS_INTERACTIVE: _PriorityClass.ValueType  # 1
+    """Somebody waits for each token."""
+    PRIORITY_CLASS_STANDARD: _PriorityClass.ValueType  # 2
+    """The default."""
+    PRIORITY_CLASS_BATCH: _PriorityClass.ValueType  # 3
+    """Takes what the others leave."""
+
+class PriorityClass(_PriorityClass, metaclass=_PriorityClassEnumTypeWrapper):
+    """Classes of service, each with a minimum share."""
+
+PRIORITY_CLASS_UNSPECIFIED: PriorityClass.ValueType  # 0
+"""Not set: standard."""
+PRIORITY_CLASS_INTERACTIVE: PriorityClass.ValueType  # 1
+"""Somebody waits for each token."""
+PRIORITY_CLASS_STANDARD: PriorityClass.ValueType  # 2
+"""The default."""
+PRIORITY_CLASS_BATCH: PriorityClass.ValueType  # 3
+"""Takes what the others leave."""
+global___PriorityClass = PriorityClass
+
+class _ResourceClass:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ResourceClassEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ResourceClass.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RESOURCE_CLASS_UNSPECIFIED: _ResourceClass.ValueType  # 0
+    """Not set: burstable."""
+    RESOURCE_CLASS_GUARANTEED: _ResourceClass.ValueType  # 1
+    """What is promised is set aside and never taken away."""
+    RESOURCE_CLASS_BURSTABLE: _ResourceClass.ValueType  # 2
+    """The minimum is set aside; more is given while nobody with a better claim needs it."""
+    RESOURCE_CLASS_BEST_EFFORT: _ResourceClass.ValueType  # 3
+    """Given what is idle; gives way at once."""
+
+class ResourceClass(_ResourceClass, metaclass=_ResourceClassEnumTypeWrapper):
+    """How firmly resources are promised."""
+
+RESOURCE_CLASS_UNSPECIFIED: ResourceClass.ValueType  # 0
+"""Not set: burstable."""
+RESOURCE_CLASS_GUARANTEED: ResourceClass.ValueType  # 1
+"""What is promised is set aside and never taken away."""
+RESOURCE_CLASS_BURSTABLE: ResourceClass.ValueType  # 2
+"""The minimum is set aside; more is given while nobody with a better claim needs it."""
+RESOURCE_CLASS_BEST_EFFORT: ResourceClass.ValueType  # 3
+"""Given what is idle; gives way at once."""
+global___ResourceClass = ResourceClass
+
 class _NodeRole:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -125,6 +181,8 @@ class _ModelStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """Loading failed; `detail` says why."""
     MODEL_STATE_UNFIT: _ModelState.ValueType  # 5
     """It does not fit the worker's devices."""
+    MODEL_STATE_UNLOADING: _ModelState.ValueType  # 6
+    """Finishing its requests before it is unloaded; takes nothing new."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """State of a model on a worker."""
@@ -141,6 +199,8 @@ MODEL_STATE_FAILED: ModelState.ValueType  # 4
 """Loading failed; `detail` says why."""
 MODEL_STATE_UNFIT: ModelState.ValueType  # 5
 """It does not fit the worker's devices."""
+MODEL_STATE_UNLOADING: ModelState.ValueType  # 6
+"""Finishing its requests before it is unloaded; takes nothing new."""
 global___ModelState = ModelState
 
 class _RequestState:
@@ -245,6 +305,10 @@ class NodeModel(google.protobuf.message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: builtins.int
     FREE_BLOCKS_FIELD_NUMBER: builtins.int
     DETAIL_FIELD_NUMBER: builtins.int
+    DEVICE_ID_FIELD_NUMBER: builtins.int
+    MEASURED_BYTES_FIELD_NUMBER: builtins.int
+    MEASURED_FIXED_BYTES_FIELD_NUMBER: builtins.int
+    LOAD_MS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     version: builtins.str
@@ -257,6 +321,14 @@ class NodeModel(google.protobuf.message.Message):
     """KV blocks free, as of the last frame."""
     detail: builtins.str
     """Why it failed or does not fit."""
+    device_id: builtins.str
+    """Device that it is loaded on."""
+    measured_bytes: builtins.int
+    """Bytes that weights, workspace and KV blocks take, measured; 0: not measured."""
+    measured_fixed_bytes: builtins.int
+    """Bytes of them that do not hold KV blocks: weights and workspace, measured; 0: not measured."""
+    load_ms: builtins.int
+    """Milliseconds that loading took; 0: not loaded yet."""
     def __init__(
         self,
         *,
@@ -266,8 +338,12 @@ class NodeModel(google.protobuf.message.Message):
         total_blocks: builtins.int = ...,
         free_blocks: builtins.int = ...,
         detail: builtins.str = ...,
+        device_id: builtins.str = ...,
+        measured_bytes: builtins.int = ...,
+        measured_fixed_bytes: builtins.int = ...,
+        load_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["detail", b"detail", "free_blocks", b"free_blocks", "name", b"name", "state", b"state", "total_blocks", b"total_blocks", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "device_id", b"device_id", "free_blocks", b"free_blocks", "load_ms", b"load_ms", "measured_bytes", b"measured_bytes", "measured_fixed_bytes", b"measured_fixed_bytes", "name", b"name", "state", b"state", "total_blocks", b"total_blocks", "version", b"version"]) -> None: ...
 
 global___NodeModel = NodeModel
 
@@ -382,6 +458,7 @@ class RequestInfo(google.protobuf.message.Message):
     TOKENS_OUT_FIELD_NUMBER: builtins.int
     AGE_MS_FIELD_NUMBER: builtins.int
     TRACE_ID_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id."""
     state: global___RequestState.ValueType
@@ -402,6 +479,8 @@ class RequestInfo(google.protobuf.message.Message):
     """Milliseconds since it was accepted."""
     trace_id: builtins.str
     """Trace id, 32 hexadecimal digits."""
+    priority: global___PriorityClass.ValueType
+    """Class of service."""
     def __init__(
         self,
         *,
@@ -415,8 +494,9 @@ class RequestInfo(google.protobuf.message.Message):
         tokens_out: builtins.int = ...,
         age_ms: builtins.int = ...,
         trace_id: builtins.str = ...,
+        priority: global___PriorityClass.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["age_ms", b"age_ms", "attempt", b"attempt", "model", b"model", "request_id", b"request_id", "state", b"state", "tenant", b"tenant", "tokens_in", b"tokens_in", "tokens_out", b"tokens_out", "trace_id", b"trace_id", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_ms", b"age_ms", "attempt", b"attempt", "model", b"model", "priority", b"priority", "request_id", b"request_id", "state", b"state", "tenant", b"tenant", "tokens_in", b"tokens_in", "tokens_out", b"tokens_out", "trace_id", b"trace_id", "worker", b"worker"]) -> None: ...
 
 global___RequestInfo = RequestInfo
 
@@ -609,3 +689,663 @@ class GetTraceResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["spans", b"spans"]) -> None: ...
 
 global___GetTraceResponse = GetTraceResponse
+
+@typing.final
+class SetRequestPriorityRequest(google.protobuf.message.Message):
+    """Names a request and its new class."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """Id of the request."""
+    priority: global___PriorityClass.ValueType
+    """The new class; required."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        priority: global___PriorityClass.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["priority", b"priority", "request_id", b"request_id"]) -> None: ...
+
+global___SetRequestPriorityRequest = SetRequestPriorityRequest
+
+@typing.final
+class SetRequestPriorityResponse(google.protobuf.message.Message):
+    """Answers a change of class."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: builtins.int
+    before: global___PriorityClass.ValueType
+    """The class before."""
+    def __init__(
+        self,
+        *,
+        before: global___PriorityClass.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["before", b"before"]) -> None: ...
+
+global___SetRequestPriorityResponse = SetRequestPriorityResponse
+
+@typing.final
+class DrainNodeRequest(google.protobuf.message.Message):
+    """Names a worker to empty."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    """Id of the worker."""
+    undo: builtins.bool
+    """Take it back into service instead."""
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        undo: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["node_id", b"node_id", "undo", b"undo"]) -> None: ...
+
+global___DrainNodeRequest = DrainNodeRequest
+
+@typing.final
+class DrainNodeResponse(google.protobuf.message.Message):
+    """Answers a drain."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUNNING_FIELD_NUMBER: builtins.int
+    running: builtins.int
+    """Requests that ran on it and move on."""
+    def __init__(
+        self,
+        *,
+        running: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["running", b"running"]) -> None: ...
+
+global___DrainNodeResponse = DrainNodeResponse
+
+@typing.final
+class GetLoadRequest(google.protobuf.message.Message):
+    """Asks for the load."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___GetLoadRequest = GetLoadRequest
+
+@typing.final
+class QueueLoad(google.protobuf.message.Message):
+    """Requests of one class and tenant."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    WAITING_TOKENS_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    priority: global___PriorityClass.ValueType
+    """Class of service."""
+    tenant: builtins.str
+    """Tenant."""
+    waiting: builtins.int
+    """Requests that wait."""
+    waiting_tokens: builtins.int
+    """Tokens, prompts included, that those waiting are expected to cost."""
+    running: builtins.int
+    """Requests that run."""
+    tokens_per_s: builtins.float
+    """Tokens charged per second, over about ten seconds."""
+    weight: builtins.int
+    """Weight of the tenant."""
+    def __init__(
+        self,
+        *,
+        priority: global___PriorityClass.ValueType = ...,
+        tenant: builtins.str = ...,
+        waiting: builtins.int = ...,
+        waiting_tokens: builtins.int = ...,
+        running: builtins.int = ...,
+        tokens_per_s: builtins.float = ...,
+        weight: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["priority", b"priority", "running", b"running", "tenant", b"tenant", "tokens_per_s", b"tokens_per_s", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens", "weight", b"weight"]) -> None: ...
+
+global___QueueLoad = QueueLoad
+
+@typing.final
+class Percentiles(google.protobuf.message.Message):
+    """Percentiles of a time, over about a minute, in milliseconds; 0: nothing seen."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    P50_MS_FIELD_NUMBER: builtins.int
+    P95_MS_FIELD_NUMBER: builtins.int
+    P99_MS_FIELD_NUMBER: builtins.int
+    p50_ms: builtins.float
+    """Median."""
+    p95_ms: builtins.float
+    """95 %."""
+    p99_ms: builtins.float
+    """99 %."""
+    def __init__(
+        self,
+        *,
+        p50_ms: builtins.float = ...,
+        p95_ms: builtins.float = ...,
+        p99_ms: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["p50_ms", b"p50_ms", "p95_ms", b"p95_ms", "p99_ms", b"p99_ms"]) -> None: ...
+
+global___Percentiles = Percentiles
+
+@typing.final
+class ModelLoad(google.protobuf.message.Message):
+    """Load of one model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    TTFT_FIELD_NUMBER: builtins.int
+    GAP_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name."""
+    version: builtins.str
+    """Version."""
+    replicas: builtins.int
+    """Workers that have it loaded."""
+    wanted: builtins.int
+    """Workers that ought to have it loaded."""
+    waiting: builtins.int
+    """Requests that wait for it."""
+    running: builtins.int
+    """Requests that run on it."""
+    tokens_per_s: builtins.float
+    """Tokens produced per second, over about ten seconds."""
+    @property
+    def ttft(self) -> global___Percentiles:
+        """From acceptance to the first token."""
+
+    @property
+    def gap(self) -> global___Percentiles:
+        """Between two outputs of a choice."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.str = ...,
+        replicas: builtins.int = ...,
+        wanted: builtins.int = ...,
+        waiting: builtins.int = ...,
+        running: builtins.int = ...,
+        tokens_per_s: builtins.float = ...,
+        ttft: global___Percentiles | None = ...,
+        gap: global___Percentiles | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["gap", b"gap", "ttft", b"ttft"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["gap", b"gap", "name", b"name", "replicas", b"replicas", "running", b"running", "tokens_per_s", b"tokens_per_s", "ttft", b"ttft", "version", b"version", "waiting", b"waiting", "wanted", b"wanted"]) -> None: ...
+
+global___ModelLoad = ModelLoad
+
+@typing.final
+class WorkerLoad(google.protobuf.message.Message):
+    """Load of one worker."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    STEPS_PER_S_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    """Id of the node."""
+    running: builtins.int
+    """Requests that run."""
+    tokens_per_s: builtins.float
+    """Tokens produced per second, over about ten seconds."""
+    steps_per_s: builtins.float
+    """Steps of its engine per second, over about ten seconds."""
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        running: builtins.int = ...,
+        tokens_per_s: builtins.float = ...,
+        steps_per_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["node_id", b"node_id", "running", b"running", "steps_per_s", b"steps_per_s", "tokens_per_s", b"tokens_per_s"]) -> None: ...
+
+global___WorkerLoad = WorkerLoad
+
+@typing.final
+class GetLoadResponse(google.protobuf.message.Message):
+    """What the fleet does now."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class CountersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    TERM_FIELD_NUMBER: builtins.int
+    QUEUES_FIELD_NUMBER: builtins.int
+    MODELS_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    COUNTERS_FIELD_NUMBER: builtins.int
+    term: builtins.int
+    """The leader's term."""
+    @property
+    def queues(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___QueueLoad]:
+        """By class and tenant, the ones with waiting or running requests or recent tokens."""
+
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModelLoad]:
+        """By name."""
+
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WorkerLoad]:
+        """By id."""
+
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Node]:
+        """Every node, as `ListNodes` shows it."""
+
+    @property
+    def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Counts since this leader's election: `overloaded`, `shed`, `preemptions`, `migrations`, `retries`, `stale_outputs`, ..."""
+
+    def __init__(
+        self,
+        *,
+        term: builtins.int = ...,
+        queues: collections.abc.Iterable[global___QueueLoad] | None = ...,
+        models: collections.abc.Iterable[global___ModelLoad] | None = ...,
+        workers: collections.abc.Iterable[global___WorkerLoad] | None = ...,
+        nodes: collections.abc.Iterable[global___Node] | None = ...,
+        counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counters", b"counters", "models", b"models", "nodes", b"nodes", "queues", b"queues", "term", b"term", "workers", b"workers"]) -> None: ...
+
+global___GetLoadResponse = GetLoadResponse
+
+@typing.final
+class ExplainRequest(google.protobuf.message.Message):
+    """Names a request, a model, or an allocation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Id of a request, name of a model, or name of an allocation."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id"]) -> None: ...
+
+global___ExplainRequest = ExplainRequest
+
+@typing.final
+class Finding(google.protobuf.message.Message):
+    """One thing that was looked at, and what came of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: builtins.int
+    CODE_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    subject: builtins.str
+    """What was looked at: a worker, a device, a queue, an allocation."""
+    code: builtins.str
+    """Stable code, such as `no_room`, `not_loaded`, `draining`, `unfit`, `behind_in_queue`, `over_quota`, `running`."""
+    message: builtins.str
+    """One sentence for people, with the numbers."""
+    def __init__(
+        self,
+        *,
+        subject: builtins.str = ...,
+        code: builtins.str = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message", "subject", b"subject"]) -> None: ...
+
+global___Finding = Finding
+
+@typing.final
+class ExplainResponse(google.protobuf.message.Message):
+    """Why something is not running, or where it runs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    VERDICT_FIELD_NUMBER: builtins.int
+    FINDINGS_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """What `id` turned out to be: `request`, `model`, `allocation`."""
+    verdict: builtins.str
+    """How it stands, in one sentence."""
+    @property
+    def findings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Finding]:
+        """What was looked at, most decisive first."""
+
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        verdict: builtins.str = ...,
+        findings: collections.abc.Iterable[global___Finding] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["findings", b"findings", "kind", b"kind", "verdict", b"verdict"]) -> None: ...
+
+global___ExplainResponse = ExplainResponse
+
+@typing.final
+class Allocation(google.protobuf.message.Message):
+    """A promise of resources to a model, a tenant or a job."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    JOB_FIELD_NUMBER: builtins.int
+    RESOURCE_CLASS_FIELD_NUMBER: builtins.int
+    POOL_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Unique name."""
+    resource_class: global___ResourceClass.ValueType
+    """How firmly it is promised."""
+    pool: builtins.str
+    """Placement pool; empty: the default one."""
+    revision: builtins.int
+    """etcd revision of its last change; a change that names an older one is refused. 0 on a change: whatever it is now."""
+    @property
+    def model(self) -> global___ModelReplicas:
+        """Replicas of a model, by its name."""
+
+    @property
+    def job(self) -> global___JobResources:
+        """A job that takes resources of a worker without serving."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        model: global___ModelReplicas | None = ...,
+        job: global___JobResources | None = ...,
+        resource_class: global___ResourceClass.ValueType = ...,
+        pool: builtins.str = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["holder", b"holder", "job", b"job", "model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["holder", b"holder", "job", b"job", "model", b"model", "name", b"name", "pool", b"pool", "resource_class", b"resource_class", "revision", b"revision"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["holder", b"holder"]) -> typing.Literal["model", "job"] | None: ...
+
+global___Allocation = Allocation
+
+@typing.final
+class ModelReplicas(google.protobuf.message.Message):
+    """Replicas of a model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    MIN_REPLICAS_FIELD_NUMBER: builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: builtins.int
+    PINNED_WORKERS_FIELD_NUMBER: builtins.int
+    RESERVED_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """Name of the model."""
+    min_replicas: builtins.int
+    """Fewest replicas; 0: may be unloaded when nobody asks for it, and is loaded again on request."""
+    max_replicas: builtins.int
+    """Most replicas; 0: as many as there is room for."""
+    @property
+    def pinned_workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Workers that must have it, by id or `host`; static."""
+
+    @property
+    def reserved(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReservedShare]:
+        """Share of each such worker's KV blocks that is set aside for a tenant or class, in percent."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        min_replicas: builtins.int = ...,
+        max_replicas: builtins.int = ...,
+        pinned_workers: collections.abc.Iterable[builtins.str] | None = ...,
+        reserved: collections.abc.Iterable[global___ReservedShare] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "model", b"model", "pinned_workers", b"pinned_workers", "reserved", b"reserved"]) -> None: ...
+
+global___ModelReplicas = ModelReplicas
+
+@typing.final
+class ReservedShare(google.protobuf.message.Message):
+    """KV blocks of a model that others may not take."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    PERCENT_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """Tenant; empty: any."""
+    priority: global___PriorityClass.ValueType
+    """Class; not set: any."""
+    percent: builtins.int
+    """Percent of the model's KV blocks on each worker, 1 to 100."""
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+        priority: global___PriorityClass.ValueType = ...,
+        percent: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["percent", b"percent", "priority", b"priority", "tenant", b"tenant"]) -> None: ...
+
+global___ReservedShare = ReservedShare
+
+@typing.final
+class JobResources(google.protobuf.message.Message):
+    """What a job takes of one worker."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    CPU_CORES_FIELD_NUMBER: builtins.int
+    DISK_BYTES_FIELD_NUMBER: builtins.int
+    memory_bytes: builtins.int
+    """Device memory in bytes."""
+    cpu_cores: builtins.float
+    """Processors."""
+    disk_bytes: builtins.int
+    """Disk in bytes."""
+    def __init__(
+        self,
+        *,
+        memory_bytes: builtins.int = ...,
+        cpu_cores: builtins.float = ...,
+        disk_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cpu_cores", b"cpu_cores", "disk_bytes", b"disk_bytes", "memory_bytes", b"memory_bytes"]) -> None: ...
+
+global___JobResources = JobResources
+
+@typing.final
+class AllocationStatus(google.protobuf.message.Message):
+    """What became of an allocation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALLOCATION_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    wanted: builtins.int
+    """Replicas, or jobs, that ought to stand now."""
+    problem: builtins.str
+    """Empty, or why it does not stand as promised."""
+    @property
+    def allocation(self) -> global___Allocation:
+        """The promise."""
+
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Where it stands: ids of workers that hold it now."""
+
+    def __init__(
+        self,
+        *,
+        allocation: global___Allocation | None = ...,
+        workers: collections.abc.Iterable[builtins.str] | None = ...,
+        wanted: builtins.int = ...,
+        problem: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["allocation", b"allocation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allocation", b"allocation", "problem", b"problem", "wanted", b"wanted", "workers", b"workers"]) -> None: ...
+
+global___AllocationStatus = AllocationStatus
+
+@typing.final
+class ListAllocationsRequest(google.protobuf.message.Message):
+    """Asks for allocations."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ListAllocationsRequest = ListAllocationsRequest
+
+@typing.final
+class ListAllocationsResponse(google.protobuf.message.Message):
+    """Allocations."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALLOCATIONS_FIELD_NUMBER: builtins.int
+    @property
+    def allocations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AllocationStatus]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        allocations: collections.abc.Iterable[global___AllocationStatus] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocations", b"allocations"]) -> None: ...
+
+global___ListAllocationsResponse = ListAllocationsResponse
+
+@typing.final
+class SetAllocationRequest(google.protobuf.message.Message):
+    """Makes or changes an allocation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALLOCATION_FIELD_NUMBER: builtins.int
+    @property
+    def allocation(self) -> global___Allocation:
+        """The allocation."""
+
+    def __init__(
+        self,
+        *,
+        allocation: global___Allocation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["allocation", b"allocation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allocation", b"allocation"]) -> None: ...
+
+global___SetAllocationRequest = SetAllocationRequest
+
+@typing.final
+class SetAllocationResponse(google.protobuf.message.Message):
+    """Answers with what was written."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALLOCATION_FIELD_NUMBER: builtins.int
+    @property
+    def allocation(self) -> global___Allocation:
+        """The allocation, with its revision."""
+
+    def __init__(
+        self,
+        *,
+        allocation: global___Allocation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["allocation", b"allocation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allocation", b"allocation"]) -> None: ...
+
+global___SetAllocationResponse = SetAllocationResponse
+
+@typing.final
+class DeleteAllocationRequest(google.protobuf.message.Message):
+    """Names an allocation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+global___DeleteAllocationRequest = DeleteAllocationRequest
+
+@typing.final
+class DeleteAllocationResponse(google.protobuf.message.Message):
+    """Answers a deletion."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WAS_THERE_FIELD_NUMBER: builtins.int
+    was_there: builtins.bool
+    """Whether it was there."""
+    def __init__(
+        self,
+        *,
+        was_there: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["was_there", b"was_there"]) -> None: ...
+
+global___DeleteAllocationResponse = DeleteAllocationResponse

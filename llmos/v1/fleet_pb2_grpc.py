@@ -56,6 +56,41 @@ class FleetStub(object):
                 request_serializer=llmos_dot_v1_dot_fleet__pb2.GetTraceRequest.SerializeToString,
                 response_deserializer=llmos_dot_v1_dot_fleet__pb2.GetTraceResponse.FromString,
                 _registered_method=True)
+        self.SetRequestPriority = channel.unary_unary(
+                '/llmos.v1.Fleet/SetRequestPriority',
+                request_serializer=llmos_dot_v1_dot_fleet__pb2.SetRequestPriorityRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_fleet__pb2.SetRequestPriorityResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/llmos.v1.Fleet/DrainNode',
+                request_serializer=llmos_dot_v1_dot_fleet__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_fleet__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/llmos.v1.Fleet/GetLoad',
+                request_serializer=llmos_dot_v1_dot_fleet__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_fleet__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/llmos.v1.Fleet/Explain',
+                request_serializer=llmos_dot_v1_dot_fleet__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_fleet__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.ListAllocations = channel.unary_unary(
+                '/llmos.v1.Fleet/ListAllocations',
+                request_serializer=llmos_dot_v1_dot_fleet__pb2.ListAllocationsRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_fleet__pb2.ListAllocationsResponse.FromString,
+                _registered_method=True)
+        self.SetAllocation = channel.unary_unary(
+                '/llmos.v1.Fleet/SetAllocation',
+                request_serializer=llmos_dot_v1_dot_fleet__pb2.SetAllocationRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_fleet__pb2.SetAllocationResponse.FromString,
+                _registered_method=True)
+        self.DeleteAllocation = channel.unary_unary(
+                '/llmos.v1.Fleet/DeleteAllocation',
+                request_serializer=llmos_dot_v1_dot_fleet__pb2.DeleteAllocationRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_fleet__pb2.DeleteAllocationResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServicer(object):
@@ -91,6 +126,55 @@ class FleetServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRequestPriority(self, request, context):
+        """SetRequestPriority moves a request to another class of service, waiting or running.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """DrainNode empties a worker: it takes nothing new, and what runs on it moves on. Or takes it back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """GetLoad shows who waits, who runs, how fast: what `llmos top` draws.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Explain says why a request, a model or a job is not running, or where it runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAllocations(self, request, context):
+        """ListAllocations shows what is promised to whom, and what of it stands.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAllocation(self, request, context):
+        """SetAllocation makes or changes a promise; refused if it could never be kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAllocation(self, request, context):
+        """DeleteAllocation takes a promise back; what it held is freed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +197,41 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.GetTrace,
                     request_deserializer=llmos_dot_v1_dot_fleet__pb2.GetTraceRequest.FromString,
                     response_serializer=llmos_dot_v1_dot_fleet__pb2.GetTraceResponse.SerializeToString,
+            ),
+            'SetRequestPriority': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRequestPriority,
+                    request_deserializer=llmos_dot_v1_dot_fleet__pb2.SetRequestPriorityRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_fleet__pb2.SetRequestPriorityResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=llmos_dot_v1_dot_fleet__pb2.DrainNodeRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_fleet__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=llmos_dot_v1_dot_fleet__pb2.GetLoadRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_fleet__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=llmos_dot_v1_dot_fleet__pb2.ExplainRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_fleet__pb2.ExplainResponse.SerializeToString,
+            ),
+            'ListAllocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAllocations,
+                    request_deserializer=llmos_dot_v1_dot_fleet__pb2.ListAllocationsRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_fleet__pb2.ListAllocationsResponse.SerializeToString,
+            ),
+            'SetAllocation': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAllocation,
+                    request_deserializer=llmos_dot_v1_dot_fleet__pb2.SetAllocationRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_fleet__pb2.SetAllocationResponse.SerializeToString,
+            ),
+            'DeleteAllocation': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAllocation,
+                    request_deserializer=llmos_dot_v1_dot_fleet__pb2.DeleteAllocationRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_fleet__pb2.DeleteAllocationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +344,195 @@ class Fleet(object):
             '/llmos.v1.Fleet/GetTrace',
             llmos_dot_v1_dot_fleet__pb2.GetTraceRequest.SerializeToString,
             llmos_dot_v1_dot_fleet__pb2.GetTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRequestPriority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Fleet/SetRequestPriority',
+            llmos_dot_v1_dot_fleet__pb2.SetRequestPriorityRequest.SerializeToString,
+            llmos_dot_v1_dot_fleet__pb2.SetRequestPriorityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Fleet/DrainNode',
+            llmos_dot_v1_dot_fleet__pb2.DrainNodeRequest.SerializeToString,
+            llmos_dot_v1_dot_fleet__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Fleet/GetLoad',
+            llmos_dot_v1_dot_fleet__pb2.GetLoadRequest.SerializeToString,
+            llmos_dot_v1_dot_fleet__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Fleet/Explain',
+            llmos_dot_v1_dot_fleet__pb2.ExplainRequest.SerializeToString,
+            llmos_dot_v1_dot_fleet__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAllocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Fleet/ListAllocations',
+            llmos_dot_v1_dot_fleet__pb2.ListAllocationsRequest.SerializeToString,
+            llmos_dot_v1_dot_fleet__pb2.ListAllocationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAllocation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Fleet/SetAllocation',
+            llmos_dot_v1_dot_fleet__pb2.SetAllocationRequest.SerializeToString,
+            llmos_dot_v1_dot_fleet__pb2.SetAllocationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAllocation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.v1.Fleet/DeleteAllocation',
+            llmos_dot_v1_dot_fleet__pb2.DeleteAllocationRequest.SerializeToString,
+            llmos_dot_v1_dot_fleet__pb2.DeleteAllocationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,48 @@ class FleetStub:
     ]
     """GetTrace returns the finished spans of one request from the scheduler's ring."""
 
+    SetRequestPriority: grpc.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.SetRequestPriorityRequest,
+        llmos.v1.fleet_pb2.SetRequestPriorityResponse,
+    ]
+    """SetRequestPriority moves a request to another class of service, waiting or running."""
+
+    DrainNode: grpc.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.DrainNodeRequest,
+        llmos.v1.fleet_pb2.DrainNodeResponse,
+    ]
+    """DrainNode empties a worker: it takes nothing new, and what runs on it moves on. Or takes it back."""
+
+    GetLoad: grpc.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.GetLoadRequest,
+        llmos.v1.fleet_pb2.GetLoadResponse,
+    ]
+    """GetLoad shows who waits, who runs, how fast: what `llmos top` draws."""
+
+    Explain: grpc.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.ExplainRequest,
+        llmos.v1.fleet_pb2.ExplainResponse,
+    ]
+    """Explain says why a request, a model or a job is not running, or where it runs."""
+
+    ListAllocations: grpc.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.ListAllocationsRequest,
+        llmos.v1.fleet_pb2.ListAllocationsResponse,
+    ]
+    """ListAllocations shows what is promised to whom, and what of it stands."""
+
+    SetAllocation: grpc.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.SetAllocationRequest,
+        llmos.v1.fleet_pb2.SetAllocationResponse,
+    ]
+    """SetAllocation makes or changes a promise; refused if it could never be kept."""
+
+    DeleteAllocation: grpc.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.DeleteAllocationRequest,
+        llmos.v1.fleet_pb2.DeleteAllocationResponse,
+    ]
+    """DeleteAllocation takes a promise back; what it held is freed."""
+
 class FleetAsyncStub:
     """Fleet shows and steers nodes, models and requests. Reading needs any key; `KillRequest` of another tenant's request
     and every other change needs an operator's key.
@@ -75,6 +117,48 @@ class FleetAsyncStub:
         llmos.v1.fleet_pb2.GetTraceResponse,
     ]
     """GetTrace returns the finished spans of one request from the scheduler's ring."""
+
+    SetRequestPriority: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.SetRequestPriorityRequest,
+        llmos.v1.fleet_pb2.SetRequestPriorityResponse,
+    ]
+    """SetRequestPriority moves a request to another class of service, waiting or running."""
+
+    DrainNode: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.DrainNodeRequest,
+        llmos.v1.fleet_pb2.DrainNodeResponse,
+    ]
+    """DrainNode empties a worker: it takes nothing new, and what runs on it moves on. Or takes it back."""
+
+    GetLoad: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.GetLoadRequest,
+        llmos.v1.fleet_pb2.GetLoadResponse,
+    ]
+    """GetLoad shows who waits, who runs, how fast: what `llmos top` draws."""
+
+    Explain: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.ExplainRequest,
+        llmos.v1.fleet_pb2.ExplainResponse,
+    ]
+    """Explain says why a request, a model or a job is not running, or where it runs."""
+
+    ListAllocations: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.ListAllocationsRequest,
+        llmos.v1.fleet_pb2.ListAllocationsResponse,
+    ]
+    """ListAllocations shows what is promised to whom, and what of it stands."""
+
+    SetAllocation: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.SetAllocationRequest,
+        llmos.v1.fleet_pb2.SetAllocationResponse,
+    ]
+    """SetAllocation makes or changes a promise; refused if it could never be kept."""
+
+    DeleteAllocation: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.v1.fleet_pb2.DeleteAllocationRequest,
+        llmos.v1.fleet_pb2.DeleteAllocationResponse,
+    ]
+    """DeleteAllocation takes a promise back; what it held is freed."""
 
 class FleetServicer(metaclass=abc.ABCMeta):
     """Fleet shows and steers nodes, models and requests. Reading needs any key; `KillRequest` of another tenant's request
@@ -112,5 +196,61 @@ class FleetServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[llmos.v1.fleet_pb2.GetTraceResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.GetTraceResponse]]:
         """GetTrace returns the finished spans of one request from the scheduler's ring."""
+
+    @abc.abstractmethod
+    def SetRequestPriority(
+        self,
+        request: llmos.v1.fleet_pb2.SetRequestPriorityRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.v1.fleet_pb2.SetRequestPriorityResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.SetRequestPriorityResponse]]:
+        """SetRequestPriority moves a request to another class of service, waiting or running."""
+
+    @abc.abstractmethod
+    def DrainNode(
+        self,
+        request: llmos.v1.fleet_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.v1.fleet_pb2.DrainNodeResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.DrainNodeResponse]]:
+        """DrainNode empties a worker: it takes nothing new, and what runs on it moves on. Or takes it back."""
+
+    @abc.abstractmethod
+    def GetLoad(
+        self,
+        request: llmos.v1.fleet_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.v1.fleet_pb2.GetLoadResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.GetLoadResponse]]:
+        """GetLoad shows who waits, who runs, how fast: what `llmos top` draws."""
+
+    @abc.abstractmethod
+    def Explain(
+        self,
+        request: llmos.v1.fleet_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.v1.fleet_pb2.ExplainResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.ExplainResponse]]:
+        """Explain says why a request, a model or a job is not running, or where it runs."""
+
+    @abc.abstractmethod
+    def ListAllocations(
+        self,
+        request: llmos.v1.fleet_pb2.ListAllocationsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.v1.fleet_pb2.ListAllocationsResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.ListAllocationsResponse]]:
+        """ListAllocations shows what is promised to whom, and what of it stands."""
+
+    @abc.abstractmethod
+    def SetAllocation(
+        self,
+        request: llmos.v1.fleet_pb2.SetAllocationRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.v1.fleet_pb2.SetAllocationResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.SetAllocationResponse]]:
+        """SetAllocation makes or changes a promise; refused if it could never be kept."""
+
+    @abc.abstractmethod
+    def DeleteAllocation(
+        self,
+        request: llmos.v1.fleet_pb2.DeleteAllocationRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.v1.fleet_pb2.DeleteAllocationResponse, collections.abc.Awaitable[llmos.v1.fleet_pb2.DeleteAllocationResponse]]:
+        """DeleteAllocation takes a promise back; what it held is freed."""
 
 def add_FleetServicer_to_server(servicer: FleetServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

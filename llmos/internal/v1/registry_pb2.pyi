@@ -6,6 +6,9 @@ Internal: records in etcd, stored as protobuf's JSON so that etcdctl shows them 
   /llmos/v1/workers/<worker id>       WorkerRecord, under the worker's lease
   /llmos/v1/schedulers/<id>           SchedulerRecord, under the scheduler's lease
   /llmos/v1/leader                    election; the value is the leader's SchedulerRecord
+  /llmos/v1/allocations/<name>        AllocationRecord, written by the leader in a transaction that compares its term
+  /llmos/v1/assignments/<worker id>   AssignmentRecord, likewise: which models a worker holds, where, within what budget
+  /llmos/v1/service                   ServiceRecord, likewise: how much service each tenant has had
 """
 
 import builtins
@@ -136,3 +139,140 @@ class SchedulerRecord(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["address", b"address", "host", b"host", "pid", b"pid", "scheduler_id", b"scheduler_id"]) -> None: ...
 
 global___SchedulerRecord = SchedulerRecord
+
+@typing.final
+class AllocationRecord(google.protobuf.message.Message):
+    """A promise of resources."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALLOCATION_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    term: builtins.int
+    """Term of the leader that wrote it."""
+    @property
+    def allocation(self) -> llmos.v1.fleet_pb2.Allocation:
+        """The promise."""
+
+    def __init__(
+        self,
+        *,
+        allocation: llmos.v1.fleet_pb2.Allocation | None = ...,
+        term: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["allocation", b"allocation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allocation", b"allocation", "term", b"term"]) -> None: ...
+
+global___AllocationRecord = AllocationRecord
+
+@typing.final
+class AssignmentRecord(google.protobuf.message.Message):
+    """What a worker ought to hold."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    ASSIGNMENTS_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    worker_id: builtins.str
+    """The worker."""
+    term: builtins.int
+    """Term of the leader that wrote it."""
+    @property
+    def assignments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Assignment]:
+        """Models on devices."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: builtins.str = ...,
+        assignments: collections.abc.Iterable[global___Assignment] | None = ...,
+        term: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignments", b"assignments", "term", b"term", "worker_id", b"worker_id"]) -> None: ...
+
+global___AssignmentRecord = AssignmentRecord
+
+@typing.final
+class Assignment(google.protobuf.message.Message):
+    """A model, or a job, on a device."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    ALLOCATION_FIELD_NUMBER: builtins.int
+    DEVICE_ID_FIELD_NUMBER: builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """Name of the model; empty for a job."""
+    version: builtins.str
+    """Version."""
+    allocation: builtins.str
+    """Name of the allocation behind it; empty: loaded because there was room."""
+    device_id: builtins.str
+    """Device."""
+    budget_bytes: builtins.int
+    """Bytes of device memory that it may take."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        version: builtins.str = ...,
+        allocation: builtins.str = ...,
+        device_id: builtins.str = ...,
+        budget_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocation", b"allocation", "budget_bytes", b"budget_bytes", "device_id", b"device_id", "model", b"model", "version", b"version"]) -> None: ...
+
+global___Assignment = Assignment
+
+@typing.final
+class ServiceRecord(google.protobuf.message.Message):
+    """Service that tenants have had: outlives a leader, so that fairness does."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: builtins.int
+    TENANTS_FIELD_NUMBER: builtins.int
+    term: builtins.int
+    """Term of the leader that wrote it."""
+    @property
+    def tenants(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TenantService]:
+        """Counters."""
+
+    def __init__(
+        self,
+        *,
+        term: builtins.int = ...,
+        tenants: collections.abc.Iterable[global___TenantService] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tenants", b"tenants", "term", b"term"]) -> None: ...
+
+global___ServiceRecord = ServiceRecord
+
+@typing.final
+class TenantService(google.protobuf.message.Message):
+    """One tenant's virtual token counter in one class."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    VIRTUAL_TOKENS_FIELD_NUMBER: builtins.int
+    priority: llmos.v1.fleet_pb2.PriorityClass.ValueType
+    """Class of service."""
+    tenant: builtins.str
+    """Tenant."""
+    virtual_tokens: builtins.float
+    """Tokens charged, divided by its weight."""
+    def __init__(
+        self,
+        *,
+        priority: llmos.v1.fleet_pb2.PriorityClass.ValueType = ...,
+        tenant: builtins.str = ...,
+        virtual_tokens: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["priority", b"priority", "tenant", b"tenant", "virtual_tokens", b"virtual_tokens"]) -> None: ...
+
+global___TenantService = TenantService

@@ -6,6 +6,9 @@ Internal: records in etcd, stored as protobuf's JSON so that etcdctl shows them 
   /llmos/v1/workers/<worker id>       WorkerRecord, under the worker's lease
   /llmos/v1/schedulers/<id>           SchedulerRecord, under the scheduler's lease
   /llmos/v1/leader                    election; the value is the leader's SchedulerRecord
+  /llmos/v1/allocations/<name>        AllocationRecord, written by the leader in a transaction that compares its term
+  /llmos/v1/assignments/<worker id>   AssignmentRecord, likewise: which models a worker holds, where, within what budget
+  /llmos/v1/service                   ServiceRecord, likewise: how much service each tenant has had
 """
 
 import abc

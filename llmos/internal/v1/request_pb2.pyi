@@ -227,6 +227,28 @@ class TraceContext(google.protobuf.message.Message):
 global___TraceContext = TraceContext
 
 @typing.final
+class TenantQuota(google.protobuf.message.Message):
+    """Limits of a tenant over the whole fleet; 0: none."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_REQUESTS_FIELD_NUMBER: builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: builtins.int
+    max_requests: builtins.int
+    """Requests that wait or run."""
+    tokens_per_minute: builtins.int
+    """Tokens charged per minute, prompts included."""
+    def __init__(
+        self,
+        *,
+        max_requests: builtins.int = ...,
+        tokens_per_minute: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_requests", b"max_requests", "tokens_per_minute", b"tokens_per_minute"]) -> None: ...
+
+global___TenantQuota = TenantQuota
+
+@typing.final
 class Request(google.protobuf.message.Message):
     """A request as scheduler and workers know it. No text: the gateway renders, tokenizes and detokenizes."""
 
@@ -255,6 +277,8 @@ class Request(google.protobuf.message.Message):
     CONSTRAINT_FIELD_NUMBER: builtins.int
     TASK_FIELD_NUMBER: builtins.int
     FIRST_TEXT_TOKENS_FIELD_NUMBER: builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: builtins.int
+    QUOTA_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Unguessable, unique."""
     tenant: builtins.str
@@ -287,6 +311,8 @@ class Request(google.protobuf.message.Message):
     """What is asked for. Tasks other than generation have one output, with `values`."""
     first_text_tokens: builtins.int
     """Embed, classify, score: length of the first of two texts in `token_ids`; 0: there is one text."""
+    tenant_weight: builtins.int
+    """Weight of the tenant in the fair shares of its class; 0: 1."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The rendered prompt."""
@@ -315,6 +341,10 @@ class Request(google.protobuf.message.Message):
     def constraint(self) -> llmos.v1.inference_pb2.Constraint:
         """What the output must look like."""
 
+    @property
+    def quota(self) -> global___TenantQuota:
+        """Tenant's limits, from its key; unset: none."""
+
     def __init__(
         self,
         *,
@@ -341,9 +371,11 @@ class Request(google.protobuf.message.Message):
         constraint: llmos.v1.inference_pb2.Constraint | None = ...,
         task: global___Task.ValueType = ...,
         first_text_tokens: builtins.int = ...,
+        tenant_weight: builtins.int = ...,
+        quota: global___TenantQuota | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["constraint", b"constraint", "sampling", b"sampling", "trace", b"trace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_version", b"adapter_version", "choices", b"choices", "constraint", b"constraint", "deadline_ms", b"deadline_ms", "first_text_tokens", b"first_text_tokens", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "model", b"model", "model_version", b"model_version", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "source", b"source", "stop_token_ids", b"stop_token_ids", "task", b"task", "tenant", b"tenant", "token_ids", b"token_ids", "tokenizer_hash", b"tokenizer_hash", "trace", b"trace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["constraint", b"constraint", "quota", b"quota", "sampling", b"sampling", "trace", b"trace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "adapter_version", b"adapter_version", "choices", b"choices", "constraint", b"constraint", "deadline_ms", b"deadline_ms", "first_text_tokens", b"first_text_tokens", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "model", b"model", "model_version", b"model_version", "prefix_hashes", b"prefix_hashes", "priority", b"priority", "quota", b"quota", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "source", b"source", "stop_token_ids", b"stop_token_ids", "task", b"task", "tenant", b"tenant", "tenant_weight", b"tenant_weight", "token_ids", b"token_ids", "tokenizer_hash", b"tokenizer_hash", "trace", b"trace"]) -> None: ...
 
 global___Request = Request
 

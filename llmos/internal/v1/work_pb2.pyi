@@ -56,6 +56,8 @@ class Command(google.protobuf.message.Message):
     LOAD_FIELD_NUMBER: builtins.int
     UNLOAD_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
+    RESEND_CACHE_FIELD_NUMBER: builtins.int
+    SET_PRIORITY_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___SchedulerHello:
         """Comes first."""
@@ -82,7 +84,15 @@ class Command(google.protobuf.message.Message):
 
     @property
     def drain(self) -> global___Drain:
-        """Take nothing new, finish what runs."""
+        """Take nothing new, finish what runs; or take new work again."""
+
+    @property
+    def resend_cache(self) -> global___ResendCache:
+        """Name all that a model's prefix cache holds again, from number 1: a change was missed."""
+
+    @property
+    def set_priority(self) -> global___SetPriority:
+        """Change the class of a running attempt."""
 
     def __init__(
         self,
@@ -94,10 +104,12 @@ class Command(google.protobuf.message.Message):
         load: global___LoadModel | None = ...,
         unload: global___UnloadModel | None = ...,
         drain: global___Drain | None = ...,
+        resend_cache: global___ResendCache | None = ...,
+        set_priority: global___SetPriority | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "dispatch", b"dispatch", "drain", b"drain", "finish", b"finish", "hello", b"hello", "load", b"load", "order", b"order", "unload", b"unload"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "dispatch", b"dispatch", "drain", b"drain", "finish", b"finish", "hello", b"hello", "load", b"load", "order", b"order", "unload", b"unload"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["order", b"order"]) -> typing.Literal["hello", "dispatch", "cancel", "finish", "load", "unload", "drain"] | None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "dispatch", b"dispatch", "drain", b"drain", "finish", b"finish", "hello", b"hello", "load", b"load", "order", b"order", "resend_cache", b"resend_cache", "set_priority", b"set_priority", "unload", b"unload"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "dispatch", b"dispatch", "drain", b"drain", "finish", b"finish", "hello", b"hello", "load", b"load", "order", b"order", "resend_cache", b"resend_cache", "set_priority", b"set_priority", "unload", b"unload"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["order", b"order"]) -> typing.Literal["hello", "dispatch", "cancel", "finish", "load", "unload", "drain", "resend_cache", "set_priority"] | None: ...
 
 global___Command = Command
 
@@ -231,11 +243,64 @@ class Drain(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    UNDO_FIELD_NUMBER: builtins.int
+    undo: builtins.bool
+    """Take new work again instead."""
     def __init__(
         self,
+        *,
+        undo: builtins.bool = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["undo", b"undo"]) -> None: ...
 
 global___Drain = Drain
+
+@typing.final
+class ResendCache(google.protobuf.message.Message):
+    """Asks for a model's whole prefix cache."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """Name of the model."""
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+global___ResendCache = ResendCache
+
+@typing.final
+class SetPriority(google.protobuf.message.Message):
+    """Changes the class of a running attempt."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The request."""
+    priority: llmos.v1.fleet_pb2.PriorityClass.ValueType
+    """The new class."""
+    @property
+    def epoch(self) -> llmos.internal.v1.request_pb2.Epoch:
+        """Its attempt."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        epoch: llmos.internal.v1.request_pb2.Epoch | None = ...,
+        priority: llmos.v1.fleet_pb2.PriorityClass.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "priority", b"priority", "request_id", b"request_id"]) -> None: ...
+
+global___SetPriority = SetPriority
 
 @typing.final
 class AttachResponse(google.protobuf.message.Message):

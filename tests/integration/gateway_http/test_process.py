@@ -129,6 +129,8 @@ async def refused(url: str) -> None:
                     await http.get("/health")
             except httpx.ConnectError:
                 return
+            except httpx.TransportError:
+                pass  # taken from the backlog of the listener that closes: not an answer, nor a refusal yet
             await asyncio.sleep(0.02)
 
 
