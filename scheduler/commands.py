@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
@@ -55,10 +56,45 @@ class HangUp:
 
 @dataclass(frozen=True, slots=True)
 class StartAttempt:
-    """Send a dispatch. The shell opens the attempt's span first and writes its context into `dispatch.trace`."""
+    """Send a dispatch: a request as it stands now. The shell opens the attempt's span first.
+
+    The message is written by whoever sends it, once and where it is sent from: copies of long prompts are most of what
+    a decision would cost.
+    """
 
     worker_id: str
-    dispatch: work_pb2.Dispatch
+    request: request_pb2.Request
+    """As submitted; not to be changed."""
+    epoch: request_pb2.Epoch
+    model_version: str
+    adapter_version: str = ""
+    resume: Sequence[request_pb2.ChoiceResume] = ()
+    """What has been generated so far; replaces the request's own."""
+    deadline_ms: int = 0
+    """Milliseconds left; 0: no deadline."""
+
+    def write(self, into: work_pb2.Dispatch, trace: request_pb2.TraceContext | None = None) -> None:
+        """Fill an empty message. `trace` is the context of the attempt's span."""
+        into.epoch.CopyFrom(self.epoch)
+        request = into.request
+        request.MergeFrom(self.request)
+        request.model_version = self.model_version
+        if self.adapter_version:
+            request.adapter_version = self.adapter_version
+        if request.resume:
+            del request.resume[:]
+        request.resume.extend(self.resume)
+        if self.deadline_ms:
+            request.deadline_ms = self.deadline_ms
+        if trace is not None:
+            into.trace.CopyFrom(trace)
+
+    @property
+    def dispatch(self) -> work_pb2.Dispatch:
+        """The message, made anew."""
+        message = work_pb2.Dispatch()
+        self.write(message)
+        return message
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 from llmos.errors import Unavailable
 from scheduler.commands import StartAttempt
 from scheduler.events import DeadlinePassed, Event, Sweep
 from scheduler.lifecycle import fail, forget_claim
 from scheduler.loads import adapter_is_lost, want_adapter
 from scheduler.members import refresh_catalogue
-from scheduler.requests import Attempt, LiveRequest, ModelKey
+from scheduler.placement import Option
+from scheduler.requests import BLOCK_TOKENS, Attempt, LiveRequest, ModelKey
 from scheduler.state import Outbox, State
-from scheduler.workers import HOPELESS, WorkerView
+from scheduler.workers import HOPELESS
 
 SWEEP_S = 1.0
+_FADE_AT_ONCE = 32
 _SPARE_TIMERS = 64
 """So many pointless timers are not worth a walk over all."""
 
 
 def place_waiting(state: State, now: float, out: Outbox) -> None:
     """Start whatever fits, for the models where something has changed."""
-    if not state.freed and not state.looking:
+    if not state.looking:
         return
 
     def start(live: LiveRequest) -> bool:
         if live.request.resume and not state.settled:
             return False  # the worker that runs it may be about to say so
-        worker = state.placement.place(live)
-        if worker is None:
+        option = state.placement.place(live)
+        if option is None:
             return False
-        _start(state, live, worker, now, out)
+        _start(state, live, option, now, out)
         return True
 
-    for key in sorted(state.freed.keys() | state.looking):
+    for key in sorted(state.looking) if len(state.looking) > 1 else list(state.looking):
         admission = state.waiting.admit(key, start, state.reach(key), state.absent)
         state.drain.count(now, admission.taken)
         _want_adapters(state, admission.wanting, now, out)
-    state.freed.clear()
     state.looking.clear()
 
 
@@ -48,25 +52,57 @@ def _want_adapters(state: State, wanting: list[LiveRequest], now: float, out: Ou
             kept.add(live.adapter)
 
 
-def _start(state: State, live: LiveRequest, worker: WorkerView, now: float, out: Outbox) -> None:
+def _start(state: State, live: LiveRequest, option: Option, now: float, out: Outbox) -> None:
     live.attempts += 1
-    adapter = live.adapter[0] if live.adapter is not None else ""
-    attempt = Attempt(state.term, live.attempts, worker.id, live.blocks, live.key[0], adapter)
-    if adapter:
-        worker.slots[adapter].used_at = now
+    worker = option.worker
+    attempt = _attempt(state, live, option, now)
+    if attempt.adapter:
+        worker.slots[attempt.adapter].used_at = now
     if state.claims.get(live.id) != worker.id:
         forget_claim(state, live.id, out, tell=True)
     state.claims.pop(live.id, None)
     worker.set_aside(live.id, attempt)
-    state.room_taken(worker, worker.slots[attempt.model])
+    state.room_changed(worker, option.slot)
     live.attempt = attempt
-    out.append(StartAttempt(worker.id, live.dispatch(now)))
+    out.append(_order(live, attempt, now))
+
+
+def _attempt(state: State, live: LiveRequest, option: Option, now: float) -> Attempt:
+    worker = option.worker
+    return Attempt(
+        state.term,
+        live.attempts,
+        worker.id,
+        live.blocks,
+        live.key[0],
+        adapter=live.adapter[0] if live.adapter is not None else "",
+        tenant=live.request.tenant,
+        sequences=sum([not choice.finished for choice in live.choices]),
+        uncached=option.uncached,
+        met=(worker.load.ahead, worker.load.decoding),
+        begun_at=now,
+        expected=state.prefixes.expect(worker.id, live.prefix, option.cached // BLOCK_TOKENS),
+    )
+
+
+def _order(live: LiveRequest, attempt: Attempt, now: float) -> StartAttempt:
+    """The request with current progress, version and remaining time."""
+    return StartAttempt(
+        attempt.worker_id,
+        live.request,
+        attempt.epoch,
+        model_version=live.key[1],
+        adapter_version=live.adapter[1] if live.adapter is not None else "",
+        resume=tuple(live.resume()),
+        deadline_ms=max(1, int((live.deadline_at - now) * 1000)) if live.deadline_at < math.inf else 0,
+    )
 
 
 def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     """Once a second: end requests that no worker is left for, forget models that are gone, look once more."""
     state.timers.at(now + SWEEP_S, Sweep())
     refresh_catalogue(state, now, out)
+    _let_experience_fade(state, now)
     _give_up_stranded(state, now, out)
     _give_up_adapters(state, out)
     _forget_deadlines(state)
@@ -84,6 +120,13 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     for live in list(state.parked.values()):
         if now - live.accepted_at >= state.policy.no_worker_grace_s:
             fail(state, live, _nobody(), out)
+
+
+def _let_experience_fade(state: State, now: float) -> None:
+    """A worker that nobody is sent to gets another chance; a few of them each time."""
+    slots = (slot for worker in state.workers.values() for slot in worker.slots.values())
+    for slot in itertools.islice((slot for slot in slots if slot.times.first_token.stale(now)), _FADE_AT_ONCE):
+        slot.times.first_token.refresh(now)
 
 
 def _give_up_stranded(state: State, now: float, out: Outbox) -> None:

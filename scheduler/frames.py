@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmos.errors import AttemptLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import members
+from scheduler import learning, members
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -19,11 +19,15 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
     if worker is None or not worker.connected:
         return
     frame = event.frame
+    if frame.outputs:
+        learning.stepped(worker, frame, now)
     if frame.step != worker.step or not frame.busy:
         worker.step_at = now
     worker.step, worker.busy = frame.step, frame.busy
     if frame.draining != worker.draining:
         members.set_draining(state, worker, frame.draining)
+    if frame.cache:
+        learning.cache_changed(state, worker, frame.cache, out)
     if frame.models:
         members.models_changed(state, worker, frame.models, now, out)
     for output in frame.outputs:
@@ -65,7 +69,7 @@ def _output(state: State, worker: WorkerView, output: request_pb2.Output, now: f
     if choice.finished or output.index < len(choice.tokens):
         state.counters["repeated_outputs"] += 1
         return
-    if _take(state, worker, live, attempt, output, out) and live.finished:
+    if _take(state, worker, live, attempt, output, now, out) and live.finished:
         complete(state, live, out)
 
 
@@ -92,10 +96,18 @@ def _fault(live: LiveRequest, output: request_pb2.Output) -> str:
 
 
 def _take(
-    state: State, worker: WorkerView, live: LiveRequest, attempt: Attempt, output: request_pb2.Output, out: Outbox
+    state: State,
+    worker: WorkerView,
+    live: LiveRequest,
+    attempt: Attempt,
+    output: request_pb2.Output,
+    now: float,
+    out: Outbox,
 ) -> bool:
     """Remember the next tokens of a choice and pass them on; whether that was its end."""
     choice = live.choices[output.choice]
+    if not attempt.started:
+        learning.first_output(state, worker, live, attempt, output, now)
     tokens = output.token_ids
     if tokens:
         if attempt.produced == 0:

@@ -59,6 +59,7 @@ def drop_attempt(state: State, live: LiveRequest, error: str, out: Outbox, *, te
     worker = state.workers.get(attempt.worker_id)
     if worker is not None and live.id in worker.running:
         worker.release(live.id)
+        state.prefixes.settle(worker.id, attempt.model, attempt.expected)
         state.room_changed(worker, worker.slots[attempt.model])
         if tell and worker.connected:
             cancel = work_pb2.CancelAttempt(request_id=live.id, epoch=attempt.epoch)

@@ -11,6 +11,7 @@ from scheduler.commands import Dial, HangUp, Order, SendCatalogue
 from scheduler.lifecycle import forget_claim, migrate
 from scheduler.loads import order_loads
 from scheduler.state import Outbox, State
+from scheduler.timing import Times
 from scheduler.workers import AVAILABLE, ModelSlot, WorkerView
 
 _SETTLE_AGAIN_S = 0.25
@@ -29,6 +30,7 @@ def registered(state: State, event: events.WorkerRegistered, now: float, out: Ou
     worker.registered = True
     fresh = [ModelSlot(model) for model in record.models if model.model.name not in worker.slots]
     for slot in fresh:
+        slot.times = Times(state.times_of(slot.key))
         # What comes into the record of a worker that has reported already is there to be loaded.
         slot.state = AVAILABLE if worker.connected else slot.state
         worker.slots[slot.key[0]] = slot
@@ -63,6 +65,7 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     worker.draining = False
     worker.attachments += 1
     worker.step_at = now
+    state.prefixes.clear(worker.id)
     worker.fingerprint = event.report.numerics_fingerprint
     state.standing_changed(worker)
     for slot in worker.slots.values():
@@ -88,12 +91,13 @@ def detached(state: State, event: events.WorkerDetached, now: float, out: Outbox
 
 def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> None:
     worker.connected = False
+    state.prefixes.clear(worker.id)
     state.standing_changed(worker)
     for request_id in worker.unclaimed:
         state.claims.pop(request_id, None)
     worker.unclaimed.clear()
     for slot in worker.slots.values():
-        state.lost_room(worker.id, slot.key)
+        state.lost_room(worker.id, slot)
     for request_id in list(worker.running):
         state.counters["migrations"] += 1
         migrate(state, state.requests[request_id], f"worker lost: {reason}", out, tell=False)
@@ -101,6 +105,7 @@ def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> N
 
 def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
     del state.workers[worker.id]
+    state.prefixes.forget(worker.id)
     state.standing_changed(worker)
     out.append(HangUp(worker.id))
 

@@ -1,33 +1,57 @@
 """Where a request runs: candidates -> filter -> score -> pick. Each stage is a protocol of one method.
 
-Cost does not grow with the fleet: at most `Policy.candidates` workers are looked at.
+Cost does not grow with the fleet: at most `Policy.candidates` workers are looked at. Scores are costs in seconds, with
+a minus: what a request is expected to wait on a worker, and what else is weighed against that. What was sent a moment
+ago counts at once, so that nobody herds: a hot prefix stays on its holder for as long as waiting there costs less than
+computing it again elsewhere. Why these stages and scores: docs/decisions/0013-placement.md.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from scheduler.requests import LiveRequest, ModelKey
-from scheduler.workers import WorkerPool, WorkerView
+from scheduler.policy import PlacementWeights
+from scheduler.pools import WorkerPool
+from scheduler.prefix_index import Match, PrefixIndex
+from scheduler.requests import BLOCK_TOKENS, LiveRequest, ModelKey
+from scheduler.workers import ModelSlot, WorkerView
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """A request that looks for a worker."""
 
     live: LiveRequest
     blocks: int
     """KV blocks to be set aside for it."""
+    tokens: int
+    """To be computed before its next output, if nothing is cached."""
+    match: Match
+    """Who has how much of its prompt cached."""
+    salt: int
+    """A number of its own, for picking evenly."""
+
+
+@dataclass(slots=True)
+class Option:
+    """A worker that could take a request."""
+
+    worker: WorkerView
+    slot: ModelSlot
+    cached: int
+    """Tokens of the prompt that are cached there."""
+    uncached: int
+    """Tokens to be computed there; at least 1."""
 
 
 class CandidateSource(Protocol):
     """Names workers worth looking at, likeliest first."""
 
-    def candidates(self, ask: Ask) -> Iterable[WorkerView]:
-        """May repeat workers, and name ones that cannot take the request."""
+    def candidates(self, ask: Ask) -> Iterable[str]:
+        """Ids. May repeat workers, and name ones that cannot take the request."""
         ...
 
 
@@ -40,18 +64,18 @@ class Filter(Protocol):
 
 
 class Scorer(Protocol):
-    """Rates a worker that could take a request."""
+    """Rates workers that could take a request."""
 
-    def score(self, ask: Ask, worker: WorkerView) -> float:
-        """Higher is better; 0 to 1 before weighting."""
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        """One for each option, higher is better, never above 0; empty if the request has no preference."""
         ...
 
 
 class Picker(Protocol):
     """Chooses among rated workers."""
 
-    def pick(self, ask: Ask, rated: Sequence[tuple[float, WorkerView]]) -> WorkerView:
-        """`rated` is not empty."""
+    def pick(self, ask: Ask, options: Sequence[Option], scores: Sequence[float]) -> Option:
+        """Both are equally long and not empty."""
         ...
 
 
@@ -59,30 +83,48 @@ class Picker(Protocol):
 class Placement:
     """The stages, put together."""
 
+    index: RoomIndex
     sources: Sequence[CandidateSource]
     filters: Sequence[Filter]
     scorers: Sequence[tuple[float, Scorer]]
     picker: Picker
     most: int
 
-    def place(self, live: LiveRequest) -> WorkerView | None:
+    def place(self, live: LiveRequest) -> Option | None:
         """The worker to send `live` to now; None if it has to wait."""
-        ask = Ask(live, live.blocks)
-        rated = [(self._score(ask, worker), worker) for worker in self._fitting(ask)]
-        return self.picker.pick(ask, rated) if rated else None
+        if not self.index.may_fit(live):
+            return None
+        match = self.index.prefixes.match(live.prefix) if live.prefix else ()
+        ask = Ask(live, live.blocks, live.known_tokens, match, zlib.crc32(live.id.encode()))
+        options = self._fitting(ask)
+        if len(options) < 2:
+            return options[0] if options else None
+        return self.picker.pick(ask, options, self._score(ask, options))
 
-    def _fitting(self, ask: Ask) -> list[WorkerView]:
-        fitting: dict[str, WorkerView] = {}
+    def _fitting(self, ask: Ask) -> list[Option]:
+        seen: set[str] = set()
+        fitting: list[Option] = []
+        workers, model = self.index.workers, ask.live.key[0]
         for source in self.sources:
-            for worker in source.candidates(ask):
-                if worker.id not in fitting and all(f.admits(ask, worker) for f in self.filters):
-                    fitting[worker.id] = worker
-                if len(fitting) >= self.most:
-                    return list(fitting.values())
-        return list(fitting.values())
+            for worker_id in source.candidates(ask):
+                if worker_id in seen:
+                    continue
+                seen.add(worker_id)
+                worker = workers.get(worker_id)
+                if worker is not None and all(f.admits(ask, worker) for f in self.filters):
+                    cached = self.index.cached(ask, worker_id) if ask.match else 0
+                    fitting.append(Option(worker, worker.slots[model], cached, max(1, ask.tokens - cached)))
+                    if len(fitting) >= self.most:
+                        return fitting
+        return fitting
 
-    def _score(self, ask: Ask, worker: WorkerView) -> float:
-        return sum(weight * scorer.score(ask, worker) for weight, scorer in self.scorers)
+    def _score(self, ask: Ask, options: Sequence[Option]) -> list[float]:
+        totals = [0.0] * len(options)
+        for weight, scorer in self.scorers:
+            scores = scorer.scores(ask, options)
+            if scores:
+                totals = [total + weight * score for total, score in zip(totals, scores, strict=True)]
+        return totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +134,26 @@ class RoomIndex:
     workers: Mapping[str, WorkerView]
     pools: Mapping[ModelKey, WorkerPool]
     """Usable workers with a free block; of an adapter, those that have it loaded."""
-    freed: Mapping[ModelKey, Set[str]]
-    """Workers whose room just grew."""
-    looking: Set[ModelKey]
-    """Models for which all of `pools` is to be considered; for others nothing but `freed` can have changed."""
+    prefixes: PrefixIndex
     claims: Mapping[str, str]
     """Request id to the worker that reported to run it."""
+
+    def pool(self, live: LiveRequest) -> WorkerPool | None:
+        """Workers to choose from."""
+        return self.pools.get(live.adapter or live.key)
+
+    def may_fit(self, live: LiveRequest) -> bool:
+        """False: certainly nobody has room."""
+        pool = self.pool(live)
+        return (pool is not None and pool.most_room >= live.blocks) or live.id in self.claims
+
+    def cached(self, ask: Ask, worker_id: str) -> int:
+        """Tokens of the prompt that a worker has cached."""
+        bit = self.prefixes.bit(worker_id)
+        for length, bits in ask.match:
+            if bits & bit:
+                return length * BLOCK_TOKENS
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,82 +162,191 @@ class Home:
 
     index: RoomIndex
 
-    def candidates(self, ask: Ask) -> Iterable[WorkerView]:
-        worker = self.index.workers.get(self.index.claims.get(ask.live.id, ""))
-        return () if worker is None else (worker,)
+    def candidates(self, ask: Ask) -> Iterable[str]:
+        home = self.index.claims.get(ask.live.id)
+        return () if home is None or home not in self.index.workers else (home,)
 
-    def score(self, ask: Ask, worker: WorkerView) -> float:
-        return float(self.index.claims.get(ask.live.id) == worker.id)
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        home = self.index.claims.get(ask.live.id)
+        return () if home is None else [-float(option.worker.id != home) for option in options]
 
 
 @dataclass(frozen=True, slots=True)
-class Roomy:
-    """Workers with room: those where blocks just became free, then an even handful of the others."""
+class Holders:
+    """Workers that have most of the prompt cached, each time others of them."""
 
     index: RoomIndex
     count: int
 
-    def candidates(self, ask: Ask) -> Iterable[WorkerView]:
-        workers = self.index.workers
-        for worker_id in sorted(self.index.freed.get(ask.live.key, ()))[: self.count]:
-            yield workers[worker_id]
-        pool = self.index.pools.get(ask.live.adapter or ask.live.key)
-        if pool is not None and ask.live.key in self.index.looking:
-            # More than will be scored: some may be too full for a large request.
-            for worker_id in pool.draw(4 * self.count, ask.live.id):
-                yield workers[worker_id]
+    def candidates(self, ask: Ask) -> Iterable[str]:
+        left, before = self.count, 0
+        for _, bits in ask.match:
+            found = self.index.prefixes.workers(bits & ~before, left, ask.salt)
+            yield from found
+            left, before = left - len(found), bits
+            if left <= 0:
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class LeastLoaded:
+    """Workers with the least to do."""
+
+    index: RoomIndex
+    count: int
+
+    def candidates(self, ask: Ask) -> Iterable[str]:
+        pool = self.index.pool(ask.live)
+        return () if pool is None else pool.least_loaded(self.count, ask.salt)
+
+
+@dataclass(frozen=True, slots=True)
+class Handful:
+    """An even handful: whoever is overlooked by the others is found, and its speed stays known."""
+
+    index: RoomIndex
+    count: int
+
+    def candidates(self, ask: Ask) -> Iterable[str]:
+        pool = self.index.pool(ask.live)
+        return () if pool is None else pool.draw(self.count, ask.salt >> 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Roomiest:
+    """Workers with the most free blocks: a large request is placed if it fits anywhere."""
+
+    index: RoomIndex
+    count: int
+
+    def candidates(self, ask: Ask) -> Iterable[str]:
+        pool = self.index.pool(ask.live)
+        return () if pool is None else pool.roomiest(self.count, ask.salt, ask.blocks)
 
 
 class HasRoom:
     """Capacity is never exceeded: model and adapter are loaded, the worker takes work, enough blocks are free."""
 
     def admits(self, ask: Ask, worker: WorkerView) -> bool:
-        slot = worker.slot_for(ask.live.key)
+        live = ask.live
+        slot = worker.slot_for(live.key)
         if slot is None or not worker.usable:
             return False
-        if ask.live.adapter is not None and not worker.loaded(ask.live.adapter):
+        if live.adapter is not None and not worker.loaded(live.adapter):
             return False
-        return slot.fits(ask.blocks, ask.blocks if ask.live.id in worker.unclaimed else 0)
+        return slot.fits(ask.blocks, ask.blocks if live.id in worker.unclaimed else 0)
 
 
 class Untried:
     """A worker on which this request has not been lost before."""
 
-    def score(self, ask: Ask, worker: WorkerView) -> float:
-        return float(worker.id not in ask.live.tried)
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        tried = ask.live.tried
+        return [-float(option.worker.id in tried) for option in options] if tried else ()
 
 
 class SameNumerics:
     """Continues with the same bytes; any worker does for a request without tokens."""
 
-    def score(self, ask: Ask, worker: WorkerView) -> float:
-        return float(not ask.live.fingerprint or ask.live.fingerprint == worker.fingerprint)
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        wanted = ask.live.fingerprint
+        return [-float(option.worker.fingerprint != wanted) for option in options] if wanted else ()
 
 
-class Headroom:
-    """The share of KV blocks that stays free."""
+class FirstTokenSoon:
+    """Predicted seconds to the first token: what the worker has to do, what it has cached, and how fast it is."""
 
-    def score(self, ask: Ask, worker: WorkerView) -> float:
-        slot = worker.slots[ask.live.key[0]]
-        return max(0.0, slot.available - ask.blocks) / max(1, slot.total_blocks)
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        return [
+            -option.slot.times.first_token.seconds(
+                option.uncached, option.worker.load.ahead, option.worker.load.decoding
+            )
+            for option in options
+        ]
 
 
+class LittleDisturbance:
+    """Seconds by which the prompt's uncached part holds up streams that run there, all together."""
+
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        return [
+            -option.slot.times.first_token.per_token * option.uncached * option.worker.load.decoding
+            for option in options
+        ]
+
+
+class FastDecode:
+    """Predicted seconds of decoding the answer, with one sequence more than now."""
+
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        tokens = min(ask.live.request.max_tokens, _ANSWER_TOKENS)
+        return [
+            -tokens * option.slot.times.step.seconds(option.worker.load.decoding + 1, prefilling=False)
+            for option in options
+        ]
+
+
+class Overlap:
+    """The share of the prompt that is not cached."""
+
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        return [option.cached / ask.tokens - 1.0 for option in options] if ask.match else ()
+
+
+class LowPressure:
+    """The share of KV blocks that is taken afterwards, squared: the last ones cost most, in evictions."""
+
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        return [-((1.0 - (o.slot.available - ask.blocks) / (o.slot.total_blocks or 1)) ** 2) for o in options]
+
+
+class TenantSpread:
+    """The share of the worker's attempts that are the tenant's own: one worker's loss hits few of anybody's."""
+
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        tenant = ask.live.request.tenant
+        return [-option.worker.tenants[tenant] / (len(option.worker.running) + 1) for option in options]
+
+
+@dataclass(frozen=True, slots=True)
 class BestThenSpread:
-    """The best score; ties are spread by a hash of request and worker, so that equals share the load."""
+    """The best score; those that differ by less than predictions err share the load, by a hash of the request."""
 
-    def pick(self, ask: Ask, rated: Sequence[tuple[float, WorkerView]]) -> WorkerView:
-        best = max(score for score, _ in rated)
-        tied = [worker for score, worker in rated if score >= best - 1e-9]
-        return max(tied, key=lambda worker: zlib.crc32(f"{ask.live.id}/{worker.id}".encode()))
+    share: float
+    limit_s: float
+
+    def pick(self, ask: Ask, options: Sequence[Option], scores: Sequence[float]) -> Option:
+        best = max(scores)
+        least = best - max(_INSTANT_S, min(self.share * -best, self.limit_s))
+        tied = [option for option, score in zip(options, scores, strict=True) if score >= least]
+        return tied[ask.salt % len(tied)]
 
 
-def default_placement(index: RoomIndex, candidates: int) -> Placement:
-    """Untried workers first, then equal numerics, then the warm one, then room."""
+_ANSWER_TOKENS = 256
+_INSTANT_S = 1e-3
+"""Differences below this are none."""
+
+
+def default_placement(index: RoomIndex, candidates: int, weights: PlacementWeights) -> Placement:
+    """Untried workers first, then equal numerics, then the warm one, then the least cost."""
+    few = max(1, candidates // 4)
     home = Home(index)
+    scorers: Sequence[tuple[float, Scorer]] = (
+        (weights.untried, Untried()),
+        (weights.numerics, SameNumerics()),
+        (weights.home, home),
+        (weights.ttft, FirstTokenSoon()),
+        (weights.disturbance, LittleDisturbance()),
+        (weights.decode, FastDecode()),
+        (weights.overlap, Overlap()),
+        (weights.pressure, LowPressure()),
+        (weights.spread, TenantSpread()),
+    )
     return Placement(
-        sources=(home, Roomy(index, candidates)),
+        index=index,
+        sources=(home, Holders(index, few), LeastLoaded(index, few), Roomiest(index, few), Handful(index, few)),
         filters=(HasRoom(),),
-        scorers=((100.0, Untried()), (10.0, SameNumerics()), (2.0, home), (1.0, Headroom())),
-        picker=BestThenSpread(),
+        scorers=[(weight, scorer) for weight, scorer in scorers if weight],
+        picker=BestThenSpread(weights.tie_share, weights.tie_limit_s),
         most=candidates,
     )

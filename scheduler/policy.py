@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementWeights:
+    """What counts how much where a request is placed, in seconds of its own waiting. 0 switches a score off."""
+
+    untried: float = 1e6
+    """A worker on which it was lost before."""
+    numerics: float = 1e5
+    """A worker on which it would not continue with the same bytes."""
+    home: float = 1e4
+    """Any other worker than the one that still runs its earlier attempt."""
+    ttft: float = 1.0
+    """Each second until its first token, as predicted."""
+    disturbance: float = 0.05
+    """Each second by which its prompt holds up a stream that runs there."""
+    decode: float = 0.02
+    """Each second of decoding its answer, as predicted."""
+    overlap: float = 0.002
+    """A prompt of which nothing is cached, over one that is cached."""
+    pressure: float = 0.005
+    """A worker whose KV blocks are all taken, over one with all blocks free."""
+    spread: float = 0.001
+    """A worker that runs nothing but the same tenant's requests."""
+    tie_share: float = 0.05
+    """Workers whose costs differ by less than this share count as equal: predictions are no better."""
+    tie_limit_s: float = 0.05
+    """The same in seconds, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +63,8 @@ class Policy:
     """How often a waiting request may be overtaken by one that fits."""
     candidates: int = 16
     """Most workers that are scored for one placement."""
+    weights: PlacementWeights = field(default_factory=PlacementWeights)
+    """What counts how much where a request is placed."""
     min_kv_tokens: int = 2048
     """Tokens of KV cache below which loading a model makes no sense (or its context, if shorter)."""
     adapter_slots: int = 16

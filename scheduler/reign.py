@@ -13,7 +13,7 @@ import grpc
 from llmos.clock import Clock
 from llmos.errors import EtcdError
 from llmos.etcd import EtcdClient
-from llmos.internal.v1 import requests_pb2, work_pb2
+from llmos.internal.v1 import requests_pb2
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2
 from scheduler import events
@@ -143,10 +143,12 @@ class Reign:
             assert isinstance(command, SendOutput)
             self.gateways.output(command.stream_id, command.output)
             return
+        if kind is StartAttempt:
+            assert isinstance(command, StartAttempt)
+            self.workers.dispatch(command, self._spans.started(command))
+            return
         self._spans.observe(command)
         match command:
-            case StartAttempt():
-                self.workers.order(command.worker_id, work_pb2.Command(dispatch=command.dispatch))
             case Order():
                 self.workers.order(command.worker_id, command.command)
             case SendFailure():

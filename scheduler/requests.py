@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.internal.v1 import request_pb2
 from llmos.v1 import inference_pb2
 
 BLOCK_TOKENS = 64
@@ -100,6 +100,18 @@ class Attempt:
     """Blocks of them that no frame of the worker reflects yet."""
     produced: int = 0
     """Tokens of this attempt."""
+    tenant: str = ""
+    sequences: int = 1
+    """Choices that it computes."""
+    uncached: int = 0
+    """Tokens to be computed before its first output, as far as is known when it begins."""
+    met: tuple[int, int] = (0, 0)
+    """What it found before it: tokens to be computed, and sequences that decoded."""
+    begun_at: float = 0.0
+    started: bool = False
+    """Its first output has come."""
+    expected: Sequence[int] = ()
+    """Prefix hashes that count as cached because it is going to cache them."""
 
     @property
     def epoch(self) -> request_pb2.Epoch:
@@ -130,6 +142,8 @@ class LiveRequest:
     """Workers that an attempt was lost or failed on."""
     fingerprint: str = ""
     """Numerics of the worker that produced the first tokens; empty before."""
+    prefix: Sequence[int] = ()
+    """Salted hashes of the prompt's full blocks."""
     adapter: ModelKey | None = None
     """The adapter to apply to the model of `key`, whose queue it waits in and whose blocks it takes."""
 
@@ -142,7 +156,8 @@ class LiveRequest:
         for resume in request.resume:
             choices[resume.choice] = Choice.resumed(resume)
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        return cls(request, gateway_id, stream_id, key, now, deadline, choices)
+        prefix = tuple(request.prefix_hashes)
+        return cls(request, gateway_id, stream_id, key, now, deadline, choices, prefix=prefix)
 
     @property
     def id(self) -> str:
@@ -164,25 +179,17 @@ class LiveRequest:
         """KV blocks that the choices still to be computed take at most."""
         return blocks_needed(self.request, sum(not choice.finished for choice in self.choices))
 
+    @property
+    def known_tokens(self) -> int:
+        """Tokens of the prompt and of choices to be continued: what is computed before the next output."""
+        done = sum([len(choice.tokens) for choice in self.choices if not choice.finished])
+        return len(self.request.token_ids) + done
+
     def resume(self) -> Iterator[request_pb2.ChoiceResume]:
         """What the next worker must know; choices without output are left out."""
         for index, choice in enumerate(self.choices):
             if choice.tokens or choice.finished:
                 yield request_pb2.ChoiceResume(choice=index, token_ids=choice.tokens, finished=choice.finished)
-
-    def dispatch(self, now: float) -> work_pb2.Dispatch:
-        """The order for the present attempt: the request with current progress, version and remaining time."""
-        assert self.attempt is not None
-        order = work_pb2.Dispatch(epoch=self.attempt.epoch)
-        order.request.CopyFrom(self.request)
-        order.request.model_version = self.key[1]
-        if self.adapter is not None:
-            order.request.adapter_version = self.adapter[1]
-        del order.request.resume[:]
-        order.request.resume.extend(self.resume())
-        if self.deadline_at < math.inf:
-            order.request.deadline_ms = max(1, int((self.deadline_at - now) * 1000))
-        return order
 
     def end_exhausted(self) -> list[int]:
         """Finish choices that have all their tokens but whose last word was lost; returns their numbers."""

@@ -39,11 +39,9 @@ class StageSpans:
         return len(self._open)
 
     def observe(self, command: Command) -> None:
-        """Take in a command before it is carried out. A dispatch gets the context of its attempt's span."""
+        """Take in a command before it is carried out. For dispatches there is `started`."""
         if isinstance(command, Queued):
             self._queued(command.request)
-        elif isinstance(command, StartAttempt):
-            self._started(command)
         elif isinstance(command, FirstToken):
             self._first_token(command.request_id)
         elif isinstance(command, AttemptOver):
@@ -66,10 +64,11 @@ class StageSpans:
         if entry.queue is None:
             entry.queue = self._start(entry, "queue", entry.parent)
 
-    def _started(self, command: StartAttempt) -> None:
-        entry = self._open.get(command.dispatch.request.request_id)
+    def started(self, command: StartAttempt) -> request_pb2.TraceContext | None:
+        """Open an attempt's span. Returns its context, for the dispatch; None for a request that is not known."""
+        entry = self._open.get(command.request.request_id)
         if entry is None:
-            return
+            return None
         if entry.queue is not None:
             self._telemetry.finish(entry.queue)
             entry.queue = None
@@ -82,14 +81,15 @@ class StageSpans:
                 REQUEST_ID: entry.request_id,
                 "gen_ai.request.model": entry.model,
                 "llmos.tenant": entry.tenant,
-                "llmos.attempt": command.dispatch.epoch.attempt,
-                "llmos.term": command.dispatch.epoch.term,
+                "llmos.attempt": command.epoch.attempt,
+                "llmos.term": command.epoch.term,
                 "llmos.worker": command.worker_id,
             },
         )
         entry.earlier.append(entry.attempt.get_span_context())
         entry.stage = self._start(entry, "prefill", entry.attempt.get_span_context())
-        command.dispatch.trace.traceparent, command.dispatch.trace.tracestate = trace_headers(entry.attempt)
+        traceparent, tracestate = trace_headers(entry.attempt)
+        return request_pb2.TraceContext(traceparent=traceparent, tracestate=tracestate)
 
     def _first_token(self, request_id: str) -> None:
         entry = self._open.get(request_id)

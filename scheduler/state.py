@@ -11,11 +11,14 @@ from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
 from scheduler.placement import Placement, RoomIndex, default_placement
 from scheduler.policy import Policy
+from scheduler.pools import WorkerPool
+from scheduler.prefix_index import PrefixIndex
 from scheduler.recent import Recent
 from scheduler.requests import LiveRequest, ModelKey
 from scheduler.timers import Timers
+from scheduler.timing import FleetTimes
 from scheduler.waiting import DrainRate, WaitingRoom
-from scheduler.workers import LOADED, ModelSlot, WorkerPool, WorkerView
+from scheduler.workers import LOADED, ModelSlot, WorkerView
 
 Outbox = list[Command]
 """Commands in the order in which they are to be carried out."""
@@ -52,10 +55,12 @@ class State:
     workers: dict[str, WorkerView] = field(default_factory=dict)
     pools: dict[ModelKey, WorkerPool] = field(default_factory=dict)
     """Usable workers with a free block, by model version; with an adapter loaded, by its version."""
-    freed: dict[ModelKey, set[str]] = field(default_factory=dict)
-    """Workers whose room grew since waiting requests were last offered to them."""
     looking: set[ModelKey] = field(default_factory=set)
-    """Models whose waiting requests are to be offered to all workers next, not only to `freed` ones."""
+    """Models whose waiting requests are to be looked at next: one came, or a worker's room grew."""
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+    """Who has which prefix cached."""
+    times: dict[ModelKey, FleetTimes] = field(default_factory=dict)
+    """How long all workers of a model take."""
     claims: dict[str, str] = field(default_factory=dict)
     """Request id to the worker that reported to run it and has not been told otherwise."""
     nobody_since: dict[ModelKey, float] = field(default_factory=dict)
@@ -85,8 +90,8 @@ class State:
         self.waiting = WaitingRoom(policy.lookahead, policy.bypass_limit)
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
-        indices = RoomIndex(self.workers, self.pools, self.freed, self.looking, self.claims)
-        self.placement = default_placement(indices, policy.candidates)
+        indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims)
+        self.placement = default_placement(indices, policy.candidates, policy.weights)
 
     def stream_of(self, live: LiveRequest) -> int | None:
         """Where its output goes now; None while its gateway is away or has not taken it up again."""
@@ -94,28 +99,52 @@ class State:
         return live.stream_id if gateway is not None and gateway.stream_id == live.stream_id else None
 
     def room_changed(self, worker: WorkerView, slot: ModelSlot) -> None:
-        """Keep `pools` and `freed` true after a slot, or its worker's standing, has changed."""
-        key = slot.key
-        # Requests for an adapter wait in its base's queue.
-        queue = worker.slots[slot.base].key if slot.base in worker.slots else key
-        if worker.usable and slot.state == LOADED and (slot.base or slot.available > 0):
-            self.pools.setdefault(key, WorkerPool()).add(worker.id)
-            self.freed.setdefault(queue, set()).add(worker.id)
-        else:
-            self.lost_room(worker.id, key)
+        """Keep `pools` true, and look at who waits, after a slot, its worker's load or standing has changed."""
+        if slot.base:
+            base = worker.slots.get(slot.base)
+            if base is not None:
+                self._file(worker, slot, base, base.key)
+            return
+        self._file(worker, slot, slot, slot.key)
+        if len(worker.slots) > 1:
+            for adapter in worker.slots.values():
+                if adapter.base == slot.key[0] and adapter.state == LOADED:
+                    self._file(worker, adapter, slot, slot.key)
 
-    def lost_room(self, worker_id: str, key: ModelKey) -> None:
+    def _file(self, worker: WorkerView, slot: ModelSlot, holder: ModelSlot, queue: ModelKey) -> None:
+        """Enter a slot into its pool, or take it out. `holder` has the blocks: the slot itself, or an adapter's base,
+        in whose `queue` its requests wait."""
+        room = holder.available
+        if not worker.usable or slot.state != LOADED or (room <= 0 and holder is slot):
+            self.lost_room(worker.id, slot)
+            return
+        pool = self.pools.get(slot.key)
+        if pool is None:
+            pool = self.pools[slot.key] = WorkerPool()
+        load = worker.load
+        backlog_s = holder.times.first_token.seconds(0, load.ahead, load.decoding)
+        pool.put(worker.id, int(1000 * backlog_s), max(0, room))
+        if room > slot.offered:
+            self.looking.add(queue)
+        slot.offered = room
+
+    def lost_room(self, worker_id: str, slot: ModelSlot) -> None:
         """A worker takes nothing more of that model."""
-        if key in self.pools:
-            self.pools[key].discard(worker_id)
-        if key in self.freed:
-            self.freed[key].discard(worker_id)
+        slot.offered = -1
+        if slot.key in self.pools:
+            self.pools[slot.key].discard(worker_id)
 
     def standing_changed(self, worker: WorkerView) -> None:
         """A worker came or went, or its slots changed in state or size."""
         for slot in worker.slots.values():
             self.largest.pop(slot.key, None)
             self.reachable.pop(slot.key, None)
+
+    def times_of(self, key: ModelKey) -> FleetTimes:
+        """What is known of a model's speed anywhere."""
+        if key not in self.times:
+            self.times[key] = FleetTimes()
+        return self.times[key]
 
     def largest_slot(self, key: ModelKey) -> int:
         """KV blocks of the largest slot in which a model is loaded; 0 if it is nowhere."""
@@ -132,11 +161,6 @@ class State:
     def absent(self, adapter: ModelKey) -> bool:
         """No usable worker has this adapter loaded."""
         return not self.pools.get(adapter)
-
-    def room_taken(self, worker: WorkerView, slot: ModelSlot) -> None:
-        """An attempt was just placed there."""
-        if slot.available <= 0:
-            self.lost_room(worker.id, slot.key)
 
 
 def _largest(workers: Iterable[WorkerView], key: ModelKey) -> int:

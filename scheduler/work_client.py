@@ -18,10 +18,11 @@ import grpc
 
 from llmos.clock import Clock
 from llmos.errors import AttemptLost, LlmosError, StaleTerm
-from llmos.internal.v1 import work_pb2, work_pb2_grpc
+from llmos.internal.v1 import request_pb2, work_pb2, work_pb2_grpc
 from llmos.rpc import error_from_rpc
 from llmos.v1 import fleet_pb2
 from scheduler import events
+from scheduler.commands import StartAttempt
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class WorkLink:
         """Open while the worker is attached; owned by the link."""
         self._address = address
         self._context = context
-        self._orders: list[work_pb2.Command] = []
+        self._batch = work_pb2.AttachRequest()
+        """The next message. Dispatches are written into it: a long prompt is copied once."""
         self._wake = asyncio.Event()
         self._received = 0
         self._acknowledged = 0
@@ -84,11 +86,16 @@ class WorkLink:
     def order(self, command: work_pb2.Command) -> None:
         """Collect an order for the next message. Dropped if the worker is not attached."""
         if self.channel is not None:
-            self._orders.append(command)
+            self._batch.commands.append(command)
+
+    def dispatch(self, start: StartAttempt, trace: request_pb2.TraceContext | None) -> None:
+        """Collect a dispatch."""
+        if self.channel is not None:
+            start.write(self._batch.commands.add().dispatch, trace)
 
     def flush(self) -> None:
         """Send what was collected, or an acknowledgement if one is due."""
-        if self._orders or self._received > self._acknowledged:
+        if self._batch.commands or self._received > self._acknowledged:
             self._wake.set()
 
     async def run(self) -> None:
@@ -157,7 +164,7 @@ class WorkLink:
     def _begin(self, channel: grpc.aio.Channel) -> None:
         log.info("attached to worker %s", self.worker_id)
         self.channel = channel
-        self._orders.clear()
+        self._batch = work_pb2.AttachRequest()
         self._received = self._acknowledged = 0
         self._heard_at = self._context.clock.monotonic()
 
@@ -203,11 +210,9 @@ class WorkLink:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            orders, self._orders = self._orders, []
+            message, self._batch = self._batch, work_pb2.AttachRequest()
             self._acknowledged = self._received
-            message = work_pb2.AttachRequest(
-                term=self._context.term(), commands=orders, acknowledged=self._acknowledged
-            )
+            message.term, message.acknowledged = self._context.term(), self._acknowledged
             await call.write(message)
 
     async def _watch(self) -> None:
@@ -267,6 +272,13 @@ class WorkerLinks:
         entry = self._links.get(worker_id)
         if entry is not None:
             entry[0].order(command)
+            self._touched.add(entry[0])
+
+    def dispatch(self, start: StartAttempt, trace: request_pb2.TraceContext | None) -> None:
+        """Collect a dispatch."""
+        entry = self._links.get(start.worker_id)
+        if entry is not None:
+            entry[0].dispatch(start, trace)
             self._touched.add(entry[0])
 
     def flush(self) -> None:

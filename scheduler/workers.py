@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 
 from llmos.internal.v1 import registry_pb2, request_pb2
 from llmos.v1 import fleet_pb2
 from scheduler.requests import Attempt, ModelKey
+from scheduler.timing import Times
 
 LOADED = fleet_pb2.MODEL_STATE_LOADED
 AVAILABLE = fleet_pb2.MODEL_STATE_AVAILABLE
@@ -32,6 +33,10 @@ class ModelSlot:
     """A load order is on its way."""
     used_at: float = 0.0
     """Adapters: when an attempt last began."""
+    offered: int = -1
+    """Room when the worker last entered the pool; less needs no new look at those who wait."""
+    times: Times = field(default_factory=Times)
+    """What is learned of the worker's speed with this model."""
     key: ModelKey = field(init=False)
     """Name and version."""
 
@@ -63,6 +68,18 @@ class ModelSlot:
 
 
 @dataclass(slots=True)
+class Load:
+    """What a worker has to do for its live attempts, of all models, as far as the core knows."""
+
+    ahead: int = 0
+    """Prompt tokens that are not computed yet."""
+    prefilling: int = 0
+    """Attempts without output."""
+    decoding: int = 0
+    """Sequences of the others."""
+
+
+@dataclass(slots=True)
 class WorkerView:
     """A worker that is registered, or whose stream lives, or both."""
 
@@ -77,12 +94,17 @@ class WorkerView:
     """By model name: a worker has one version of each."""
     running: dict[str, Attempt] = field(default_factory=dict)
     """Live attempts by request id."""
+    load: Load = field(default_factory=Load)
+    tenants: Counter[str] = field(default_factory=Counter)
+    """Live attempts by tenant."""
     unclaimed: dict[str, request_pb2.Epoch] = field(default_factory=dict)
     """What it reported to run and nobody has asked for yet."""
     step: int = 0
     """Its engine's step counter: stands still while the engine hangs."""
     step_at: float = 0.0
     """When the counter last moved, or the engine last had nothing to do."""
+    output_at: float = 0.0
+    """When the last frame with output came."""
     busy: bool = False
 
     @property
@@ -113,6 +135,16 @@ class WorkerView:
         slot.held += attempt.blocks
         slot.promised += attempt.promised
         self.running[request_id] = attempt
+        self.tenants[attempt.tenant] += 1
+        self.load.ahead += attempt.uncached
+        self.load.prefilling += 1
+
+    def started(self, attempt: Attempt) -> None:
+        """An attempt has shown its first output: its prompt is computed."""
+        attempt.started = True
+        self.load.ahead -= attempt.uncached
+        self.load.prefilling -= 1
+        self.load.decoding += attempt.sequences
 
     def reflected(self, attempt: Attempt) -> None:
         """The worker has shown that it runs this attempt: its free blocks now include it."""
@@ -123,41 +155,12 @@ class WorkerView:
     def release(self, request_id: str) -> None:
         """An attempt is over: give its blocks back."""
         attempt = self.running.pop(request_id)
+        if not attempt.started:
+            self.started(attempt)
+        self.load.decoding -= attempt.sequences
+        self.tenants[attempt.tenant] -= 1
+        if not self.tenants[attempt.tenant]:
+            del self.tenants[attempt.tenant]
         slot = self.slots[attempt.model]
         self.reflected(attempt)
         slot.held -= attempt.blocks
-
-
-class WorkerPool:
-    """Workers that may have room for one model version. Constant time to enter, to leave and to draw a few."""
-
-    def __init__(self) -> None:
-        self._ids: list[str] = []
-        self._where: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def add(self, worker_id: str) -> None:
-        """Idempotent."""
-        if worker_id not in self._where:
-            self._where[worker_id] = len(self._ids)
-            self._ids.append(worker_id)
-
-    def discard(self, worker_id: str) -> None:
-        """Idempotent."""
-        where = self._where.pop(worker_id, None)
-        if where is None:
-            return
-        last = self._ids.pop()
-        if last != worker_id:
-            self._ids[where] = last
-            self._where[last] = where
-
-    def draw(self, count: int, salt: str) -> list[str]:
-        """At most `count` members; which ones depends on `salt`, evenly."""
-        size = len(self._ids)
-        if size <= count:
-            return list(self._ids)
-        start = zlib.crc32(salt.encode()) % size
-        return [self._ids[(start + i) % size] for i in range(count)]

@@ -27,6 +27,13 @@ class CacheView:
         self._numbers.clear()
         self._untold = {model: dict.fromkeys(hashes, True) for model, hashes in self._held.items()}
 
+    def resend(self, model: str) -> None:
+        """The scheduler has missed a change of this model: name all of it again, from number 1."""
+        self._numbers.pop(model, None)
+        self._untold[model] = dict.fromkeys(self._held.get(model, ()), True)
+        if not self._untold[model]:
+            del self._untold[model]
+
     def change(self, change: work_pb2.CacheChange) -> None:
         """The engine's word."""
         if change.number == 1:

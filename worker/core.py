@@ -245,6 +245,9 @@ class WorkerCore:
                     forward.extend(self._unload(command))
                 case "drain":
                     self.drain()
+                case "resend_cache":
+                    self._cache.resend(command.resend_cache.model)
+                    self._wake()
         self._to_engine(forward)
 
     def _dispatch(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:

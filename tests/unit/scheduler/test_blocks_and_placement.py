@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from llmos.internal.v1 import registry_pb2
 from scheduler import commands, events
+from scheduler.pools import Bag
 from scheduler.requests import blocks_needed
-from scheduler.workers import ModelSlot, WorkerPool
+from scheduler.workers import ModelSlot
 from tests.unit.scheduler.arena import MODEL, Arena, make_record, make_request
 
 
@@ -60,12 +61,12 @@ def test_an_earlier_attempt_on_the_same_worker_is_fenced() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=60), st.integers(1, 5))
-def test_pool_is_a_set(moves: list[tuple[bool, int]], count: int) -> None:
-    pool, model = WorkerPool(), set[str]()
+def test_bag_is_a_set(moves: list[tuple[bool, int]], count: int) -> None:
+    pool, model = Bag(), set[str]()
     for add, number in moves:
         (pool.add if add else pool.discard)(f"w{number}")
         (model.add if add else model.discard)(f"w{number}")
-    drawn = pool.draw(count, "salt")
+    drawn = pool.draw(count, 12345)
     assert len(pool) == len(model)
     assert set(drawn) <= model
     assert len(drawn) == len(set(drawn)) == min(count, len(model))

@@ -14,7 +14,7 @@ import pytest
 import scheduler
 from llmos.config import TlsConfig, load
 from llmos.errors import ConfigError
-from llmos.internal.v1 import work_pb2
+from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2
 from scheduler import commands, events
@@ -123,17 +123,20 @@ def test_stage_spans_follow_an_attempt() -> None:
     telemetry = Telemetry("scheduler", "s", clock=clock)
     spans = StageSpans(telemetry)
     request = make_request("r1")
-    dispatch = work_pb2.Dispatch(request=request)
-    dispatch.epoch.attempt = 1
+    start = commands.StartAttempt("w1", request, request_pb2.Epoch(attempt=1), model_version="v1")
+    dispatch = work_pb2.Dispatch()
     for command in (
         commands.Queued(request),
-        commands.StartAttempt("w1", dispatch),
+        start,
         commands.FirstToken("r1"),
         commands.AttemptOver("r1", "", 5),
         commands.RequestOver("r1", ""),
     ):
         clock.advance(1.0)
-        spans.observe(command)
+        if command is start:
+            start.write(dispatch, spans.started(start))
+        else:
+            spans.observe(command)
     assert len(spans) == 0
     found = {span.name: span for span in telemetry.drain()}
     seconds = {name: (span.end_unix_ns - span.start_unix_ns) / 1e9 for name, span in found.items()}
@@ -148,7 +151,7 @@ def test_spans_of_a_lost_reign_are_closed() -> None:
     spans = StageSpans(telemetry)
     spans.observe(commands.Queued(make_request("waiting")))
     spans.observe(commands.Queued(make_request("running")))
-    spans.observe(commands.StartAttempt("w1", work_pb2.Dispatch(request=make_request("running"))))
+    spans.started(commands.StartAttempt("w1", make_request("running"), request_pb2.Epoch(), model_version="v1"))
     spans.abandon("not_leader")
     assert sorted((s.name, s.error) for s in telemetry.drain() if s.error) == [
         ("attempt", "not_leader"),

@@ -64,3 +64,17 @@ def test_frames_carry_it_and_a_new_scheduler_hears_all_again() -> None:
     assert list(rig.core.next_frame().cache) == [change(1, [1, 2], model="echo")]
     rig.core.engine_lost("signal 9")
     assert list(rig.core.next_frame().cache) == [change(2, [], [1, 2], model="echo")]
+
+
+def test_a_scheduler_that_missed_a_change_hears_all_again() -> None:
+    rig = Rig()
+    rig.core.engine_frame(work_pb2.WorkFrame(cache=[change(1, [1, 2], model="echo"), change(1, [7], model="other")]))
+    assert len(rig.core.next_frame().cache) == 2
+    rig.core.engine_frame(work_pb2.WorkFrame(cache=[change(2, [3], [1], model="echo")]))
+    rig.send(work_pb2.Command(resend_cache=work_pb2.ResendCache(model="echo")))
+    assert rig.stream.wakes
+    assert list(rig.core.next_frame().cache) == [change(1, [2, 3], model="echo")]
+    rig.send(work_pb2.Command(resend_cache=work_pb2.ResendCache(model="nothing")))
+    assert not rig.core.next_frame().cache
+    rig.core.engine_frame(work_pb2.WorkFrame(cache=[change(3, [4], model="echo")]))
+    assert list(rig.core.next_frame().cache) == [change(2, [4], model="echo")]

@@ -1,0 +1,53 @@
+"""What frames teach: what is cached where, and how long workers take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llmos.internal.v1 import request_pb2, work_pb2
+from scheduler.commands import Order
+from scheduler.requests import Attempt, LiveRequest
+from scheduler.state import Outbox, State
+from scheduler.workers import WorkerView
+
+_EVERY = 4
+"""So many steps are enough to learn from one."""
+_PAUSE_S = 2.0
+"""A longer time between two steps is no time of a step."""
+
+
+def cache_changed(state: State, worker: WorkerView, changes: Iterable[work_pb2.CacheChange], out: Outbox) -> None:
+    """Prefix caches hold something else now. If a change was missed, ask for all of it again."""
+    for change in changes:
+        if not state.prefixes.apply(worker.id, change):
+            state.counters["cache_gaps"] += 1
+            again = work_pb2.ResendCache(model=change.model)
+            out.append(Order(worker.id, work_pb2.Command(resend_cache=again)))
+
+
+def first_output(
+    state: State, worker: WorkerView, live: LiveRequest, attempt: Attempt, output: request_pb2.Output, now: float
+) -> None:
+    """An attempt's prompt is computed. What it took is learned, except of a resume, whose tokens take another time."""
+    slot = worker.slots[attempt.model]
+    worker.started(attempt)
+    if not output.index:
+        own = max(1, len(live.request.token_ids) - output.cached_tokens)
+        slot.times.first_token.took(own, *attempt.met, now - attempt.begun_at, now)
+    if attempt.expected:
+        state.prefixes.settle(worker.id, attempt.model, attempt.expected)
+        attempt.expected = ()
+    state.room_changed(worker, slot)
+
+
+def stepped(worker: WorkerView, frame: work_pb2.WorkFrame, now: float) -> None:
+    """A frame with output came: the time since the last one, if the engine was not idle meanwhile, is a step's."""
+    steps, before = frame.step - worker.step, worker.output_at
+    worker.output_at = now
+    if not worker.busy or steps < 1 or frame.step % _EVERY >= steps or now - before > _PAUSE_S:
+        return
+    attempts = worker.running
+    attempt = attempts.get(frame.outputs[0].request_id)
+    if attempt is not None and worker.load.decoding:
+        times = worker.slots[attempt.model].times.step
+        times.took(worker.load.decoding, worker.load.prefilling > 0, (now - before) / steps, now)
