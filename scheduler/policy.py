@@ -27,7 +27,7 @@ class PlacementWeights:
     """A worker whose KV blocks are all taken, over one with all blocks free."""
     spread: float = 0.001
     """A worker that runs nothing but the same tenant's requests."""
-    tie_share: float = 0.05
+    tie_share: float = 0.1
     """Workers whose costs differ by less than this share count as equal: predictions are no better."""
     tie_limit_s: float = 0.05
     """The same in seconds, at most."""

@@ -21,8 +21,10 @@ _MEMORY = 64.0
 """Observations after which a worker's earlier ones weigh 1/e."""
 _FLEET_MEMORY = 512.0
 """The same for what all workers have in common."""
-_FLEET_WEIGHT = 4.0
+_FLEET_WEIGHT = 16.0
 """Observations of its own that weigh as much with a worker as the fleet's experience."""
+_SAME = 2.0
+"""Observations of its own after which a worker is believed to be half as different from the others as they say."""
 _PRIOR_WEIGHT = 0.5
 """Observations of anybody that weigh as much as the prior."""
 _FADE_S = 30.0
@@ -67,10 +69,14 @@ class Experience:
             self._fresh = True
         return self._coefficients
 
-    def scaled(self, weight: float) -> list[float]:
-        """The sums, as if the observations had had this weight together."""
+    def scaled(self, weight: float, slowness: float) -> list[float]:
+        """The sums, as if the observations had had this weight together and had taken `slowness` times as long."""
         share = weight / self._sums[0]  # the first feature is 1
-        return [share * value for value in self._sums]
+        sums = [share * value for value in self._sums]
+        size = len(self._coefficients)
+        for place in range(size, len(sums), size + 1):
+            sums[place] *= slowness
+        return sums
 
     def add(self, row: Sequence[float]) -> None:
         """Take in an observation's products."""
@@ -148,8 +154,11 @@ class Regression:
         if self._count < 1e-3:
             self._count, self.seen, self.coefficients = 0.0, 0, self._fleet.coefficients
             return
-        # Each observation of the fleet weighs like one of the worker's own, however long those take.
-        others = self._fleet.scaled(_FLEET_WEIGHT * self._sums[0] / self._count)
+        # Workers differ by a factor more than in kind, so the fleet's observations count as if made at its speed.
+        # Each weighs like one of its own, however long those take.
+        expected: float = sum(map(mul, self._fleet.coefficients, self._sums))
+        slowness = (self._sums[len(self.coefficients)] * self._count / expected + _SAME) / (self._count + _SAME)
+        others = self._fleet.scaled(_FLEET_WEIGHT * self._sums[0] / self._count, slowness)
         self.coefficients = _solve(
             [own + other for own, other in zip(self._sums, others, strict=True)], self.coefficients
         )

@@ -29,8 +29,9 @@ from tests.fakes.contract import make_record, make_request
 
 PURE = [
     "admission", "catalogue", "commands", "core", "dispatch", "events", "frames", "ledger", "lifecycle",
-    "loads", "members",
-    "outflow", "placement", "policy", "recent", "requests", "span_ring", "state", "takeover", "timers", "views",
+    "learning", "loads", "members",
+    "outflow", "placement", "policy", "pools", "prefix_index", "recent", "requests", "span_ring", "state", "takeover",
+    "timers", "timing", "views",
     "waiting", "workers",
 ]  # fmt: skip
 TLS = TlsConfig(ca_file=Path("ca.pem"), cert_file=Path("cert.pem"), key_file=Path("key.pem"))
