@@ -11,15 +11,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak
-ORDER := tests/unit tests/architecture tests/integration tests/e2e tests/faults
+ORDER := tests/unit tests/architecture tests/sim tests/integration tests/e2e tests/faults
+SEEDS ?= 2000
 
 # Handed over in the environment, so that quotes in a prompt stay what they are.
 export PROMPT
 
-.PHONY: help install run test unit faults lint format protos peers bench
+.PHONY: help install run test unit faults sim sim-mutants lint format protos peers bench
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmos needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -41,6 +42,12 @@ unit: $(INSTALLED) ## the tests that take milliseconds
 
 faults: $(INSTALLED) ## the fault scenarios at full length
 	LLMOS_TEST_ETCD_OUTAGE_S=60 $(BIN)/python -m pytest tests/faults --timeout 300
+
+sim: $(INSTALLED) ## simulated schedules of faults on virtual time; SEEDS=2000 says how many
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) $(SIM)
+
+sim-mutants: $(INSTALLED) ## bugs planted on purpose: the simulation must find every one
+	$(BIN)/python -m tests.sim --mutants --seeds 300 $(SIM)
 
 lint: $(INSTALLED) ## style, types, import contracts, protocol definitions
 	$(BIN)/ruff check .

@@ -96,7 +96,8 @@ class GatewayDesk:
         self._welcome = welcome
         self._keep_spans = keep_spans
         self._streams: dict[int, GatewayStream] = {}
-        self._touched: set[GatewayStream] = set()
+        self._touched: dict[GatewayStream, None] = {}
+        """In order, unlike a set: the same run is the same again."""
         self._ids = itertools.count(1)
         self._empty = asyncio.Event()
         self.overflows = 0
@@ -107,14 +108,14 @@ class GatewayDesk:
         stream = self._streams.get(stream_id)
         if stream is not None:
             stream.outflow.add(output)
-            self._touched.add(stream)
+            self._touched[stream] = None
 
     def failure(self, stream_id: int, failure: request_pb2.Failure) -> None:
         """Collect a failure for the next frame."""
         stream = self._streams.get(stream_id)
         if stream is not None:
             stream.outflow.add_failure(failure)
-            self._touched.add(stream)
+            self._touched[stream] = None
 
     def catalogue(self, stream_id: int, catalogue: requests_pb2.Catalogue) -> None:
         """Replace a gateway's catalogue."""
@@ -162,7 +163,7 @@ class GatewayDesk:
                 yield message
         finally:
             self._streams.pop(stream.id, None)
-            self._touched.discard(stream)
+            self._touched.pop(stream, None)
             stream.end()
             loop.post_now(events.GatewayLost(stream.id))
             log.info("gateway %s disconnected", hello.node.id)

@@ -8,14 +8,16 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import grpc
 
 from llmos.addresses import host_port
 from llmos.clock import Clock
+from llmos.config import TlsConfig
 from llmos.errors import LlmosError
-from llmos.etcd import EtcdClient
+from llmos.etcd import EtcdClient, EtcdConfig
 from llmos.internal.v1 import registry_pb2, requests_pb2_grpc
 from llmos.ready import write_ready
 from llmos.rpc import RpcServer, open_channel
@@ -36,10 +38,22 @@ _GRACE_S = 1.0
 _SPANS_S = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class Wires:
+    """How a scheduler is reached and reaches others; a simulation brings its own."""
+
+    server: Callable[[str, int, TlsConfig], RpcServer] = lambda host, port, tls: RpcServer(host, port, tls=tls)
+    channel: Callable[[str, TlsConfig], grpc.aio.Channel] = open_channel
+    etcd: Callable[[EtcdConfig, Clock, random.Random], EtcdClient] = EtcdClient
+    telemetry: Callable[[SchedulerConfig, str, Clock], Telemetry] = lambda config, name, clock: Telemetry(
+        "scheduler", name, clock=clock, otlp_endpoint=config.otlp_endpoint, sample_ratio=config.sample_ratio
+    )
+
+
 class SchedulerProcess:
     """One scheduler. `serve` is its whole life."""
 
-    def __init__(self, config: SchedulerConfig, clock: Clock, rng: random.Random) -> None:
+    def __init__(self, config: SchedulerConfig, clock: Clock, rng: random.Random, wires: Wires | None = None) -> None:
         self.id = config.id or f"scheduler-{secrets.token_hex(4)}"
         self.port = 0
         """Known once it serves."""
@@ -52,10 +66,9 @@ class SchedulerProcess:
         self.leadership: Leadership | None = None
         """This scheduler's part in the election, while it serves."""
         self._challenge = asyncio.Event()
-        self._telemetry = Telemetry(
-            "scheduler", self.id, clock=clock, otlp_endpoint=config.otlp_endpoint, sample_ratio=config.sample_ratio
-        )
-        self._etcd = EtcdClient(config.etcd(), clock, rng)
+        self._wires = wires or Wires()
+        self._telemetry = self._wires.telemetry(config, self.id, clock)
+        self._etcd = self._wires.etcd(config.etcd(), clock, rng)
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set, then hand over to a standby. Raises SetupError, EtcdAuthFailed."""
@@ -67,7 +80,7 @@ class SchedulerProcess:
 
     async def _serve(self, stop: asyncio.Event) -> None:
         config = self._config
-        server = RpcServer(config.host, config.port, tls=config.tls)
+        server = self._wires.server(config.host, config.port, config.tls)
         record = registry_pb2.SchedulerRecord(scheduler_id=self.id, host=socket.gethostname(), pid=os.getpid())
         directory = SchedulerDirectory(self._etcd)
         requests = RequestsService(self.seat, self._challenge.set)
@@ -114,7 +127,7 @@ class SchedulerProcess:
         return Reign(term, context)
 
     def _connect(self, address: str) -> grpc.aio.Channel:
-        return open_channel(address, self._config.tls)
+        return self._wires.channel(address, self._config.tls)
 
     async def _heed_challenges(self, leadership: Leadership) -> None:
         while True:

@@ -243,7 +243,8 @@ class WorkerLinks:
     def __init__(self, context: LinkContext) -> None:
         self._context = context
         self._links: dict[str, tuple[WorkLink, asyncio.Task[None]]] = {}
-        self._touched: set[WorkLink] = set()
+        self._touched: dict[WorkLink, None] = {}
+        """In order, unlike a set: the same run is the same again."""
         self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, worker_id: str) -> WorkLink | None:
@@ -272,7 +273,7 @@ class WorkerLinks:
         entry = self._links.get(worker_id)
         if entry is not None:
             entry[0].order(command)
-            self._touched.add(entry[0])
+            self._touched[entry[0]] = None
 
     def dispatch(self, start: StartAttempt, trace: request_pb2.TraceContext | None) -> None:
         """Collect a dispatch."""

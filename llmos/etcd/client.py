@@ -10,10 +10,11 @@ from llmos.clock import Clock
 from llmos.etcd import kv
 from llmos.etcd.backoff import Backoff
 from llmos.etcd.config import EtcdConfig
+from llmos.etcd.endpoint import open_channel
 from llmos.etcd.kv import Compare, Delete, Get, KeyValue, Operation, Put, TxnResult
 from llmos.etcd.lease import Lease, grant
 from llmos.etcd.rpcs import DELETE_RANGE, PUT, RANGE, TXN
-from llmos.etcd.transport import Transport
+from llmos.etcd.transport import Connect, Transport
 from llmos.etcd.watch import Watch
 
 
@@ -32,9 +33,10 @@ class EtcdClient:
     revoked by that, they run out.
     """
 
-    def __init__(self, config: EtcdConfig, clock: Clock, rng: random.Random) -> None:
+    def __init__(self, config: EtcdConfig, clock: Clock, rng: random.Random, connect: Connect = open_channel) -> None:
+        """`connect` opens the channels to the endpoints."""
         self.clock = clock
-        self._transport = Transport(config, clock, rng)
+        self._transport = Transport(config, clock, rng, connect)
         self._leases: set[Lease] = set()
         self._watches: set[Watch] = set()
 

@@ -45,17 +45,21 @@ def credentials(config: EtcdConfig) -> grpc.ChannelCredentials | None:
     return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
 
 
+def open_channel(target: str, channel_credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """Open a channel to host:port; None: without TLS."""
+    if channel_credentials is None:
+        return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, channel_credentials, options=_CHANNEL_OPTIONS)
+
+
 class Endpoint:
     """Owns the channel to `target`. `answered_at` is the time of the last sign of life on the clock, -inf for none."""
 
-    def __init__(self, target: str, channel_credentials: grpc.ChannelCredentials | None, clock: Clock) -> None:
+    def __init__(self, target: str, channel: grpc.aio.Channel, clock: Clock) -> None:
         self.target = target
         self.answered_at = -math.inf
         self._clock = clock
-        if channel_credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.aio.secure_channel(target, channel_credentials, options=_CHANNEL_OPTIONS)
+        self._channel = channel
 
     async def unary(self, rpc: Rpc, request: Any, timeout_s: float, metadata: Metadata) -> Any:
         """One call, one answer. Raises grpc.aio.AioRpcError."""

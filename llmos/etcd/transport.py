@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +16,12 @@ from llmos.errors import EtcdAuthFailed, EtcdError, EtcdUnavailable
 from llmos.etcd import messages as pb
 from llmos.etcd.backoff import Backoff
 from llmos.etcd.config import EtcdConfig
-from llmos.etcd.endpoint import Endpoint, Metadata, credentials
+from llmos.etcd.endpoint import Endpoint, Metadata, credentials, open_channel
 from llmos.etcd.failures import Reaction, is_auth_disabled, reaction, to_error
 from llmos.etcd.rpcs import AUTHENTICATE, LEASE_KEEP_ALIVE, RANGE, Rpc
+
+Connect = Callable[[str, grpc.ChannelCredentials | None], grpc.aio.Channel]
+"""Opens a channel to host:port; a simulation brings its own."""
 
 _FRESH_S = 1.0
 """An endpoint that answered this recently is trusted with a write that must not be sent twice."""
@@ -102,9 +106,10 @@ class _Call:
 class Transport:
     """Owns one channel per endpoint. Calls go to the endpoint that worked last; a failure moves on to the next."""
 
-    def __init__(self, config: EtcdConfig, clock: Clock, rng: random.Random) -> None:
+    def __init__(self, config: EtcdConfig, clock: Clock, rng: random.Random, connect: Connect = open_channel) -> None:
         self.config = config
         self.clock = clock
+        self._connect = connect
         self.tokens = Tokens(config.user, config.password)
         self._rng = rng
         self._endpoints: list[Endpoint] = []
@@ -113,7 +118,8 @@ class Transport:
     def open(self) -> None:
         """Create the channels; connections are made on first use. Raises ConfigError for unreadable TLS files."""
         secrets = credentials(self.config)
-        self._endpoints = [Endpoint(target, secrets, self.clock) for target in self.config.targets]
+        targets = self.config.targets
+        self._endpoints = [Endpoint(target, self._connect(target, secrets), self.clock) for target in targets]
 
     async def close(self) -> None:
         for endpoint in self._endpoints:

@@ -1,0 +1,28 @@
+"""A short run of the simulation; `make sim` runs it at length."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests.sim.pool import ROOT, run_seeds
+
+SEEDS = range(5000, 5012)
+
+
+def test_no_invariant_breaks_and_every_seed_gives_one_trace() -> None:
+    verdicts = list(run_seeds(SEEDS, jobs=2))
+    assert sorted(verdict.seed for verdict in verdicts) == list(SEEDS)
+    assert [verdict for verdict in verdicts if verdict.violations] == []
+    assert sum(verdict.counts["tokens_delivered"] for verdict in verdicts) > 500
+    assert sum(verdict.faults for verdict in verdicts) > len(SEEDS)
+
+
+def test_the_command_reports_as_json() -> None:
+    command = [sys.executable, "-m", "tests.sim", "--seeds", "2", "--jobs", "2", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["seeds"] == 2
+    assert report["violations"] == 0
