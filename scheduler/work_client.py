@@ -280,7 +280,7 @@ class WorkerLinks:
         entry = self._links.get(start.worker_id)
         if entry is not None:
             entry[0].dispatch(start, trace)
-            self._touched.add(entry[0])
+            self._touched[entry[0]] = None
 
     def flush(self) -> None:
         """Send what was collected."""

@@ -143,7 +143,7 @@ class ReignBooks:
             if owner is not None and owner != command.stream_id:
                 checks.fail("outputs go to who asked", f"{command.output.request_id} sent to {command.stream_id}")
         elif isinstance(command, StartAttempt):
-            request_id = command.dispatch.request.request_id
+            request_id = command.request.request_id
             checks.counts["attempts"] += 1
             if request_id in self._cancelled:
                 checks.fail("a cancel is final", f"{request_id} dispatched by {self._name} after its cancel")

@@ -78,7 +78,13 @@ class SimProcess:
         self.stop = asyncio.Event()
         self.ground.network.hosts[self.host] = self.name
         self.ground.checks.started(self)
-        self.ground.loop.spawn(self.node, self.serve(f"{self.name}.{self.incarnation}"), self.name)
+        self.ground.loop.spawn(self.node, self._live(f"{self.name}.{self.incarnation}"), self.name)
+
+    async def _live(self, identity: str) -> None:
+        try:
+            await self.serve(identity)
+        except Exception as error:
+            self.ground.checks.fail("nothing breaks", f"{self.name} ended by itself: {type(error).__name__}: {error}")
 
     def forget(self) -> None:
         """The last process's objects are gone with it."""

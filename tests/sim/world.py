@@ -172,6 +172,8 @@ class _Bugs(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and self.checks is not None:
             error = record.exc_info[1]
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
             self.checks.fail("nothing breaks", f"{record.getMessage()}: {type(error).__name__}: {error}")
 
 
