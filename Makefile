@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak
 ORDER := tests/unit tests/architecture tests/sim tests/integration tests/e2e tests/faults
-SEEDS ?= 2000
+SEEDS ?= 2000 routing
 
 # Handed over in the environment, so that quotes in a prompt stay what they are.
 export PROMPT
