@@ -10,9 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak
+BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing
 ORDER := tests/unit tests/architecture tests/sim tests/integration tests/e2e tests/faults
-SEEDS ?= 2000 routing
+SEEDS ?= 2000
 
 # Handed over in the environment, so that quotes in a prompt stay what they are.
 export PROMPT
