@@ -197,9 +197,9 @@ class WorkerCore:
 
     def engine_lost(self, reason: str) -> None:
         """See `EngineListener`. Attempts die with the engine; the scheduler places them anew."""
+        self._shelf.engine_lost(ready=self._state.ready)
         self._state.ready = self._state.busy = False
         self._state.steps_before = self._state.step
-        self._shelf.engine_lost()
         self._cache.forget_all()
         error = AttemptLost(f"The worker's engine ended ({reason}).")
         for running in list(self._table.running):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from llmos.internal.v1 import work_pb2
@@ -10,6 +11,8 @@ from worker.models import HeldModel
 
 AVAILABLE, LOADING = fleet_pb2.MODEL_STATE_AVAILABLE, fleet_pb2.MODEL_STATE_LOADING
 LOADED, FAILED, UNFIT = fleet_pb2.MODEL_STATE_LOADED, fleet_pb2.MODEL_STATE_FAILED, fleet_pb2.MODEL_STATE_UNFIT
+_ENGINES_PER_LOAD = 3
+"""Engine processes that may end while they load a model. It is then given up, or the others would never be served."""
 
 
 class Shelf:
@@ -20,6 +23,8 @@ class Shelf:
         self._largest = max((device.memory_bytes for device in capacity.devices), default=0)
         self._states = {model.name: self._initial(model) for model in held}
         self._orders: dict[str, work_pb2.LoadModel] = {}
+        self._ended: Counter[str] = Counter()
+        """Engines that ended while they loaded a model, since it was last ordered or loaded."""
         self._changed: set[str] = set()
 
     def add(self, held: Sequence[HeldModel]) -> None:
@@ -76,6 +81,7 @@ class Shelf:
         complete.CopyFrom(order)
         complete.memory_budget_bytes = order.memory_budget_bytes or self._largest
         self._orders[order.model] = complete
+        self._ended.pop(order.model, None)
         self._set(order.model, LOADING)
         return complete
 
@@ -91,6 +97,7 @@ class Shelf:
         """Take the engine's word on a model that it was ordered to load."""
         if model.name not in self._orders:
             return
+        self._ended.pop(model.name, None)
         if model.state == FAILED:
             del self._orders[model.name]
         version = self._held[model.name].engine.version
@@ -102,8 +109,17 @@ class Shelf:
             blocks=(model.total_blocks, model.free_blocks),
         )
 
-    def engine_lost(self) -> None:
-        """Models that were loaded, or about to be, are loaded again."""
+    def engine_lost(self, *, ready: bool) -> None:
+        """Models that were loaded, or about to be, are loaded again, but for one that ends every engine.
+
+        `ready`: the engine had been given its orders. It carries them out one after the other.
+        """
+        loading = next((name for name in self._orders if self._states[name].state == LOADING), "") if ready else ""
+        if loading:
+            self._ended[loading] += 1
+            if self._ended[loading] >= _ENGINES_PER_LOAD:
+                del self._orders[loading]
+                self._set(loading, FAILED, detail=f"The engine ended {_ENGINES_PER_LOAD} times while it loaded this.")
         for name in self._orders:
             self._set(name, LOADING)
 

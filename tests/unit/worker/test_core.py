@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from llmos.v1 import fleet_pb2
 from tests.unit.worker.rig import LOADING, PARENT, Rig, batch, cancel, dispatch, hello, load, piece
+from worker.models import echo_model
 
 
 def test_output_flows_and_the_attempt_ends() -> None:
@@ -139,6 +140,27 @@ def test_orders_before_the_engine_is_there_are_carried_out_when_it_is() -> None:
     before = rig.engine.orders.count("load")
     rig.ready()
     assert rig.engine.orders.count("load") == before + 1
+
+
+def test_a_model_that_ends_every_engine_is_given_up_and_the_others_go_on() -> None:
+    rig = Rig()
+    rig.shelf.add([echo_model("poison")])
+    rig.send(load("poison"))
+    for _ in range(2):
+        rig.core.engine_lost("signal 9")
+        rig.core.engine_lost("status 1")  # before it was ready: not the model's doing
+        rig.ready()
+        rig.loaded()
+    rig.core.engine_lost("signal 9")
+    states = {model.name: model for model in rig.core.next_frame().models}
+    assert (states["echo"].state, states["poison"].state) == (LOADING, fleet_pb2.MODEL_STATE_FAILED)
+    assert states["poison"].detail == "The engine ended 3 times while it loaded this."
+    rig.engine.orders.clear()
+    rig.ready()
+    assert (rig.engine.orders, rig.engine.last.load.model) == (["load"], "echo")
+    rig.loaded()
+    rig.send(load("poison"))
+    assert rig.engine.last.load.model == "poison", "it may be ordered again"
 
 
 def test_loading_twice_is_one_load() -> None:
