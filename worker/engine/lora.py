@@ -88,9 +88,6 @@ class Adapters:
         self._holder = holder
         self._numbers: dict[str, int] = {}
 
-    def __iter__(self) -> Iterable[str]:
-        return iter(self._numbers)
-
     def load(self, name: str, adapter: Adapter) -> None:
         """Make it usable under `name`, which is not loaded. Raises SourceError if it does not fit the model."""
         used = set(self._numbers.values())

@@ -9,7 +9,6 @@ ABI = 6
 GROUP = 64
 """Inputs of a linear layer that share a scale; their number must be a multiple of it."""
 HEAD_MULTIPLE = 16
-KV_BLOCK_TOKENS = 64
 KEY_TILE = 16
 MOST_RANK = 64
 """Of an adapter."""
