@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.json_tokens import END, SIZE, decode, encode
 from tests.integration.engine.tiny import attempt
 from worker.backend import Constraint
+from worker.engine.grammar.checker import died
 from worker.engine.grammar.grammars import open_grammars
 from worker.engine.grammar.guard import Guard
 
@@ -44,9 +45,16 @@ def test_endless_work_is_cut_off_and_the_next_check_goes_on(guard: Guard, folder
     first = guard.pid
     guard.check(key, GOOD)
     with pytest.raises(InvalidConstraint, match="too complex"):
-        guard.check(key, ENDLESS)
+        _until_decided(lambda: guard.check(key, ENDLESS))
     guard.check(key, GOOD)
     assert guard.pid == first
+
+
+def test_only_a_check_that_had_the_processor_says_something_about_the_constraint() -> None:
+    assert died(1, signal.SIGKILL, 0.06).code == "unavailable"
+    assert died(1, signal.SIGKILL, 0.1).code == "invalid_constraint"
+    assert died(1, signal.SIGPROF, 0.06).code == "invalid_constraint"
+    assert died(1, signal.SIGABRT, 0.0).code == "invalid_constraint"
 
 
 def test_a_process_that_dies_is_replaced(guard: Guard, folder: Path) -> None:
@@ -76,6 +84,14 @@ def test_a_process_that_hangs_is_replaced(folder: Path) -> None:
     guard.close()
 
 
+def _until_decided(check: Callable[[], object]) -> None:
+    for _ in range(10):
+        with contextlib.suppress(Unavailable):  # a busy machine gave it too little of the processor
+            check()
+            return
+    raise AssertionError
+
+
 def _check_until_answered(guard: Guard, key: int) -> None:
     for _ in range(3):
         with contextlib.suppress(Unavailable):  # the end of the old one may not have been noticed yet
@@ -89,6 +105,8 @@ def test_attempts_get_matchers_that_stand_where_their_choices_do(guard: Guard, f
     resumed = attempt("a", [1], choices=3, resume={1: encode("aab")}, finished_choices=frozenset({0}))
     found = grammars.prepare(resumed, GOOD).result(10)
     assert {number: matcher.complete for number, matcher in found.items()} == {1: True, 2: False}
+    with pytest.raises(InvalidConstraint):
+        _until_decided(lambda: grammars.prepare(resumed, ENDLESS).result(10))
     refused = [grammars.prepare(resumed, ENDLESS) for _ in range(8)]
     errors = {id(error): error for future in refused if (error := future.exception(10))}
     assert all(isinstance(error, InvalidConstraint) for error in errors.values())

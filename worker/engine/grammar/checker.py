@@ -33,8 +33,9 @@ CPU_S = 0.15
 """Processor time of a check; what people write takes a few milliseconds."""
 WALL_S = 0.8
 """A check that took longer is given up, however little of the processor it got."""
-_STARVED_S = 0.03
-"""A check that was given up before it got this much of the processor says something about the machine only."""
+_STARVED_S = CPU_S / 2
+"""A check that was given up before it got this much of the processor says something about the machine only: a refusal
+is final and kept, so it must not come from a busy one."""
 MEMORY_BYTES = 128 << 20
 """Address space that a check may take besides what the process has."""
 _STACK_BYTES = 2 << 20
@@ -139,12 +140,10 @@ class Checker:
         os.close(source)
         check = self._checks.pop(source)
         _, status, used = os.wait4(check.pid, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        starved = killed and used.ru_utime + used.ru_stime < _STARVED_S
         if check.answer:
             self._answer(msgspec.json.decode(check.answer, type=Verdict))
         else:
-            self._answer(_died(check.number, starved))
+            self._answer(died(check.number, status, used.ru_utime + used.ru_stime))
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
@@ -156,8 +155,9 @@ class Checker:
         pipe.write(self._sock, msgspec.json.encode(verdict))
 
 
-def _died(number: int, starved: bool) -> Verdict:
-    if starved:
+def died(number: int, status: int, used_s: float) -> Verdict:
+    """What the end of a check without an answer says: its wait status, and how much of the processor it had."""
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used_s < _STARVED_S:
         return Verdict(number=number, code="unavailable", message="The constraint could not be checked in time.")
     message = "The constraint is too complex: compiling it takes too much time or memory."
     return Verdict(number=number, code="invalid_constraint", message=message)
