@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from worker.engine.batch import LOGIT_ROWS
 from worker.engine.lookup import Lookup, followers
 from worker.engine.run import Choice, Run
 
@@ -72,6 +73,7 @@ class Drafting:
     def __init__(self) -> None:
         self.cost = StepCost()
         self._rows = 0
+        self._room = 0
         self._tokens = 0.0
 
     def begin(self, runs: Iterable[Run], prefill_limit: int) -> None:
@@ -82,6 +84,8 @@ class Drafting:
             decoding += pending.count(1)
             prefilling += sum(pending) - pending.count(1)
         self._rows, self._tokens = decoding + min(prefilling, prefill_limit), float(decoding)
+        # Logits of guesses are as large as the others, and no result needs them.
+        self._room = LOGIT_ROWS - decoding
 
     def propose(self, run: Run, choice: Choice) -> Sequence[int]:
         """Tokens to compute after those of a decoding choice. See `worker.engine.batch.Drafter`."""
@@ -101,10 +105,11 @@ class Drafting:
         while taken < len(guess) and self._worth(chance):
             taken += 1
             self._rows += 1
+            self._room -= 1
             self._tokens += chance
             chance *= estimate
         return guess[:taken]
 
     def _worth(self, chance: float) -> bool:
-        """Whether a row that brings a token with this chance raises the tokens per second of the step."""
-        return chance * self.cost.of(self._rows) > _MARGIN * self.cost.per_row * self._tokens
+        """Whether there is room for a row that brings a token with this chance, and it pays in tokens per second."""
+        return self._room > 0 and chance * self.cost.of(self._rows) > _MARGIN * self.cost.per_row * self._tokens

@@ -20,7 +20,7 @@ from llmos.errors import (
 )
 from worker.backend import Attempt, Blocks, CacheChange, Stage, StepResult, Task
 from worker.engine.attention import KVRow
-from worker.engine.batch import PREFILL_TOKENS, Batch, Picker, plan
+from worker.engine.batch import LOGIT_ROWS, PREFILL_TOKENS, Batch, Picker, plan
 from worker.engine.blocks import BlockManager
 from worker.engine.draft import Drafting
 from worker.engine.grammar.grammars import Grammars
@@ -35,8 +35,6 @@ from worker.engine.sampling import Pick, SamplingRow, sample
 
 _WORKSPACE_BYTES = 32 << 20
 """Set aside for the activations of a step, besides its logits."""
-_LOGIT_ROWS = 64
-"""Rows of logits (and as many of noise, in float64) that are set aside for."""
 _VERDICT_S = 0.01
 """How long a step that has nothing to compute waits for a constraint."""
 
@@ -44,7 +42,7 @@ _VERDICT_S = 0.01
 def kv_blocks(decoder: Servable, memory_budget: int) -> int:
     """KV blocks that fit beside weights and workspace in `memory_budget` bytes. Raises Unavailable if none does."""
     per_block = block_bytes(decoder.layers, decoder.kv_dtype)
-    fixed = decoder.weight_bytes + _WORKSPACE_BYTES + _LOGIT_ROWS * decoder.vocabulary * 4
+    fixed = decoder.weight_bytes + _WORKSPACE_BYTES + LOGIT_ROWS * decoder.vocabulary * 4
     count = (memory_budget - fixed) // per_block
     if count < 1:
         raise Unavailable(f"The model needs at least {fixed + per_block} bytes of memory, not {memory_budget}.")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fakes.kv import NotedMemory
 from worker.backend import Attempt, Epoch
-from worker.engine.batch import plan
+from worker.engine.batch import LOGIT_ROWS, plan
 from worker.engine.blocks import BlockManager
 from worker.engine.draft import Drafting, StepCost
 from worker.engine.lookup import LONGEST, Lookup, followers
@@ -109,3 +109,13 @@ def test_nothing_is_guessed_where_rows_cost_what_they_bring() -> None:
     for rows in (1, 8) * 50:
         drafting.cost.add(rows, 0.001 * rows)
     assert sum(guessed(drafting, run)) == 0
+
+
+def test_guesses_stay_within_the_memory_for_logits_however_little_rows_cost() -> None:
+    run, drafting = decoding(list(range(40)), choices=16), Drafting()
+    for choice in run.choices.values():
+        run.append(choice, 1)
+        run.append(choice, 2)
+    drafting.cost.per_row = 1e-9
+    rows = [1 + length for length in guessed(drafting, run)]
+    assert len(rows) == 16 and sum(rows) == LOGIT_ROWS
