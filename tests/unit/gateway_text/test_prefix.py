@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.prepare import Prompt, fleet_request
 from gateway.text.prefix import BLOCK_TOKENS, prefix_hashes
+from gateway.types import GenerationRequest, Identity, Params
+from llmos.internal.v1 import requests_pb2
 
 TOKENS = list(range(3 * BLOCK_TOKENS + 5))
 BASE = {"model_version": "v1", "tenant": "a", "adapter": "", "salt": b"s"}
@@ -42,6 +45,22 @@ def test_a_changed_token_changes_its_block_and_all_later_ones(place: int) -> Non
 def test_nothing_is_shared_beyond_tenant_version_adapter_and_deployment(change: dict[str, object]) -> None:
     other = prefix_hashes(TOKENS, **(BASE | change))  # type: ignore[arg-type]
     assert not set(other) & set(prefix_hashes(TOKENS, **BASE))  # type: ignore[arg-type]
+
+
+def sent(tenant: str = "a", version: str = "v1", adapter: str = "", salt: bytes = b"s") -> set[int]:
+    """Hashes that a request goes out with."""
+    asked = GenerationRequest("completion", "m", Params(max_tokens=1), token_ids=tuple(TOKENS))
+    base = requests_pb2.CatalogueModel(name="m", version=version)
+    model = requests_pb2.CatalogueModel(name="tone", version=adapter, base_model="m") if adapter else base
+    fields = {"inner_id": "r", "seed": 1, "max_tokens": 1, "salt": salt}
+    request = fleet_request(asked, Identity(tenant), model, base, Prompt(TOKENS), **fields)  # type: ignore[arg-type]
+    return set(request.prefix_hashes)
+
+
+def test_what_a_request_is_sent_with_shares_nothing_with_other_tenants_versions_adapters_and_deployments() -> None:
+    others = [sent(tenant="b"), sent(version="v2"), sent(adapter="t1"), sent(adapter="t2"), sent(salt=b"t")]
+    assert sent() == set(prefix_hashes(TOKENS, **BASE))  # type: ignore[arg-type]
+    assert len(set.union(sent(), *others)) == 3 * 6
 
 
 def test_hashes_do_not_change_between_releases() -> None:
