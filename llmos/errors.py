@@ -17,6 +17,7 @@
     |   `-- Cancelled                   the client cancelled                             499
     |-- CapacityError                   the same request may succeed later
     |   |-- Overloaded                  a queue is full; wait `retry_after_s`            429
+    |   |-- QuotaExceeded               the tenant's quota is used up; wait likewise     429
     |   |-- Unavailable                 no leader or no worker can be reached            503
     |   |-- DeadlineExceeded            the request's deadline passed                    504
     |   `-- SlowReader                  the client did not read its stream               408
@@ -172,9 +173,17 @@ class CapacityError(LlmosError):
 
 
 class Overloaded(CapacityError):
-    """A bounded queue or a quota is full; `retry_after_s` says when to come back."""
+    """A bounded queue is full, or too long for the request's deadline; `retry_after_s` says when to come back."""
 
     code = "overloaded"
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    http_status = 429
+
+
+class QuotaExceeded(CapacityError):
+    """The tenant has used up one of its quotas, which the message names; `retry_after_s` says when to come back."""
+
+    code = "quota_exceeded"
     grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
     http_status = 429
 

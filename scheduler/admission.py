@@ -7,12 +7,11 @@ from llmos.errors import (
     InvalidRequest,
     LlmosError,
     ModelNotFound,
-    Overloaded,
     PromptTooLong,
     UnsupportedFeature,
 )
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
-from scheduler import events, takeover
+from scheduler import charges, events, overload, takeover
 from scheduler.commands import CloseStream, Order, SendCatalogue, SendFailure
 from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted, forget_claim
 from scheduler.requests import STOP, LiveRequest, ModelKey, blocks_needed, capabilities_for, most_tokens
@@ -75,14 +74,16 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
     key = _resolve(state, request)
     if key is not None:
         _check_fit(state, request, key)
-    if not request.resume and len(state.waiting) + len(state.parked) >= state.policy.queue_limit:
-        waiting = len(state.waiting) + len(state.parked)
-        pause = state.drain.retry_after_ms(waiting, now) / 1000
-        state.counters["overloaded"] += 1
-        raise Overloaded("Too many requests are waiting; try again later.", retry_after_s=pause)
     parked_key = (request.model, request.model_version)
     live = LiveRequest.accept(request, gateway_id, event.stream_id, key or parked_key, now)
     live.adapter = _adapter(state, request)
+    live.usage = state.quotas.enter(request, now)
+    if not request.resume:
+        try:
+            overload.check(state, live, now, out, parked=key is None)
+        except LlmosError:
+            charges.ended(live)
+            raise
     live.attempts = live.attempts_before = state.last_attempts.get(live.id, now) or 0
     home = state.workers.get(state.claims.get(live.id, ""))
     if request.resume and home is not None:
@@ -206,6 +207,7 @@ def choice_finished(state: State, event: events.ChoiceFinished, now: float, out:
     if choice.finished:
         return
     choice.keep_until = event.keep_until
+    charges.cut(live, choice, event.keep_until)
     if len(choice.tokens) >= event.keep_until:
         choice.truncate(event.keep_until)
         choice.finished = True

@@ -72,6 +72,8 @@ class StartAttempt:
     """What has been generated so far; replaces the request's own."""
     deadline_ms: int = 0
     """Milliseconds left; 0: no deadline."""
+    priority: request_pb2.PriorityClass.ValueType = request_pb2.PRIORITY_CLASS_UNSPECIFIED
+    """Class in which it runs; not set: the request's own."""
 
     def write(self, into: work_pb2.Dispatch, trace: request_pb2.TraceContext | None = None) -> None:
         """Fill an empty message. `trace` is the context of the attempt's span."""
@@ -79,6 +81,8 @@ class StartAttempt:
         request = into.request
         request.MergeFrom(self.request)
         request.model_version = self.model_version
+        if self.priority:
+            request.priority = self.priority
         if self.adapter_version:
             request.adapter_version = self.adapter_version
         if request.resume:

@@ -10,6 +10,7 @@ from llmos.addresses import is_loopback, is_wildcard
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
 from llmos.etcd import EtcdConfig
+from scheduler.fairness import CLASSES
 from scheduler.policy import Policy
 from scheduler.work_client import LinkConfig
 
@@ -28,6 +29,14 @@ class SchedulerConfig:
     """File to write once it serves: JSON with id, pid and port."""
     queue_limit: int = 1024
     """Most requests that wait for a worker; one more is answered 429."""
+    queue_token_limit: int = 4_194_304
+    """Most tokens, prompts and expected answers, that wait for a worker."""
+    order: Literal["fair", "fcfs"] = "fair"
+    """Who is served next: `fair` by class and tenant, `fcfs` by arrival alone."""
+    class_shares: tuple[float, ...] = (80.0, 15.0, 5.0)
+    """Least shares of the classes interactive, standard and batch while all of them wait; relative to each other."""
+    ttft_bounds_s: tuple[float, ...] = (30.0, 120.0, 1800.0)
+    """Seconds: a request of each class that is predicted to wait longer for its first token is answered 429."""
     lease_ttl_s: float = 3.0
     """Seconds after which a standby may take over from a leader that no longer renews its lease."""
     no_worker_grace_s: float = 60.0
@@ -60,12 +69,15 @@ class SchedulerConfig:
     """Least severe messages that are logged."""
 
     def __post_init__(self) -> None:
-        for name in ("queue_limit", "lease_ttl_s", "gateway_buffer_bytes", "worker_silence_s"):
+        for name in ("queue_limit", "queue_token_limit", "lease_ttl_s", "gateway_buffer_bytes", "worker_silence_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive", param=name)
         for name in ("no_worker_grace_s", "gateway_grace_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative", param=name)
+        for name in ("class_shares", "ttft_bounds_s"):
+            if len(getattr(self, name)) != len(CLASSES) or min(getattr(self, name)) <= 0:
+                raise ConfigError(f"{name} must be three positive numbers: interactive, standard, batch", param=name)
         if not 0 <= self.port <= 65_535:
             raise ConfigError("port must be between 0 and 65535", param="port")
         if is_wildcard(self.host):
@@ -84,8 +96,13 @@ class SchedulerConfig:
 
     def core_policy(self) -> Policy:
         """The core's numbers: those that can be set, and the defaults of the others."""
+        shares, bounds = self.class_shares, self.ttft_bounds_s
         return Policy(
             queue_limit=self.queue_limit,
+            queue_token_limit=self.queue_token_limit,
+            order=self.order,
+            shares=(shares[0], shares[1], shares[2]),
+            ttft_bounds_s=(bounds[0], bounds[1], bounds[2]),
             no_worker_grace_s=self.no_worker_grace_s,
             gateway_grace_s=self.gateway_grace_s,
         )

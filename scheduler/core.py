@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from scheduler import admission, dispatch, events, frames, lifecycle, members
+from scheduler import admission, dispatch, events, frames, lifecycle, members, overload, priorities
 from scheduler.commands import Command
 from scheduler.policy import Policy
 from scheduler.state import Outbox, State
@@ -40,10 +40,15 @@ class Core:
 
 def _tick(state: State, event: events.Tick, now: float, out: Outbox) -> None:
     """Timers have had their turn already."""
+    overload.observe(state, now)
 
 
 def _term_raised(state: State, event: events.TermRaised, now: float, out: Outbox) -> None:
     state.term = max(state.term, event.term)
+
+
+def _service_inherited(state: State, event: events.ServiceInherited, now: float, out: Outbox) -> None:
+    state.waiting.inherit(list(event.record.tenants))
 
 
 def _deadline_passed(state: State, event: events.DeadlinePassed, now: float, out: Outbox) -> None:
@@ -72,6 +77,8 @@ _HANDLERS: dict[type, Handler] = {
     events.Submitted: admission.submitted,
     events.Cancelled: admission.cancelled,
     events.Killed: admission.killed,
+    events.Reprioritized: priorities.reprioritized,
+    events.ServiceInherited: _service_inherited,
     events.ChoiceFinished: admission.choice_finished,
     events.DeadlinePassed: _deadline_passed,
     events.RetryDue: _retry_due,

@@ -6,12 +6,15 @@ import itertools
 import math
 
 from llmos.errors import Unavailable
+from scheduler import charges, overload
 from scheduler.commands import StartAttempt
 from scheduler.events import DeadlinePassed, Event, Sweep
+from scheduler.fairness import CLASSES
 from scheduler.lifecycle import fail, forget_claim
 from scheduler.loads import adapter_is_lost, want_adapter
 from scheduler.members import refresh_catalogue
 from scheduler.placement import Option
+from scheduler.preemption import make_room
 from scheduler.requests import BLOCK_TOKENS, Attempt, LiveRequest, ModelKey
 from scheduler.state import Outbox, State
 from scheduler.workers import HOPELESS
@@ -30,17 +33,24 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
     def start(live: LiveRequest) -> bool:
         if live.request.resume and not state.settled:
             return False  # the worker that runs it may be about to say so
+        if overload.hopeless(state, live, now, out):
+            return False
         option = state.placement.place(live)
+        if option is not None and overload.stale(state, live, now, out):
+            return False
+        option = option or make_room(state, live, out)
         if option is None:
             return False
         _start(state, live, option, now, out)
         return True
 
     for key in sorted(state.looking) if len(state.looking) > 1 else list(state.looking):
-        admission = state.waiting.admit(key, start, state.reach(key), state.absent)
+        most = 1 if key in state.leading else None
+        admission = state.waiting.admit(key, start, state.reach(key), state.absent, most)
         state.drain.count(now, admission.taken)
         _want_adapters(state, admission.wanting, now, out)
     state.looking.clear()
+    state.leading.clear()
 
 
 def _want_adapters(state: State, wanting: list[LiveRequest], now: float, out: Outbox) -> None:
@@ -63,7 +73,9 @@ def _start(state: State, live: LiveRequest, option: Option, now: float, out: Out
     state.claims.pop(live.id, None)
     worker.set_aside(live.id, attempt)
     state.room_changed(worker, option.slot)
+    attempt.owed = state.waiting.queue(live.key).owed(live.rank)
     live.attempt = attempt
+    charges.started(live)
     out.append(_order(live, attempt, now))
 
 
@@ -92,6 +104,7 @@ def _order(live: LiveRequest, attempt: Attempt, now: float) -> StartAttempt:
         live.request,
         attempt.epoch,
         model_version=live.key[1],
+        priority=CLASSES[live.rank],
         adapter_version=live.adapter[1] if live.adapter is not None else "",
         resume=tuple(live.resume()),
         deadline_ms=max(1, int((live.deadline_at - now) * 1000)) if live.deadline_at < math.inf else 0,
@@ -106,6 +119,8 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     _give_up_stranded(state, now, out)
     _give_up_adapters(state, out)
     _forget_deadlines(state)
+    state.quotas.forget(now)
+    state.waiting.forget(lambda key: not _served(state, key))
     waited_for = state.waiting.keys()
     for key in list(state.nobody_since):
         if key not in waited_for:

@@ -103,6 +103,21 @@ class Killed:
 
 
 @dataclass(frozen=True, slots=True)
+class Reprioritized:
+    """A person moves a request to another class of service."""
+
+    request_id: str
+    priority: request_pb2.PriorityClass.ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInherited:
+    """What an earlier leader wrote down of the service that tenants have had."""
+
+    record: registry_pb2.ServiceRecord
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceFinished:
     """A gateway has seen enough of a choice: tokens from index `keep_until` on are not wanted."""
 
@@ -165,6 +180,8 @@ Event = (
     | Submitted
     | Cancelled
     | Killed
+    | Reprioritized
+    | ServiceInherited
     | ChoiceFinished
     | DeadlinePassed
     | RetryDue

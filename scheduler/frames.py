@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmos.errors import AttemptLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import learning, members
+from scheduler import charges, learning, members
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -112,11 +112,16 @@ def _take(
     if tokens:
         if attempt.produced == 0:
             out.append(FirstToken(live.id))
+            attempt.first_at = now
+            state.waiting.queue(live.key).forecast.first.seen.add(now - attempt.begun_at)
             live.fingerprint = live.fingerprint or worker.fingerprint
         attempt.produced += len(tokens)
     if choice.keep_until is not None:
         output = _cut(choice, output)
     choice.append(output.token_ids, output.logprobs)
+    charges.produced(live, choice)
+    if output.cached_tokens:
+        charges.cached(live, output.cached_tokens, state.policy.cached_cost)
     if output.finish_reason:
         choice.finish_reason = output.finish_reason
         choice.finished = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 from llmos.errors import DeadlineExceeded, FleetError, LlmosError, Unavailable
 from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import inference_pb2
+from scheduler import charges
 from scheduler.commands import AttemptOver, Order, Queued, RequestOver, SendFailure, SendOutput
 from scheduler.events import RetryDue
 from scheduler.requests import LENGTH, LiveRequest
@@ -16,10 +17,19 @@ from scheduler.state import Outbox, State
 
 def enqueue(state: State, live: LiveRequest, out: Outbox) -> None:
     """Begin to wait for a worker; the next look at its model may place it at once."""
-    state.waiting.push(live)
+    wait(state, live)
+    out.append(Queued(live.request))
+
+
+def wait(state: State, live: LiveRequest) -> None:
+    """Enter the queue, and see to it that a request that may be placed now is looked at."""
+    state.waiting.push(live, state.now)
     if state.waiting.short(live.key):
         state.looking.add(live.key)
-    out.append(Queued(live.request))
+        state.leading.discard(live.key)
+    elif live.key not in state.looking and state.waiting.leads(live):
+        state.looking.add(live.key)
+        state.leading.add(live.key)
 
 
 def send(state: State, live: LiveRequest, output: request_pb2.Output, out: Outbox) -> None:
@@ -56,6 +66,7 @@ def drop_attempt(state: State, live: LiveRequest, error: str, out: Outbox, *, te
     if attempt is None:
         return
     live.attempt = None
+    charges.stopped(live)
     worker = state.workers.get(attempt.worker_id)
     if worker is not None and live.id in worker.running:
         worker.release(live.id)
@@ -125,6 +136,7 @@ def finish_exhausted(state: State, live: LiveRequest, out: Outbox) -> bool:
 
 def complete(state: State, live: LiveRequest, out: Outbox) -> None:
     """Every choice has ended and its output is on its way."""
+    charges.learned(state.waiting.queue(live.key).forecast, live, state.now)
     drop_attempt(state, live, "", out, tell=False)
     _remove(state, live, "", out)
 
@@ -167,6 +179,7 @@ def _remove(state: State, live: LiveRequest, error: str, out: Outbox) -> None:
     state.parked.pop(live.id, None)
     forget_claim(state, live.id, out, tell=True)
     del state.requests[live.id]
+    charges.ended(live)
     if live.attempts:
         state.last_attempts.put(live.id, live.attempts, state.now)
     siblings = state.by_stream.get(live.stream_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,12 @@ class Policy:
 
     queue_limit: int = 1024
     """Most requests that wait for a worker; one more is refused as overloaded."""
+    queue_token_limit: int = 4_194_304
+    """Most tokens, prompts and expected answers, that wait for a worker."""
+    ttft_bounds_s: tuple[float, float, float] = (30.0, 120.0, 1800.0)
+    """Longest predicted time to the first token with which a request of each class is accepted."""
+    codel_interval_s: float = 1.0
+    """Seconds that a tenant's queue may be slower than half of that bound before some of it is shed."""
     no_worker_grace_s: float = 60.0
     """Seconds that a request waits while no connected worker could ever serve its model."""
     gateway_grace_s: float = 1.5
@@ -61,6 +68,20 @@ class Policy:
     """Waiting requests of a model that are tried when the first one does not fit."""
     bypass_limit: int = 64
     """How often a waiting request may be overtaken by one that fits."""
+    order: Literal["fair", "fcfs"] = "fair"
+    """`fair`: by class and tenant. `fcfs`: by arrival alone, to compare with."""
+    shares: tuple[float, float, float] = (80.0, 15.0, 5.0)
+    """Least shares of the interactive, the standard and the batch class while all of them wait; they are relative."""
+    head_start_tokens: float = 4096.0
+    """Tokens that a class may fall short of its share before it goes ahead of a class above it."""
+    patience_s: tuple[float, float, float] = (10.0, 30.0, 300.0)
+    """Seconds after its arrival at which a request of each class counts as due, if its deadline is not earlier."""
+    tenants_limit: int = 4096
+    """Most tenants of a class whose service is remembered; those who were idle longest are forgotten first."""
+    cached_cost: float = 0.1
+    """What a prompt token that was found in a prefix cache is charged at; others cost 1."""
+    max_preemptions: int = 4
+    """How often a request may lose its place to a higher class; then it keeps it."""
     candidates: int = 16
     """Most workers that are scored for one placement."""
     weights: PlacementWeights = field(default_factory=PlacementWeights)

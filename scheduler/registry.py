@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from llmos.internal.v1 import registry_pb2
 
@@ -13,6 +14,7 @@ log = logging.getLogger(__name__)
 WORKERS = "/llmos/v1/workers/"
 SCHEDULERS = "/llmos/v1/schedulers/"
 LEADER = "/llmos/v1/leader"
+SERVICE = "/llmos/v1/service"
 
 
 def worker_record(key: str, value: bytes) -> registry_pb2.WorkerRecord | None:
@@ -40,6 +42,17 @@ def scheduler_record(value: bytes) -> registry_pb2.SchedulerRecord:
     return record
 
 
-def to_bytes(record: registry_pb2.SchedulerRecord) -> bytes:
+def service_record(value: bytes) -> registry_pb2.ServiceRecord:
+    """What an earlier leader wrote of service; an empty one if it cannot be read."""
+    record = registry_pb2.ServiceRecord()
+    try:
+        json_format.Parse(value, record, ignore_unknown_fields=True)
+    except (json_format.ParseError, UnicodeDecodeError):
+        log.warning("the record of service cannot be read; it is ignored")
+        return registry_pb2.ServiceRecord()
+    return record
+
+
+def to_bytes(record: Message) -> bytes:
     """As it is stored."""
     return json_format.MessageToJson(record, preserving_proto_field_name=True, indent=None).encode()

@@ -33,6 +33,7 @@ from scheduler.gateways import GatewayDesk
 from scheduler.loop import Loop
 from scheduler.membership import Membership
 from scheduler.policy import Policy
+from scheduler.service_log import ServiceLog
 from scheduler.spans import StageSpans
 from scheduler.work_client import LinkConfig, LinkContext, WorkerLinks
 
@@ -72,6 +73,7 @@ class Reign:
         self._context = context
         self._spans = StageSpans(context.telemetry)
         self._membership = Membership(context.etcd, self.loop.post_now, context.rng)
+        self.service = ServiceLog(context.etcd, lambda: self.term, self.core.state.waiting.service, self.loop.post_now)
 
     @property
     def term(self) -> int:
@@ -97,6 +99,7 @@ class Reign:
         yield "tick", self.loop.tick()
         yield "members", self._watch_members()
         yield "acknowledge", self._acknowledge()
+        yield "service", self.service.run()
 
     async def _end(self) -> None:
         await self.gateways.leave(requests_pb2.NotLeader(leader_address=self.leader_address))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from llmos.internal.v1 import request_pb2
 from llmos.v1 import inference_pb2
+from scheduler.fairness import Account, rank_of
+from scheduler.quotas import Usage
 
 BLOCK_TOKENS = 64
 """Tokens of one sequence in a KV block, fleet-wide."""
@@ -55,12 +57,14 @@ class Choice:
     finished: bool = False
     keep_until: int | None = None
     """Set: the gateway wants no token from this index on."""
+    charged: int = 0
+    """Tokens that the tenant was charged for: each index once, however often it is computed."""
 
     @classmethod
     def resumed(cls, resume: request_pb2.ChoiceResume) -> Choice:
         """A choice as the gateway knows it."""
         tokens = list(resume.token_ids)
-        return cls(tokens=tokens, logprobs_from=len(tokens), finished=resume.finished)
+        return cls(tokens=tokens, logprobs_from=len(tokens), finished=resume.finished, charged=len(tokens))
 
     def append(self, tokens: Sequence[int], logprobs: Sequence[request_pb2.LogprobEntry]) -> None:
         """Remember output; what a later attempt or a returning gateway needs."""
@@ -110,8 +114,12 @@ class Attempt:
     begun_at: float = 0.0
     started: bool = False
     """Its first output has come."""
+    first_at: float = 0.0
+    """When its first token came."""
     expected: Sequence[int] = ()
     """Prefix hashes that count as cached because it is going to cache them."""
+    owed: bool = False
+    """It began because its class's minimum share was due: it keeps its place."""
 
     @property
     def epoch(self) -> request_pb2.Epoch:
@@ -146,6 +154,17 @@ class LiveRequest:
     """Salted hashes of the prompt's full blocks."""
     adapter: ModelKey | None = None
     """The adapter to apply to the model of `key`, whose queue it waits in and whose blocks it takes."""
+    rank: int = 1
+    """Class of service, 0 the highest; as the request says, until a person changes it."""
+    account: Account | None = None
+    """Who is charged; set from its first wait on."""
+    usage: Usage | None = None
+    """What its tenant uses of its quota; None: it has none."""
+    waits_since: float = 0.0
+    """When it began to wait for the last time."""
+    prompt_charged: bool = False
+    preempted: int = 0
+    """How often it lost its place to a higher class."""
 
     @classmethod
     def accept(
@@ -156,8 +175,11 @@ class LiveRequest:
         for resume in request.resume:
             choices[resume.choice] = Choice.resumed(resume)
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        prefix = tuple(request.prefix_hashes)
-        return cls(request, gateway_id, stream_id, key, now, deadline, choices, prefix=prefix)
+        live = cls(request, gateway_id, stream_id, key, now, deadline, choices, prefix=tuple(request.prefix_hashes))
+        live.rank = rank_of(request.priority)
+        # What comes with output was charged by an earlier leader.
+        live.prompt_charged = bool(request.resume)
+        return live
 
     @property
     def id(self) -> str:
@@ -173,6 +195,11 @@ class LiveRequest:
     def tokens_out(self) -> int:
         """Tokens produced so far, all choices together."""
         return sum(len(choice.tokens) for choice in self.choices)
+
+    @property
+    def tokens_left(self) -> int:
+        """Most tokens that are still to come, all choices together."""
+        return sum(self.request.max_tokens - len(choice.tokens) for choice in self.choices if not choice.finished)
 
     @property
     def blocks(self) -> int:

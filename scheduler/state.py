@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from llmos.v1 import fleet_pb2
 from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
+from scheduler.forecast import DrainRate
 from scheduler.placement import Placement, RoomIndex, default_placement
 from scheduler.policy import Policy
 from scheduler.pools import WorkerPool
 from scheduler.prefix_index import PrefixIndex
+from scheduler.quotas import Quotas
 from scheduler.recent import Recent
 from scheduler.requests import LiveRequest, ModelKey
 from scheduler.timers import Timers
 from scheduler.timing import FleetTimes
-from scheduler.waiting import DrainRate, WaitingRoom
+from scheduler.waiting import WaitingRoom
 from scheduler.workers import LOADED, ModelSlot, WorkerView
 
 Outbox = list[Command]
@@ -57,6 +59,8 @@ class State:
     """Usable workers with a free block, by model version; with an adapter loaded, by its version."""
     looking: set[ModelKey] = field(default_factory=set)
     """Models whose waiting requests are to be looked at next: one came, or a worker's room grew."""
+    leading: set[ModelKey] = field(default_factory=set)
+    """Those of them for which nothing is new but the first request."""
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     """Who has which prefix cached."""
     times: dict[ModelKey, FleetTimes] = field(default_factory=dict)
@@ -75,6 +79,7 @@ class State:
     """Waiting requests that are too large for every such worker, as of the last sweep."""
     catalogue: Catalogue = field(default_factory=Catalogue)
     timers: Timers = field(default_factory=Timers)
+    quotas: Quotas = field(default_factory=Quotas)
     drain: DrainRate = field(default_factory=DrainRate)
     counters: Counter[str] = field(default_factory=Counter)
     """What was refused or repeated, by name; for people and tests."""
@@ -87,7 +92,7 @@ class State:
 
     def __post_init__(self) -> None:
         policy = self.policy
-        self.waiting = WaitingRoom(policy.lookahead, policy.bypass_limit)
+        self.waiting = WaitingRoom(policy)
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
         indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims)
@@ -126,6 +131,7 @@ class State:
         pool.put(worker.id, int(1000 * backlog_s), max(0, room))
         if room > slot.offered:
             self.looking.add(queue)
+            self.leading.discard(queue)
         slot.offered = room
 
     def lost_room(self, worker_id: str, slot: ModelSlot) -> None:

@@ -47,7 +47,10 @@ def _agrees(choice: Choice, said: request_pb2.ChoiceResume) -> bool:
 def _start_over(state: State, live: LiveRequest, held: list[request_pb2.ChoiceResume], out: Outbox) -> None:
     """The gateway is nearer to the client: what it holds is the truth, and a new attempt continues it."""
     state.counters["diverged"] += 1
+    charged = [choice.charged for choice in live.choices]
     live.choices = [Choice.resumed(said) for said in held]
+    for choice, before in zip(live.choices, charged, strict=True):
+        choice.charged = max(choice.charged, before)
     if live.attempt is None:
         return
     drop_attempt(state, live, "diverged", out, tell=True)

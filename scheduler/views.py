@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from llmos.internal.v1 import registry_pb2
 from llmos.v1 import fleet_pb2
+from scheduler.fairness import CLASSES
 from scheduler.requests import LiveRequest
 from scheduler.state import State
 from scheduler.workers import LOADED, ModelSlot, WorkerView
@@ -96,6 +97,7 @@ def _request(live: LiveRequest, now: float) -> fleet_pb2.RequestInfo:
         tokens_out=live.tokens_out,
         age_ms=max(0, int((now - live.accepted_at) * 1000)),
         trace_id=_trace_id(live.request.trace.traceparent),
+        priority=fleet_pb2.PriorityClass.ValueType(int(CLASSES[live.rank])),
     )
 
 

@@ -1,37 +1,19 @@
-"""Requests that wait for a worker: per model version in order of urgency, bounded overtaking, a measured drain rate."""
+"""Requests that wait for a worker: per model version in fair order (`fairness.py`), with bounded overtaking."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import registry_pb2
+from scheduler import service
+from scheduler.fairness import STANDARD, Account, Entry, FairQueue, Item, Look
+from scheduler.policy import Policy
 from scheduler.requests import LiveRequest, ModelKey
 
-PATIENCE_S = {
-    request_pb2.PRIORITY_CLASS_INTERACTIVE: 10.0,
-    request_pb2.PRIORITY_CLASS_STANDARD: 30.0,
-    request_pb2.PRIORITY_CLASS_BATCH: 300.0,
-}
-"""Seconds after its arrival at which a request of a class counts as due. First come first served inside a class."""
-
-
-def due_at(live: LiveRequest) -> float:
-    """When a request should have begun: its class's patience, or the client's deadline if that is earlier."""
-    patience = PATIENCE_S.get(live.request.priority, PATIENCE_S[request_pb2.PRIORITY_CLASS_STANDARD])
-    return min(live.accepted_at + patience, live.deadline_at)
-
-
-@dataclass(slots=True)
-class _Entry:
-    live: LiveRequest
-    overtaken: int = 0
-    gone: bool = False
-
-
-_Item = tuple[float, int, _Entry]
+_TRIES = 4
+"""Requests of one tenant that are tried in a row before others have their turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,41 +27,71 @@ class Admission:
 
 
 class WaitingRoom:
-    """Order: earliest due first (EDF over class patience), then arrival. A request is in it at most once."""
+    """A request is in it at most once, and has an account in its model's queue from its first wait to its end."""
 
-    def __init__(self, lookahead: int, bypass_limit: int) -> None:
-        self._lookahead = lookahead
-        self._bypass_limit = bypass_limit
-        self._heaps: dict[ModelKey, list[_Item]] = {}
-        self._stranded: dict[ModelKey, dict[str, _Item]] = {}
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._queues: dict[ModelKey, FairQueue] = {}
+        self._stranded: dict[ModelKey, dict[str, Item]] = {}
         """Too large for every worker at present: they neither hold the others up nor are looked at each time."""
-        self._lacking: dict[ModelKey, dict[ModelKey, dict[str, _Item]]] = {}
+        self._lacking: dict[ModelKey, dict[ModelKey, dict[str, Item]]] = {}
         """The same for those whose adapter is loaded nowhere: by model, then by adapter."""
         self._reach: dict[ModelKey, float] = {}
-        self._entries: dict[str, _Entry] = {}
-        self._gone: dict[ModelKey, int] = {}
+        self._entries: dict[str, Entry] = {}
+        self._inherited: dict[str, list[registry_pb2.TenantService]] = {}
+        """Counters of earlier leaders, by model; for queues that are yet to come."""
         self._serial = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def tokens(self) -> int:
+        """That those who wait are expected to cost."""
+        return sum(queue.tokens for queue in self._queues.values())
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
 
+    def queue(self, key: ModelKey) -> FairQueue:
+        """The queue of a model version; made when it is first asked for."""
+        found = self._queues.get(key)
+        if found is None:
+            policy = self._policy
+            found = self._queues[key] = FairQueue(policy.shares, policy.head_start_tokens, policy.tenants_limit)
+            service.restore(found, self._inherited.get(key[0], ()))
+        return found
+
+    def queues(self) -> list[FairQueue]:
+        """Of all models."""
+        return list(self._queues.values())
+
+    def forget(self, gone: Callable[[ModelKey], bool]) -> None:
+        """Drop the queues of models that are `gone`, where nobody waits and nothing runs."""
+        for key, queue in list(self._queues.items()):
+            aside = key in self._stranded or key in self._lacking
+            if not aside and not len(queue) and not any(one.busy for one in queue.classes) and gone(key):
+                del self._queues[key]
+
     def short(self, key: ModelKey) -> bool:
         """Everybody who waits for this model is looked at each time: a new one may fit where others do not."""
-        return len(self._heaps.get(key, ())) <= self._lookahead
+        return len(self.queue(key)) <= self._policy.lookahead
+
+    def leads(self, live: LiveRequest) -> bool:
+        """It goes before everybody else who waits for its model."""
+        return self.queue(live.key).leads(live)
 
     def keys(self) -> list[ModelKey]:
         """Model versions that somebody waits for, in order of name."""
-        return sorted(self._heaps.keys() | self._stranded.keys() | self._lacking.keys())
+        waited_for = {key for key, queue in self._queues.items() if len(queue)}
+        return sorted(waited_for | self._stranded.keys() | self._lacking.keys())
 
     def waiting_for(self, key: ModelKey) -> Iterator[LiveRequest]:
         """Everybody who waits for a model version, in no order."""
-        items = [*self._heaps.get(key, ()), *self._stranded.get(key, {}).values()]
+        items = [*self.queue(key).items(), *self._stranded.get(key, {}).values()]
         for lacking in self._lacking.get(key, {}).values():
             items += lacking.values()
-        return (entry.live for _, _, entry in items if not entry.gone)
+        return (entry.live for _, _, entry in items)
 
     def stranded(self) -> list[LiveRequest]:
         """Those that no worker could hold when they were last looked at."""
@@ -92,24 +104,41 @@ class WaitingRoom:
         for key in list(self._lacking):
             self._recall_lacking(key, lambda adapter: False)
 
-    def push(self, live: LiveRequest) -> None:
+    def account(self, live: LiveRequest) -> Account:
+        """Where a request is charged: its tenant's account in its class."""
+        if self._policy.order == "fcfs":
+            return self.queue(live.key).account(STANDARD, "", 1)
+        return self.queue(live.key).account(live.rank, live.request.tenant, live.request.tenant_weight)
+
+    def cost(self, live: LiveRequest) -> int:
+        """Tokens that a request is expected to cost yet, its prompt included."""
+        queue = self._queues.get(live.key)
+        left = live.tokens_left if queue is None else queue.forecast.output_tokens(live.tokens_left)
+        return len(live.request.token_ids) + left
+
+    def push(self, live: LiveRequest, now: float) -> None:
         """Begin to wait."""
-        entry = _Entry(live)
+        account = live.account = self.account(live)
+        live.waits_since = now
+        entry = Entry(live, account, self.cost(live))
         self._entries[live.id] = entry
         self._serial += 1
-        heapq.heappush(self._heaps.setdefault(live.key, []), (due_at(live), self._serial, entry))
+        due = live.accepted_at if self._policy.order == "fcfs" else self.due_at(live)
+        self.queue(live.key).push((due, self._serial, entry))
+
+    def due_at(self, live: LiveRequest) -> float:
+        """When a request should have begun: its class's patience, or the client's deadline if that is earlier."""
+        return min(live.accepted_at + self._policy.patience_s[live.rank], live.deadline_at)
 
     def discard(self, live: LiveRequest) -> bool:
         """Stop waiting; whether it did."""
         entry = self._entries.pop(live.id, None)
         if entry is None:
             return False
-        if self._discard_aside(live):
-            return True
         entry.gone = True
-        self._gone[live.key] = self._gone.get(live.key, 0) + 1
-        if self._gone[live.key] * 2 > len(self._heaps[live.key]):
-            self._compact(live.key)
+        if not self._discard_aside(live):
+            self.queue(live.key).left(entry)
+            entry.account.discount()
         return True
 
     def admit(
@@ -118,42 +147,58 @@ class WaitingRoom:
         start: Callable[[LiveRequest], bool],
         reach: float = math.inf,
         absent: Callable[[ModelKey], bool] = lambda adapter: False,
+        most: int | None = None,
     ) -> Admission:
-        """Offer the most urgent requests to `start`, which says whether it took one.
+        """Offer the first requests to `start`, which says whether it took one; it may also end one.
 
-        Looks a few places past one that does not fit, so that a large request does not idle the fleet; one that was
-        overtaken too often is not overtaken any more. Requests of more than `reach` KV blocks fit nowhere, whoever else
-        ends: they step aside until the reach grows or they are recalled. So do those whose adapter is `absent`, loaded
-        nowhere: room that is kept for them would help nobody.
+        Looks a few places past one that does not fit (`most`; by default as the policy says), so that a large request
+        does not idle the fleet; one that was overtaken too often is not overtaken any more. Requests of more than
+        `reach` KV blocks fit nowhere, whoever else ends: they step aside until the reach grows or they are recalled. So
+        do those whose adapter is `absent`, loaded nowhere: room that is kept for them would help nobody.
         """
         if reach > self._reach.get(key, 0):
             self._recall(key)
         self._recall_lacking(key, absent)
         self._reach[key] = reach
-        heap = self._heaps.get(key, []) if reach else []
-        passed: list[_Item] = []
+        queue = self.queue(key)
+        look = Look(queue, _TRIES)
         taken = 0
-        while heap and len(passed) < self._lookahead:
-            item = heapq.heappop(heap)
+        most = self._policy.lookahead if most is None else most
+        while reach and len(look.failed) < most and (item := look.next()) is not None:
             entry = item[2]
-            if entry.gone or self._step_aside(item, reach, absent):
-                continue
-            if start(entry.live):
+            if self._step_aside(item, reach, absent):
+                queue.left(entry)
+            elif start(entry.live):
                 taken += 1
                 del self._entries[entry.live.id]
-                for _, _, other in passed:
+                queue.left(entry)
+                for _, _, other in look.failed:
                     other.overtaken += 1
-            else:
-                passed.append(item)
-            if any(other.overtaken >= self._bypass_limit for _, _, other in passed):
-                break
-        for item in passed:
-            heapq.heappush(heap, item)
-        if reach and not heap:
-            self._heaps.pop(key, None)
-        return Admission(taken, self._wanting(key, passed))
+                if any(other.overtaken >= self._policy.bypass_limit for _, _, other in look.failed):
+                    break
+            elif not entry.gone:
+                look.fail(item)
+                if entry.overtaken >= self._policy.bypass_limit:
+                    break
+        look.close()
+        return Admission(taken, self._wanting(key, look.failed))
 
-    def _step_aside(self, item: _Item, reach: float, absent: Callable[[ModelKey], bool]) -> bool:
+    # -- service -----------------------------------------------------------------------------------------------------
+
+    def service(self) -> list[registry_pb2.TenantService]:
+        """What a new leader must know of the service that tenants have had."""
+        return service.counters(self._queues)
+
+    def inherit(self, counters: list[registry_pb2.TenantService]) -> None:
+        """Take over what an earlier leader knew."""
+        for counter in counters:
+            self._inherited.setdefault(counter.model, []).append(counter)
+        for key, queue in self._queues.items():
+            service.restore(queue, self._inherited.get(key[0], ()))
+
+    # -- aside -------------------------------------------------------------------------------------------------------
+
+    def _step_aside(self, item: Item, reach: float, absent: Callable[[ModelKey], bool]) -> bool:
         live = item[2].live
         if live.blocks > reach:
             self._stranded.setdefault(live.key, {})[live.id] = item
@@ -163,7 +208,7 @@ class WaitingRoom:
             return False
         return True
 
-    def _wanting(self, key: ModelKey, passed: list[_Item]) -> list[LiveRequest]:
+    def _wanting(self, key: ModelKey, passed: list[Item]) -> list[LiveRequest]:
         # They stepped aside in order of urgency, since the last recall at least: the first one speaks for the others.
         first = [next(iter(items.values())) for items in self._lacking.get(key, {}).values()]
         items = sorted(first + [item for item in passed if item[2].live.adapter is not None])
@@ -186,7 +231,7 @@ class WaitingRoom:
 
     def _recall(self, key: ModelKey) -> None:
         for item in self._stranded.pop(key, {}).values():
-            heapq.heappush(self._heaps.setdefault(key, []), item)
+            self.queue(key).push(item)
 
     def _recall_lacking(self, key: ModelKey, absent: Callable[[ModelKey], bool]) -> None:
         lacking = self._lacking.pop(key, {})
@@ -195,36 +240,4 @@ class WaitingRoom:
                 self._lacking.setdefault(key, {})[adapter] = items
                 continue
             for item in items.values():
-                heapq.heappush(self._heaps.setdefault(key, []), item)
-
-    def _compact(self, key: ModelKey) -> None:
-        """Forget entries that are gone; they are at least half of the heap, so that the cost is spread."""
-        heap = [item for item in self._heaps.pop(key) if not item[2].gone]
-        del self._gone[key]
-        if heap:
-            heapq.heapify(heap)
-            self._heaps[key] = heap
-
-
-class DrainRate:
-    """Dispatches per second, exponentially weighted over about ten seconds: what Retry-After is estimated from."""
-
-    def __init__(self, horizon_s: float = 10.0) -> None:
-        self._horizon_s = horizon_s
-        self._weight = 0.0
-        self._at = 0.0
-
-    def count(self, now: float, amount: int = 1) -> None:
-        """`amount` requests left the queue at `now`."""
-        self._decay(now)
-        self._weight += amount
-
-    def retry_after_ms(self, waiting: int, now: float) -> int:
-        """Time in which half of those waiting will have left at the present rate; 1 to 60 seconds."""
-        self._decay(now)
-        rate = max(self._weight / self._horizon_s, 1e-3)
-        return int(1000 * min(60.0, max(1.0, waiting / 2 / rate)))
-
-    def _decay(self, now: float) -> None:
-        self._weight *= math.exp(-max(0.0, now - self._at) / self._horizon_s)
-        self._at = max(self._at, now)
+                self.queue(key).push(item)

@@ -248,6 +248,10 @@ class Backend(Protocol):
         """
         ...
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """Move a request's attempt to another class (0 interactive, 1 standard, 2 batch); unknown ids are ignored."""
+        ...
+
     def busy(self) -> bool:
         """Whether `step` has anything to compute."""
         ...

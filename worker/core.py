@@ -238,6 +238,11 @@ class WorkerCore:
                     forward.extend(self._stop(cancel.request_id, wire.epoch_from_wire(cancel.epoch)))
                 case "finish":
                     forward.extend(self._finish(command))
+                case "set_priority":
+                    change = command.set_priority
+                    running = self._table.get(change.request_id)
+                    if running is not None and running.epoch == wire.epoch_from_wire(change.epoch):
+                        forward.append(command)
                 case "load":
                     order = self._shelf.order(command.load)
                     forward.extend([work_pb2.Command(load=order)] if order is not None and self._state.ready else [])

@@ -117,6 +117,9 @@ class Engine:
                 case "finish":
                     finish = command.finish
                     self._backend.cancel(finish.request_id, finish.choice, finish.keep_until)
+                case "set_priority":
+                    change = command.set_priority
+                    self._backend.set_priority(change.request_id, wire.priority_from_wire(change.priority))
                 case "load":
                     self._load(command.load)
                 case "unload":

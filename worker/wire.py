@@ -53,6 +53,11 @@ def epoch_to_wire(epoch: Epoch) -> request_pb2.Epoch:
     return request_pb2.Epoch(term=epoch.term, attempt=epoch.attempt)
 
 
+def priority_from_wire(priority: int) -> int:
+    """A class of service, as `Attempt.priority` has it."""
+    return _PRIORITY.get(request_pb2.PriorityClass.ValueType(priority), _STANDARD)
+
+
 def attempt_from_wire(dispatch: work_pb2.Dispatch) -> Attempt:
     """The attempt that a dispatch begins."""
     request = dispatch.request
@@ -70,7 +75,7 @@ def attempt_from_wire(dispatch: work_pb2.Dispatch) -> Attempt:
         resume={entry.choice: tuple(entry.token_ids) for entry in request.resume},
         finished_choices=frozenset(entry.choice for entry in request.resume if entry.finished),
         prefix_hashes=tuple(request.prefix_hashes),
-        priority=_PRIORITY.get(request.priority, _STANDARD),
+        priority=priority_from_wire(request.priority),
         adapter=request.adapter,
         constraint=_constraint_from_wire(request.constraint),
         task=_TASK.get(request.task, Task.GENERATE),

@@ -165,6 +165,9 @@ class EchoBackend:
                 run.sequences[choice].keep_until = keep_until or 0
                 _drop_kept(pool, run)
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """See `Backend`. Classes change nothing here: attempts run in order of arrival."""
+
     def busy(self) -> bool:
         """See `Backend`."""
         return any(pool.runs for pool in self._pools.values())

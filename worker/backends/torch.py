@@ -132,6 +132,11 @@ class TorchBackend:
         for engine in self._engines.values():
             engine.cancel(request_id, choice, keep_until)
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """See `Backend`."""
+        for engine in self._engines.values():
+            engine.set_priority(request_id, priority)
+
     def busy(self) -> bool:
         """See `Backend`."""
         return any(engine.busy() for engine in self._engines.values())

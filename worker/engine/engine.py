@@ -151,6 +151,13 @@ class Engine:
             if not run.choices:
                 self._forget(run)
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """See `Backend.set_priority`."""
+        if (run := self._roster.find(request_id)) is not None:
+            self._roster.set_priority(run, priority)
+        elif (run := self._preparing.find(request_id)) is not None:
+            run.set_priority(priority)
+
     def close(self) -> None:
         """Nothing more is asked of it."""
         if self._grammars is not None:

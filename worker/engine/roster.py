@@ -55,6 +55,15 @@ class Roster:
             self._waiting.remove(run)
         run.release()
 
+    def set_priority(self, run: Run, priority: int) -> None:
+        """Move an attempt to another class: from the next step on it waits, runs and gives way as one of that."""
+        waits = run in self._waiting
+        if waits:
+            self._waiting.remove(run)
+        run.set_priority(priority)
+        if waits:
+            self.add(run)
+
     def start(self) -> Iterator[Run]:
         """Let attempts run; the first that does not fit holds back those behind it."""
         while self._waiting and self._admits(self._waiting[0]):
@@ -90,7 +99,7 @@ class Roster:
 
     def _admits(self, run: Run) -> bool:
         """Whether the run fits, perhaps in the place of some of a lower class, which are then preempted."""
-        lower = [other for other in self.running if other.attempt.priority > run.attempt.priority]
+        lower = [other for other in self.running if other.priority > run.priority]
         for count in range(len(lower) + 1):
             victims = lower[len(lower) - count :]
             if self._fits(run, victims):

@@ -75,6 +75,15 @@ class Run:
         self._reached = 0
 
     @property
+    def priority(self) -> int:
+        """Its class, 0 the highest: that of the attempt, until it is moved to another."""
+        return self.order[0]
+
+    def set_priority(self, priority: int) -> None:
+        """Move to another class. Who keeps it in order must sort it in anew."""
+        self.order = (priority, self.order[1])
+
+    @property
     def epoch(self) -> tuple[int, int]:
         """In order of age."""
         return self.attempt.epoch.term, self.attempt.epoch.attempt

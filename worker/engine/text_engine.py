@@ -69,6 +69,14 @@ class TextEngine:
             self._order = [entry for entry in self._order if entry[2] != request_id]
             heapq.heapify(self._order)
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        """See `Backend.set_priority`."""
+        self._order = [
+            (priority, arrival, queued) if queued == request_id else (before, arrival, queued)
+            for before, arrival, queued in self._order
+        ]
+        heapq.heapify(self._order)
+
     @torch.inference_mode()
     def step(self, *, patient: bool = True) -> StepResult:
         """Compute the values of the texts that come first; there is never anything to wait for."""

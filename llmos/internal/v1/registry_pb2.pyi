@@ -253,26 +253,30 @@ global___ServiceRecord = ServiceRecord
 
 @typing.final
 class TenantService(google.protobuf.message.Message):
-    """One tenant's virtual token counter in one class."""
+    """One tenant's virtual token counter in one class of one model, or a class's own."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PRIORITY_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     VIRTUAL_TOKENS_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
     priority: llmos.v1.fleet_pb2.PriorityClass.ValueType
     """Class of service."""
     tenant: builtins.str
-    """Tenant."""
+    """Tenant; empty: the class as a whole."""
     virtual_tokens: builtins.float
-    """Tokens charged, divided by its weight."""
+    """Tokens charged, divided by its weight (a class: by its share)."""
+    model: builtins.str
+    """Name of the model that was used."""
     def __init__(
         self,
         *,
         priority: llmos.v1.fleet_pb2.PriorityClass.ValueType = ...,
         tenant: builtins.str = ...,
         virtual_tokens: builtins.float = ...,
+        model: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["priority", b"priority", "tenant", b"tenant", "virtual_tokens", b"virtual_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "priority", b"priority", "tenant", b"tenant", "virtual_tokens", b"virtual_tokens"]) -> None: ...
 
 global___TenantService = TenantService

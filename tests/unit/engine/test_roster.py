@@ -93,6 +93,20 @@ def test_a_class_goes_before_those_below_and_takes_their_place() -> None:
     assert loop.names == ["batch 1", "batch 2"]
 
 
+def test_a_change_of_class_counts_from_the_next_step_on() -> None:
+    loop = Loop(8, max_running=1)
+    running, waiting = loop.add("running", 10, priority=1), loop.add("waiting", 10, priority=2)
+    loop.step()
+    assert loop.names == ["running"]
+    loop.roster.set_priority(waiting, 0)
+    loop.step()
+    assert loop.names == ["waiting"]
+    loop.roster.set_priority(waiting, 2)
+    loop.step()
+    assert loop.names == ["running"]
+    assert (running.priority, waiting.priority) == (1, 2)
+
+
 def test_equals_do_not_take_each_others_place() -> None:
     loop = Loop(4)
     loop.add("first", 100, 20)

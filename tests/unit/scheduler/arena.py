@@ -180,6 +180,8 @@ class Arena:
         state = self.core.state
         assert not state.requests and not state.parked and not len(state.waiting) and not state.claims
         assert all(not ids for ids in state.by_stream.values())
+        for queue in state.waiting.queues():
+            assert not any(one.busy or one.waiting or one.tokens or one.weights for one in queue.classes)
         for worker in state.workers.values():
             assert not worker.running and not worker.unclaimed
             assert all(slot.held == 0 and slot.promised == 0 for slot in worker.slots.values())

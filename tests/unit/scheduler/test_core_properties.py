@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llmos.internal.v1 import request_pb2
 from scheduler import events
 from scheduler.policy import Policy
 from tests.unit.scheduler.arena import Arena, make_request
@@ -43,11 +44,21 @@ class Fleet(RuleBasedStateMachine):
         choices=st.integers(1, 3),
         gateway=st.sampled_from(["g1", "g2"]),
         deadline=st.sampled_from([0, 0, 0, 500]),
+        priority=st.sampled_from([0, 1, 2, 3]),
+        tenant=st.sampled_from(["a", "b"]),
     )
-    def submit(self, prompt: int, tokens: int, choices: int, gateway: str, deadline: int) -> None:
+    def submit(
+        self, prompt: int, tokens: int, choices: int, gateway: str, deadline: int, priority: int, tenant: str
+    ) -> None:
         self.requests += 1
         request = make_request(
-            f"r{self.requests}", prompt=prompt, max_tokens=tokens, choices=choices, deadline_ms=deadline
+            f"r{self.requests}",
+            prompt=prompt,
+            max_tokens=tokens,
+            choices=choices,
+            deadline_ms=deadline,
+            priority=priority,
+            tenant=tenant,
         )
         self.arena.submit(request, gateway)
 
@@ -63,6 +74,13 @@ class Fleet(RuleBasedStateMachine):
     @rule(at=st.integers(0, 99))
     def kill_request(self, at: int) -> None:
         self.arena.post(events.Killed(f"r{1 + at % self.requests}"))
+
+    @precondition(lambda self: self.requests)
+    @rule(at=st.integers(0, 99), priority=st.sampled_from([1, 2, 3]))
+    def nice(self, at: int, priority: int) -> None:
+        self.arena.post(
+            events.Reprioritized(f"r{1 + at % self.requests}", request_pb2.PriorityClass.ValueType(priority))
+        )
 
     # -- progress ----------------------------------------------------------------------------------------------------
 
@@ -140,6 +158,16 @@ class Fleet(RuleBasedStateMachine):
         fresh = [live for live in state.requests.values() if live.id in state.waiting and not live.attempts]
         resubmitted = [live for live in fresh if live.request.resume]
         assert len(fresh) - len(resubmitted) <= 8
+
+    @invariant()
+    def accounts_hold_what_runs(self) -> None:
+        state = self.arena.core.state
+        keys = {live.key for live in state.requests.values() if live.account is not None}
+        for key in sorted(keys):
+            queue = state.waiting.queue(key)
+            running = {name for one in queue.classes for account in one.busy for name in account.running}
+            assert running == {live.id for live in state.requests.values() if live.attempt and live.key == key}
+            assert len(queue) == len(list(queue.items()))
 
     def teardown(self) -> None:
         for worker in self.arena.workers.values():

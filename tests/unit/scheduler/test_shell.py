@@ -28,11 +28,10 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.contract import make_record, make_request
 
 PURE = [
-    "admission", "catalogue", "commands", "core", "dispatch", "events", "frames", "ledger", "lifecycle",
-    "learning", "loads", "members",
-    "outflow", "placement", "policy", "pools", "prefix_index", "recent", "requests", "span_ring", "state", "takeover",
-    "timers", "timing", "views",
-    "waiting", "workers",
+    "admission", "catalogue", "charges", "commands", "core", "dispatch", "events", "fairness", "forecast", "frames",
+    "learning", "ledger", "lifecycle", "loads", "members", "outflow", "overload", "placement", "policy", "pools",
+    "preemption", "prefix_index", "priorities", "quotas", "recent", "requests", "service", "span_ring", "state",
+    "takeover", "timers", "timing", "views", "waiting", "workers",
 ]  # fmt: skip
 TLS = TlsConfig(ca_file=Path("ca.pem"), cert_file=Path("cert.pem"), key_file=Path("key.pem"))
 FORBIDDEN = {"asyncio", "grpc", "opentelemetry", "random", "secrets", "socket", "threading", "time", "datetime", "os"}
@@ -165,6 +164,8 @@ def test_spans_of_a_lost_reign_are_closed() -> None:
     "field",
     [
         {"queue_limit": 0},
+        {"class_shares": (1.0, 2.0)},
+        {"ttft_bounds_s": (1.0, 0.0, 3.0)},
         {"port": 70_000},
         {"lease_ttl_s": 0.0},
         {"etcd_endpoints": ""},

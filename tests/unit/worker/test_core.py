@@ -75,6 +75,19 @@ def test_cancel_drops_what_was_not_sent_and_closes_the_span() -> None:
     assert rig.engine.orders.count("cancel") == 1
 
 
+def test_a_change_of_class_reaches_the_engine_for_the_attempt_that_runs() -> None:
+    rig = Rig()
+    rig.send(dispatch(attempt=2))
+    for attempt, name in ((1, "a"), (2, "a"), (2, "gone")):
+        change = work_pb2.SetPriority(
+            request_id=name,
+            epoch=request_pb2.Epoch(term=1, attempt=attempt),
+            priority=fleet_pb2.PRIORITY_CLASS_BATCH,
+        )
+        rig.send(work_pb2.Command(set_priority=change))
+    assert rig.engine.orders.count("set_priority") == 1
+
+
 def test_refusals_are_failures_of_that_attempt_alone() -> None:
     rig = Rig()
     rig.send(dispatch("x", model="other"), dispatch("y", model="vast"), dispatch("z"))

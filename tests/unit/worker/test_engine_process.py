@@ -46,6 +46,9 @@ class ScriptedBackend:
     def cancel(self, request_id: str, choice: int | None = None, keep_until: int | None = None) -> None:
         self._call("cancel", request_id, choice, keep_until)
 
+    def set_priority(self, request_id: str, priority: int) -> None:
+        self._call("set_priority", request_id, priority)
+
     def busy(self) -> bool:
         return self.working
 
@@ -94,6 +97,9 @@ def test_commands_reach_the_backend_in_order(engine: EngineLoop, backend: Script
             load(),
             work_pb2.Command(dispatch=work_pb2.Dispatch(request=request)),
             work_pb2.Command(finish=requests_pb2.Finish(request_id="a", choice=1, keep_until=5)),
+            work_pb2.Command(
+                set_priority=work_pb2.SetPriority(request_id="a", priority=fleet_pb2.PRIORITY_CLASS_BATCH)
+            ),
             work_pb2.Command(cancel=work_pb2.CancelAttempt(request_id="a")),
             work_pb2.Command(unload=work_pb2.UnloadModel(model="m")),
         ]
@@ -102,6 +108,7 @@ def test_commands_reach_the_backend_in_order(engine: EngineLoop, backend: Script
         ("load", "m", 99),
         ("admit", "a"),
         ("cancel", "a", 1, 5),
+        ("set_priority", "a", 2),
         ("cancel", "a", None, None),
         ("unload", "m"),
     ]
