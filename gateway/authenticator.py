@@ -15,4 +15,4 @@ class KeyAuthenticator:
     def authenticate(self, authorization: str | None) -> Identity:
         """See `Authenticator`."""
         found = self._ring.authenticate(authorization)
-        return Identity(found.tenant, found.role, found.priority)
+        return Identity(found.tenant, found.role, found.priority, found.limits)

@@ -13,10 +13,11 @@ from llmos.v1 import fleet_pb2 as pb
 from llmos.v1 import fleet_pb2_grpc
 
 _ALL_REQUESTS = 100_000
+_CLASSES = frozenset(pb.PriorityClass.values()) - {pb.PRIORITY_CLASS_UNSPECIFIED}
 
 
 class FleetServicer(fleet_pb2_grpc.FleetServicer):
-    """Stateless. Reading needs any key; ending another tenant's request needs an operator's."""
+    """Stateless. Reading needs any key, steering what is not the tenant's own an operator's."""
 
     def __init__(self, leader: LeaderClient, authenticator: Authenticator) -> None:
         self._leader = leader
@@ -45,6 +46,36 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         if identity.role != "operator" and row.tenant != identity.tenant:
             raise PermissionDenied("Only an operator's key may end another tenant's request.")
         return pb.KillRequestResponse(was_running=await self._leader.kill_request(row.request_id))
+
+    async def SetRequestPriority(  # noqa: N802
+        self, request: pb.SetRequestPriorityRequest, context: Any
+    ) -> pb.SetRequestPriorityResponse:
+        """See the contract. A tenant may move its own requests to a lower class."""
+        identity = Caller(context, self._authenticator).identity
+        if not request.request_id:
+            raise InvalidRequest("'request_id' is required.", param="request_id")
+        if request.priority not in _CLASSES:
+            raise InvalidRequest("'priority' must be interactive, standard or batch.", param="priority")
+        row = await self._find(request.request_id, identity)
+        if row is None:
+            raise NotFound(f"No request {request.request_id[:128]!r} waits or runs.", param="request_id")
+        if identity.role != "operator" and (row.tenant != identity.tenant or request.priority < row.priority):
+            raise PermissionDenied("Only an operator's key may raise a request, or move another tenant's.")
+        inner = pb.SetRequestPriorityRequest(request_id=row.request_id, priority=request.priority)
+        return await self._leader.set_request_priority(inner)
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Any) -> pb.DrainNodeResponse:  # noqa: N802
+        """See the contract."""
+        if Caller(context, self._authenticator).identity.role != "operator":
+            raise PermissionDenied("Draining a worker needs an operator's key.")
+        if not request.node_id:
+            raise InvalidRequest("'node_id' is required.", param="node_id")
+        return await self._leader.drain_node(request)
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Any) -> pb.GetLoadResponse:  # noqa: N802
+        """See the contract."""
+        Caller(context, self._authenticator)
+        return await self._leader.get_load(request)
 
     async def GetTrace(self, request: pb.GetTraceRequest, context: Any) -> pb.GetTraceResponse:  # noqa: N802
         """See the contract."""

@@ -89,6 +89,29 @@ class LeaderClient:
             answer = await self._fleet().KillRequest(request, timeout=_CALL_TIMEOUT_S)
         return bool(answer.was_running)
 
+    async def set_request_priority(
+        self, request: fleet_pb2.SetRequestPriorityRequest
+    ) -> fleet_pb2.SetRequestPriorityResponse:
+        """Move a request, by its internal id, to another class."""
+        with _typed_errors():
+            stub = self._fleet()
+            answer: fleet_pb2.SetRequestPriorityResponse = await stub.SetRequestPriority(
+                request, timeout=_CALL_TIMEOUT_S
+            )
+        return answer
+
+    async def drain_node(self, request: fleet_pb2.DrainNodeRequest) -> fleet_pb2.DrainNodeResponse:
+        """Empty a worker, or take it back."""
+        with _typed_errors():
+            answer: fleet_pb2.DrainNodeResponse = await self._fleet().DrainNode(request, timeout=_CALL_TIMEOUT_S)
+        return answer
+
+    async def get_load(self, request: fleet_pb2.GetLoadRequest) -> fleet_pb2.GetLoadResponse:
+        """Who waits, who runs, how fast."""
+        with _typed_errors():
+            answer: fleet_pb2.GetLoadResponse = await self._fleet().GetLoad(request, timeout=_CALL_TIMEOUT_S)
+        return answer
+
     async def get_trace(self, trace_or_request_id: str) -> list[fleet_pb2.Span]:
         """Finished spans of a request or trace; empty if the ring has none."""
         with _typed_errors():

@@ -14,6 +14,7 @@ from gateway.types import Constraint, GenerationRequest, Identity, Params, TaskR
 from gateway.values import ValuesTranscript
 from llmos.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
 from llmos.internal.v1 import request_pb2, requests_pb2
+from llmos.tenants import TenantLimits
 from llmos.v1 import inference_pb2
 
 _INLINE_CHARS = 16_384
@@ -163,7 +164,15 @@ def fleet_request(
         constraint=None if params.constraint is None else _constraint(params.constraint),
         task=_TASK.get(request.kind, request_pb2.TASK_GENERATE),
         first_text_tokens=prompt.first_text_tokens,
+        tenant_weight=identity.limits.weight,
+        quota=_quota(identity.limits),
     )
+
+
+def _quota(limits: TenantLimits) -> request_pb2.TenantQuota | None:
+    if not (limits.max_requests or limits.tokens_per_minute):
+        return None
+    return request_pb2.TenantQuota(max_requests=limits.max_requests, tokens_per_minute=limits.tokens_per_minute)
 
 
 def _constraint(constraint: Constraint) -> inference_pb2.Constraint:

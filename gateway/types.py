@@ -6,6 +6,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from llmos.keys import Priority
+from llmos.tenants import TenantLimits
+
 Finish = Literal["stop", "length"]
 
 
@@ -15,7 +18,9 @@ class Identity:
 
     tenant: str
     role: Literal["user", "operator"] = "user"
-    priority: Literal["interactive", "standard", "batch"] = "standard"
+    priority: Priority = "standard"
+    """The best class that its requests may have."""
+    limits: TenantLimits = field(default_factory=TenantLimits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,6 +23,7 @@ import msgspec
 
 from llmos.errors import ConfigError, NotFound, PermissionDenied, Unauthenticated
 from llmos.store.lock import acquire
+from llmos.tenants import LimitsChange, TenantLimits
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class KeyIdentity:
     tenant: str
     role: Role = "user"
     priority: Priority = "standard"
+    limits: TenantLimits = field(default_factory=TenantLimits)
 
     def require_operator(self) -> None:
         """Raise PermissionDenied unless this is an operator."""
@@ -49,8 +51,9 @@ class KeyIdentity:
             raise PermissionDenied("This call needs an operator's key.")
 
 
-class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One key as the file holds it. The key itself is not in it."""
+class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One key as the file holds it. The key itself is not in it. Weight and limits are the tenant's, the same in
+    all its keys."""
 
     id: str
     tenant: str
@@ -59,11 +62,19 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     salt: str
     hash: str
     created_unix_s: int = 0
+    weight: int = 1
+    max_requests: int = 0
+    tokens_per_minute: int = 0
+
+    @property
+    def limits(self) -> TenantLimits:
+        """The tenant's part of the fleet. Raises ConfigError."""
+        return TenantLimits(self.weight, self.max_requests, self.tokens_per_minute)
 
     @property
     def identity(self) -> KeyIdentity:
         """What the key stands for."""
-        return KeyIdentity(self.tenant, self.role, self.priority)
+        return KeyIdentity(self.tenant, self.role, self.priority, self.limits)
 
     def matches(self, secret: str) -> bool:
         """Whether `secret` is this key's; takes the same time either way."""
@@ -89,13 +100,24 @@ def read_keys(file: Path) -> list[KeyRecord]:
         raise ConfigError(f"{file} is not a keys file: {error}") from error
     if document.version != _VERSION:
         raise ConfigError(f"{file} has version {document.version}; this release reads {_VERSION}")
+    for record in document.keys:
+        _ = record.limits  # within their bounds
     return document.keys
 
 
 def add_key(
-    file: Path, tenant: str, *, role: Role = "user", priority: Priority = "standard", now_unix_s: int = 0
+    file: Path,
+    tenant: str,
+    *,
+    role: Role = "user",
+    priority: Priority = "standard",
+    limits: LimitsChange | None = None,
+    now_unix_s: int = 0,
 ) -> tuple[str, KeyRecord]:
-    """Make a key and append it to `file`, which is created if need be. Returns the key, shown only this once."""
+    """Make a key and append it to `file`, which is created if need be. Returns the key, shown only this once.
+
+    `limits` change what the tenant's other keys say too; what is left out is taken over from them.
+    """
     if not tenant or len(tenant) > 128 or not tenant.isprintable():
         raise ConfigError("A tenant's name must have 1 to 128 printable characters.", param="tenant")
     if role not in get_args(Role) or priority not in get_args(Priority):
@@ -114,8 +136,30 @@ def add_key(
             hash=_digest(salt, secret),
             created_unix_s=now_unix_s,
         )
-        _write(file, [*records, record])
-    return f"{_PREFIX}{key_id}-{secret}", record
+        records = _limited([*records, record], tenant, (limits or LimitsChange()).applied(_limits_of(records, tenant)))
+        _write(file, records)
+    return f"{_PREFIX}{key_id}-{secret}", records[-1]
+
+
+def set_limits(file: Path, tenant: str, limits: LimitsChange) -> TenantLimits:
+    """Change a tenant's weight and limits in all its keys. Returns the new ones. Raises NotFound, ConfigError."""
+    with _alone(file):
+        records = read_keys(file)
+        if all(record.tenant != tenant for record in records):
+            raise NotFound(f"There is no key of tenant '{tenant}'; `llmos keys ls` shows them.", param="tenant")
+        wanted = limits.applied(_limits_of(records, tenant))
+        _write(file, _limited(records, tenant, wanted))
+    return wanted
+
+
+def _limits_of(records: list[KeyRecord], tenant: str) -> TenantLimits:
+    return next((record.limits for record in records if record.tenant == tenant), TenantLimits())
+
+
+def _limited(records: list[KeyRecord], tenant: str, limits: TenantLimits) -> list[KeyRecord]:
+    """The records, those of one tenant with its limits."""
+    given = asdict(limits)
+    return [msgspec.structs.replace(one, **given) if one.tenant == tenant else one for one in records]
 
 
 def remove_key(file: Path, key_id: str) -> KeyRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from scheduler import admission, dispatch, events, frames, lifecycle, members, overload, priorities
+from scheduler import admission, dispatch, draining, events, frames, lifecycle, members, overload, priorities
 from scheduler.commands import Command
 from scheduler.policy import Policy
 from scheduler.state import Outbox, State
@@ -79,6 +79,8 @@ _HANDLERS: dict[type, Handler] = {
     events.Killed: admission.killed,
     events.Reprioritized: priorities.reprioritized,
     events.ServiceInherited: _service_inherited,
+    events.DrainOrdered: draining.drain_ordered,
+    events.DrainDue: draining.drain_due,
     events.ChoiceFinished: admission.choice_finished,
     events.DeadlinePassed: _deadline_passed,
     events.RetryDue: _retry_due,

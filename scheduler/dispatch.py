@@ -30,7 +30,7 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
     if not state.looking:
         return
 
-    def start(live: LiveRequest) -> bool:
+    def offer(live: LiveRequest) -> bool:
         if live.request.resume and not state.settled:
             return False  # the worker that runs it may be about to say so
         if overload.hopeless(state, live, now, out):
@@ -41,12 +41,12 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
         option = option or make_room(state, live, out)
         if option is None:
             return False
-        _start(state, live, option, now, out)
+        start(state, live, option, now, out)
         return True
 
     for key in sorted(state.looking) if len(state.looking) > 1 else list(state.looking):
         most = 1 if key in state.leading else None
-        admission = state.waiting.admit(key, start, state.reach(key), state.absent, most)
+        admission = state.waiting.admit(key, offer, state.reach(key), state.absent, most)
         state.drain.count(now, admission.taken)
         _want_adapters(state, admission.wanting, now, out)
     state.looking.clear()
@@ -62,7 +62,8 @@ def _want_adapters(state: State, wanting: list[LiveRequest], now: float, out: Ou
             kept.add(live.adapter)
 
 
-def _start(state: State, live: LiveRequest, option: Option, now: float, out: Outbox) -> None:
+def start(state: State, live: LiveRequest, option: Option, now: float, out: Outbox) -> None:
+    """Begin an attempt there. The request waits no more, and there is room for it."""
     live.attempts += 1
     worker = option.worker
     attempt = _attempt(state, live, option, now)
@@ -114,6 +115,7 @@ def _order(live: LiveRequest, attempt: Attempt, now: float) -> StartAttempt:
 def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     """Once a second: end requests that no worker is left for, forget models that are gone, look once more."""
     state.timers.at(now + SWEEP_S, Sweep())
+    state.meters.sample(state.workers, now)
     refresh_catalogue(state, now, out)
     _let_experience_fade(state, now)
     _give_up_stranded(state, now, out)

@@ -118,6 +118,22 @@ class ServiceInherited:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainOrdered:
+    """A person empties a worker, or takes it back into service."""
+
+    worker_id: str
+    undo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrainDue:
+    """Timer: look for places for what still runs on a worker that empties itself. `look` counts its drains."""
+
+    worker_id: str
+    look: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceFinished:
     """A gateway has seen enough of a choice: tokens from index `keep_until` on are not wanted."""
 
@@ -182,6 +198,8 @@ Event = (
     | Killed
     | Reprioritized
     | ServiceInherited
+    | DrainOrdered
+    | DrainDue
     | ChoiceFinished
     | DeadlinePassed
     | RetryDue

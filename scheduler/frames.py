@@ -21,11 +21,12 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
     frame = event.frame
     if frame.outputs:
         learning.stepped(worker, frame, now)
+        _sample_gap(state, frame, now)
     if frame.step != worker.step or not frame.busy:
         worker.step_at = now
     worker.step, worker.busy = frame.step, frame.busy
     if frame.draining != worker.draining:
-        members.set_draining(state, worker, frame.draining)
+        members.heard_draining(state, worker, frame.draining)
     if frame.cache:
         learning.cache_changed(state, worker, frame.cache, out)
     if frame.models:
@@ -34,6 +35,14 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         _output(state, worker, output, now, out)
     for failure in frame.failures:
         _failed(state, worker, failure, now, out)
+
+
+def _sample_gap(state: State, frame: work_pb2.WorkFrame, now: float) -> None:
+    """One output of a frame, each in its turn, stands for all of them: no measurement per token."""
+    output = frame.outputs[frame.sequence % len(frame.outputs)]
+    live = state.requests.get(output.request_id)
+    if live is not None:
+        state.meters.gap(live, now, len(frame.outputs))
 
 
 def _current(state: State, worker: WorkerView, request_id: str, epoch: request_pb2.Epoch) -> LiveRequest | None:
@@ -111,11 +120,12 @@ def _take(
     tokens = output.token_ids
     if tokens:
         if attempt.produced == 0:
-            out.append(FirstToken(live.id))
-            attempt.first_at = now
-            state.waiting.queue(live.key).forecast.first.seen.add(now - attempt.begun_at)
-            live.fingerprint = live.fingerprint or worker.fingerprint
+            _begins(state, worker, live, attempt, now, out)
         attempt.produced += len(tokens)
+        worker.tokens += len(tokens)
+        live.output_at = now
+        if live.cell is not None:
+            live.cell.produced += len(tokens)
     if choice.keep_until is not None:
         output = _cut(choice, output)
     choice.append(output.token_ids, output.logprobs)
@@ -127,6 +137,16 @@ def _take(
         choice.finished = True
     send(state, live, output, out)
     return choice.finished
+
+
+def _begins(state: State, worker: WorkerView, live: LiveRequest, attempt: Attempt, now: float, out: Outbox) -> None:
+    """An attempt's first tokens."""
+    out.append(FirstToken(live.id))
+    attempt.first_at = now
+    state.waiting.queue(live.key).forecast.first.seen.add(now - attempt.begun_at)
+    live.fingerprint = live.fingerprint or worker.fingerprint
+    if not live.output_at and not live.request.resume:
+        state.meters.first_token(live, now)
 
 
 def _cut(choice: Choice, output: request_pb2.Output) -> request_pb2.Output:

@@ -17,6 +17,8 @@ from scheduler.state import Outbox, State
 
 def enqueue(state: State, live: LiveRequest, out: Outbox) -> None:
     """Begin to wait for a worker; the next look at its model may place it at once."""
+    if live.cell is None:
+        state.meters.enter(live, state.now)
     wait(state, live)
     out.append(Queued(live.request))
 
@@ -180,6 +182,7 @@ def _remove(state: State, live: LiveRequest, error: str, out: Outbox) -> None:
     forget_claim(state, live.id, out, tell=True)
     del state.requests[live.id]
     charges.ended(live)
+    state.meters.leave(live)
     if live.attempts:
         state.last_attempts.put(live.id, live.attempts, state.now)
     siblings = state.by_stream.get(live.stream_id)

@@ -63,6 +63,9 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
         _disconnect(state, worker, "stream replaced", out)
     worker.connected = True
     worker.draining = False
+    heard_draining(state, worker, event.report.draining)
+    if worker.drain_wanted is not None and worker.drain_wanted != event.report.draining:
+        order_drain(worker, out)
     worker.attachments += 1
     worker.step_at = now
     state.prefixes.clear(worker.id)
@@ -110,9 +113,26 @@ def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
     out.append(HangUp(worker.id))
 
 
+def order_drain(worker: WorkerView, out: Outbox) -> None:
+    """Tell a worker what an operator wants of it. One that is away is told when it comes back."""
+    if worker.connected and worker.drain_wanted is not None:
+        drain = work_pb2.Drain(undo=not worker.drain_wanted)
+        out.append(Order(worker.id, work_pb2.Command(drain=drain)))
+
+
+def heard_draining(state: State, worker: WorkerView, said: bool) -> None:
+    """A worker says whether it empties itself. While an order to do so is on its way, it does not know yet."""
+    draining = said or worker.drain_wanted is True
+    if draining != worker.draining:
+        set_draining(state, worker, draining)
+
+
 def set_draining(state: State, worker: WorkerView, draining: bool) -> None:
     """A worker empties itself, or has changed its mind."""
     worker.draining = draining
+    if draining:
+        worker.drain_look += 1
+        state.timers.at(state.now, events.DrainDue(worker.id, worker.drain_look))
     state.standing_changed(worker)
     for slot in worker.slots.values():
         state.room_changed(worker, slot)

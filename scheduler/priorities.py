@@ -21,6 +21,7 @@ def reprioritized(state: State, event: events.Reprioritized, now: float, out: Ou
     if live.attempt is not None:
         charges.stopped(live)
     live.rank = rank
+    state.meters.enter(live, now)
     if waiting:
         wait(state, live)
     elif live.attempt is not None:

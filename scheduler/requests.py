@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llmos.internal.v1 import request_pb2
 from llmos.v1 import inference_pb2
 from scheduler.fairness import Account, rank_of
 from scheduler.quotas import Usage
+
+if TYPE_CHECKING:
+    from scheduler.meters import Cell
 
 BLOCK_TOKENS = 64
 """Tokens of one sequence in a KV block, fleet-wide."""
@@ -165,6 +169,10 @@ class LiveRequest:
     prompt_charged: bool = False
     preempted: int = 0
     """How often it lost its place to a higher class."""
+    cell: Cell | None = None
+    """Where what it produces is counted."""
+    output_at: float = 0.0
+    """When its last output came; 0: none yet."""
 
     @classmethod
     def accept(

@@ -10,6 +10,7 @@ from llmos.v1 import fleet_pb2
 from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
 from scheduler.forecast import DrainRate
+from scheduler.meters import Meters
 from scheduler.placement import Placement, RoomIndex, default_placement
 from scheduler.policy import Policy
 from scheduler.pools import WorkerPool
@@ -81,6 +82,7 @@ class State:
     timers: Timers = field(default_factory=Timers)
     quotas: Quotas = field(default_factory=Quotas)
     drain: DrainRate = field(default_factory=DrainRate)
+    meters: Meters = field(default_factory=Meters)
     counters: Counter[str] = field(default_factory=Counter)
     """What was refused or repeated, by name; for people and tests."""
     waiting: WaitingRoom = field(init=False)

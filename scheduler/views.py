@@ -97,8 +97,13 @@ def _request(live: LiveRequest, now: float) -> fleet_pb2.RequestInfo:
         tokens_out=live.tokens_out,
         age_ms=max(0, int((now - live.accepted_at) * 1000)),
         trace_id=_trace_id(live.request.trace.traceparent),
-        priority=fleet_pb2.PriorityClass.ValueType(int(CLASSES[live.rank])),
+        priority=priority_of(live),
     )
+
+
+def priority_of(live: LiveRequest) -> fleet_pb2.PriorityClass.ValueType:
+    """Its class of service."""
+    return fleet_pb2.PriorityClass.ValueType(int(CLASSES[live.rank]))
 
 
 def _request_state(live: LiveRequest) -> fleet_pb2.RequestState.ValueType:

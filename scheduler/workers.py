@@ -87,6 +87,11 @@ class WorkerView:
     registered: bool = True
     connected: bool = False
     draining: bool = False
+    """It takes nothing new: by its own word, or because that is wanted."""
+    drain_wanted: bool | None = None
+    """What an operator ordered last: empty it, or take it back. None: nothing."""
+    drain_look: int = 0
+    """Counts the times it began to drain."""
     attachments: int = 0
     """Streams begun so far."""
     fingerprint: str = ""
@@ -99,6 +104,8 @@ class WorkerView:
     """Live attempts by tenant."""
     unclaimed: dict[str, request_pb2.Epoch] = field(default_factory=dict)
     """What it reported to run and nobody has asked for yet."""
+    tokens: int = 0
+    """Produced there so far."""
     step: int = 0
     """Its engine's step counter: stands still while the engine hangs."""
     step_at: float = 0.0

@@ -80,7 +80,7 @@ class WorkerCore:
         self._stream: Stream | None = None
         self._highest_term = 0
         self._alone_since = clock.monotonic()
-        self._draining = self._announced_drain = False
+        self._leaving = self._emptied = self._announced_drain = False
 
     def connect(self, engine: CommandSink) -> None:
         """Where commands go; once, before the engine is ready."""
@@ -143,9 +143,14 @@ class WorkerCore:
         self._to_engine([command for orphan in orphans for command in self._stop(orphan.request_id, orphan.epoch)])
 
     def drain(self) -> None:
-        """Take nothing new; finish what runs."""
-        self._draining = True
+        """The worker is about to leave: take nothing new, finish what runs. No order undoes that."""
+        self._leaving = True
         self._wake()
+
+    @property
+    def draining(self) -> bool:
+        """Nothing new is taken: the worker is about to leave, or was ordered to empty itself."""
+        return self._leaving or self._emptied
 
     def leave(self) -> None:
         """The worker goes: end the scheduler's stream, after everything that was sent on it."""
@@ -157,14 +162,14 @@ class WorkerCore:
     @property
     def sendable(self) -> bool:
         """Whether the next frame would say something new."""
-        return self._outbox.sendable or self._shelf.changed or self._draining != self._announced_drain
+        return self._outbox.sendable or self._shelf.changed or self.draining != self._announced_drain
 
     def next_frame(self) -> work_pb2.WorkFrame:
         """The next frame of the present stream: pieces, state, spans."""
         frame = self._outbox.take()
         frame.step = self._state.step
         frame.busy = self._state.busy or len(self._table) > 0
-        frame.draining = self._announced_drain = self._draining
+        frame.draining = self._announced_drain = self.draining
         frame.models.extend(self._shelf.take_changes())
         frame.spans.extend(self._spans.drain())
         frame.cache.extend(self._cache.take())
@@ -225,6 +230,7 @@ class WorkerCore:
             ],
             models=self._shelf.all(),
             numerics_fingerprint=self._state.fingerprint,
+            draining=self.draining,
         )
 
     def _obey(self, commands: Iterable[work_pb2.Command]) -> None:
@@ -249,7 +255,8 @@ class WorkerCore:
                 case "unload":
                     forward.extend(self._unload(command))
                 case "drain":
-                    self.drain()
+                    self._emptied = not command.drain.undo
+                    self._wake()
                 case "resend_cache":
                     self._cache.resend(command.resend_cache.model)
                     self._wake()
@@ -264,7 +271,7 @@ class WorkerCore:
             self._outbox.add_failure(_failure(request_id, epoch, error))
         if verdict not in (Verdict.BEGIN, Verdict.REPLACE):
             return []
-        refusal = self._refusal(dispatch.request.model, dispatch.request.adapter)
+        refusal = self._refusal(dispatch.request.model, dispatch.request.adapter, verdict)
         if refusal is not None:
             self._outbox.add_failure(_failure(request_id, epoch, refusal))
             return []
@@ -279,9 +286,9 @@ class WorkerCore:
             return [] if older is None else [_cancel(older)]
         return [command]
 
-    def _refusal(self, model: str, adapter: str) -> LlmosError | None:
+    def _refusal(self, model: str, adapter: str, verdict: Verdict) -> LlmosError | None:
         """What is the worker's doing, and none of the request's, is a lost attempt: it moves on at no cost."""
-        if self._draining:
+        if self.draining and verdict is Verdict.BEGIN:  # what runs here may go on here, under a new leader too
             return AttemptLost("The worker takes nothing new.")
         missing = next((name for name in (model, adapter) if name and not self._shelf.loaded(name)), "")
         if not missing and self._state.ready:

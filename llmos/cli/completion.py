@@ -14,6 +14,11 @@ def request_ids(incomplete: str) -> list[str]:
     return _quietly(_request_ids, incomplete)
 
 
+def worker_ids(incomplete: str) -> list[str]:
+    """Ids of the workers of the fleet started last."""
+    return _quietly(_worker_ids, incomplete)
+
+
 def served_models(incomplete: str) -> list[str]:
     """Names of models that the fleet started last serves."""
     return _quietly(_served_models, incomplete)
@@ -29,6 +34,15 @@ async def _request_ids() -> list[str]:
     from llmos.cli.ps import list_requests
 
     return [request.request_id for request in await list_requests(find_target(None), 100, _TIMEOUT_S)]
+
+
+async def _worker_ids() -> list[str]:
+    from llmos.cli.connection import find_target
+    from llmos.cli.nodes import list_nodes
+    from llmos.v1 import fleet_pb2
+
+    nodes = await list_nodes(find_target(None), _TIMEOUT_S)
+    return [node.id for node in nodes if node.role == fleet_pb2.NODE_ROLE_WORKER]
 
 
 async def _served_models() -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llmos.cli import output
 from llmos.cli.flags import AsJson
+
+if TYPE_CHECKING:
+    from llmos.keys import KeyRecord
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -18,6 +21,20 @@ KeysFile = Annotated[
     Path, typer.Option("--file", "-f", help="The keys file; give the same to `python -m gateway --keys-file`.")
 ]
 _DEFAULT_FILE = Path("llmos-keys.json")
+Weight = Annotated[
+    int | None,
+    typer.Option("--weight", min=1, max=1000, help="The tenant's share, beside others' weights."),
+]
+MaxRequests = Annotated[
+    int | None,
+    typer.Option("--max-requests", min=0, max=2**32 - 1, help="Most requests of the tenant that wait or run; 0: any."),
+]
+TokensPerMinute = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens-per-minute", min=0, max=2**32 - 1, help="Most tokens of the tenant, prompts included; 0: any."
+    ),
+]
 
 
 @app.command("add")
@@ -27,18 +44,45 @@ def add(
     priority: Annotated[
         Literal["interactive", "standard", "batch"], typer.Option("--class", help="Class of service.")
     ] = "standard",
+    weight: Weight = None,
+    max_requests: MaxRequests = None,
+    tokens_per_minute: TokensPerMinute = None,
     file: KeysFile = _DEFAULT_FILE,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key. It is shown this once; the file keeps a salted hash."""
-    from llmos.keys import add_key
+    """Make a key. It is shown this once; the file keeps a salted hash.
 
-    key, record = add_key(file, tenant, role=role, priority=priority, now_unix_s=int(time.time()))
+    Weight and limits are the tenant's: they hold for all its keys, and a further key takes them over.
+    """
+    from llmos.keys import add_key
+    from llmos.tenants import LimitsChange
+
+    limits = LimitsChange(weight, max_requests, tokens_per_minute)
+    key, record = add_key(file, tenant, role=role, priority=priority, limits=limits, now_unix_s=int(time.time()))
     if as_json:
-        output.print_json({"key": key, "id": record.id, "tenant": tenant, "role": role, "class": priority})
+        output.print_json({"key": key} | _record_json(record))
         return
     output.note(f"Key {record.id} of tenant {tenant} ({role}, {priority}), in {file}. Keep it: it is not shown again.")
     output.write(f"{key}\n")
+
+
+@app.command("set")
+def set_(
+    tenant: Annotated[str, typer.Argument(help="Name of the tenant (`llmos keys ls`).")],
+    weight: Weight = None,
+    max_requests: MaxRequests = None,
+    tokens_per_minute: TokensPerMinute = None,
+    file: KeysFile = _DEFAULT_FILE,
+) -> None:
+    """Change a tenant's weight and limits. Gateways obey from the tenant's next request on."""
+    from llmos.keys import set_limits
+    from llmos.tenants import LimitsChange
+
+    if weight is max_requests is tokens_per_minute is None:
+        raise typer.BadParameter("give --weight, --max-requests or --tokens-per-minute")
+    now = set_limits(file, tenant, LimitsChange(weight, max_requests, tokens_per_minute))
+    limits = f"{_limit(now.max_requests)} requests, {_limit(now.tokens_per_minute)} tokens per minute"
+    output.write(f"{tenant}: weight {now.weight}, {limits}\n")
 
 
 @app.command("ls")
@@ -48,15 +92,10 @@ def ls(file: KeysFile = _DEFAULT_FILE, as_json: AsJson = False) -> None:
 
     records = read_keys(file)
     if as_json:
-        output.print_json(
-            [
-                {"id": r.id, "tenant": r.tenant, "role": r.role, "class": r.priority, "created": r.created_unix_s}
-                for r in records
-            ]
-        )
+        output.print_json([_record_json(record) for record in records])
         return
-    rows = [(r.id, r.tenant, r.role, r.priority, _day(r.created_unix_s)) for r in records]
-    output.print_table(("ID", "TENANT", "ROLE", "CLASS", "CREATED"), rows, empty="no keys; `llmos keys add` makes one")
+    columns = ("ID", "TENANT", "ROLE", "CLASS", "WEIGHT", "REQUESTS", "TOKENS/MIN", "CREATED")
+    output.print_table(columns, [_row(record) for record in records], empty="no keys; `llmos keys add` makes one")
 
 
 @app.command("rm")
@@ -73,3 +112,25 @@ def rm(
 
 def _day(unix_s: int) -> str:
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d") if unix_s else "-"
+
+
+def _row(record: KeyRecord) -> tuple[str, ...]:
+    limits = (str(record.weight), _limit(record.max_requests), _limit(record.tokens_per_minute))
+    return (record.id, record.tenant, record.role, record.priority, *limits, _day(record.created_unix_s))
+
+
+def _record_json(record: KeyRecord) -> dict[str, object]:
+    return {
+        "id": record.id,
+        "tenant": record.tenant,
+        "role": record.role,
+        "class": record.priority,
+        "weight": record.weight,
+        "max_requests": record.max_requests,
+        "tokens_per_minute": record.tokens_per_minute,
+        "created": record.created_unix_s,
+    }
+
+
+def _limit(limit: int) -> str:
+    return str(limit) if limit else "any"

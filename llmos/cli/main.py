@@ -7,7 +7,24 @@ from importlib import metadata
 
 import typer
 
-from llmos.cli import certs, chat, down, embed, generate, keys, kill, models, nodes, output, ps, trace, up
+from llmos.cli import (
+    certs,
+    chat,
+    down,
+    drain,
+    embed,
+    generate,
+    keys,
+    kill,
+    models,
+    nice,
+    nodes,
+    output,
+    ps,
+    top,
+    trace,
+    up,
+)
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -27,11 +44,14 @@ app.command("chat")(chat.chat)
 app.command("embed")(embed.embed)
 app.command("nodes")(nodes.nodes)
 app.command("ps")(ps.ps)
+app.command("top")(top.top)
 app.command("kill")(kill.kill)
+app.command("nice")(nice.nice)
+app.command("drain")(drain.drain)
 app.command("trace")(trace.trace)
 app.command("certs")(certs.certs)
 app.add_typer(models.app, name="models", help="The model store: list, show, import, remove.")
-app.add_typer(keys.app, name="keys", help="API keys: make, list, remove.")
+app.add_typer(keys.app, name="keys", help="API keys: make, list, limit, remove.")
 
 
 @app.command("version")

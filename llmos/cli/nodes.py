@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def nodes(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Show every scheduler, gateway and worker."""
-    from llmos.cli.connection import find_target
+    from llmos.cli.connection import CALL_TIMEOUT_S, find_target
 
-    found = asyncio.run(_list(find_target(data_dir)))
+    found = asyncio.run(list_nodes(find_target(data_dir), CALL_TIMEOUT_S))
     if as_json:
         output.print_json([node_json(node) for node in found])
         return
@@ -25,12 +25,13 @@ def nodes(data_dir: DataDir = None, as_json: AsJson = False) -> None:
     output.print_table(columns, [_row(node) for node in found], empty="no nodes")
 
 
-async def _list(target: Target) -> list[Node]:
-    from llmos.cli.connection import CALL_TIMEOUT_S, connect
+async def list_nodes(target: Target, timeout_s: float) -> list[Node]:
+    """Every process of the fleet."""
+    from llmos.cli.connection import connect
     from llmos.v1 import fleet_pb2
 
     async with connect(target) as fleet:
-        call = fleet.fleet.ListNodes(fleet_pb2.ListNodesRequest(), metadata=fleet.metadata, timeout=CALL_TIMEOUT_S)
+        call = fleet.fleet.ListNodes(fleet_pb2.ListNodesRequest(), metadata=fleet.metadata, timeout=timeout_s)
         return list((await call).nodes)
 
 

@@ -26,7 +26,7 @@ def ps(data_dir: DataDir = None, as_json: AsJson = False, limit: Limit = 1000) -
     if as_json:
         output.print_json(rows)
         return
-    columns = ["ID", "STATE", "MODEL", "TENANT", "WORKER", "ATTEMPT", "IN", "OUT", "AGE"]
+    columns = ["ID", "STATE", "MODEL", "TENANT", "CLASS", "WORKER", "ATTEMPT", "IN", "OUT", "AGE"]
     cells = [[str(value) for key, value in row.items() if key != "age_ms"] for row in rows]
     ages = [output.seconds_text(request.age_ms / 1000) for request in found]
     output.print_table(columns, [[*row, age] for row, age in zip(cells, ages, strict=True)], empty="no requests")
@@ -51,6 +51,7 @@ def request_json(request: RequestInfo) -> dict[str, object]:
         "state": output.enum_name(fleet_pb2.RequestState, request.state),
         "model": request.model,
         "tenant": request.tenant,
+        "class": output.enum_name(fleet_pb2.PriorityClass, request.priority),
         "worker": request.worker,
         "attempt": request.attempt,
         "tokens_in": request.tokens_in,

@@ -21,7 +21,7 @@ from llmos.fleet.state import FleetState, read_state
 from tests.fakes.fleet import wait_for
 
 NODE_KEYS = ["id", "role", "pid", "host", "address", "backend", "models", "state", "capacity"]
-REQUEST_KEYS = ["id", "state", "model", "tenant", "worker", "attempt", "tokens_in", "tokens_out", "age_ms"]
+REQUEST_KEYS = ["id", "state", "model", "tenant", "class", "worker", "attempt", "tokens_in", "tokens_out", "age_ms"]
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ def _adapter(name: str, context: int) -> requests_pb2.CatalogueModel:
     return requests_pb2.CatalogueModel(name=name, version=VERSION, context_length=context, base_model=MODEL)
 
 
+def _epoch(epoch: request_pb2.Epoch) -> tuple[int, int]:
+    return (epoch.term, epoch.attempt)
+
+
 @dataclass
 class Running:
     """An attempt on a simulated worker."""
@@ -87,6 +91,7 @@ class SimWorker:
     running: dict[str, Running] = field(default_factory=dict)
     loaded: bool = True
     draining: bool = False
+    numerics: str = "n"
     adapters: dict[str, bool] = field(default_factory=dict)
     """Adapters to `MODEL`, and whether they are loaded."""
     highest_term: int = 0
@@ -125,7 +130,11 @@ class SimWorker:
             for id_, r in self.running.items()
         ]
         return work_pb2.WorkerReport(
-            worker_id=self.id, running=running, models=self.node_models(), numerics_fingerprint="n"
+            worker_id=self.id,
+            running=running,
+            models=self.node_models(),
+            numerics_fingerprint=self.numerics,
+            draining=self.draining,
         )
 
     def obey(self, command: object) -> None:
@@ -151,6 +160,12 @@ class SimWorker:
             self.adapters[command.load.model] = True
         elif kind == "load":
             self.loaded = True
+        elif kind == "drain":
+            self.draining = not command.drain.undo
+        elif kind == "set_priority":
+            running = self.running.get(command.set_priority.request_id)
+            if running is not None and running.epoch == _epoch(command.set_priority.epoch):
+                running.request.priority = int(command.set_priority.priority)  # type: ignore[assignment]
         elif kind == "unload":
             users = [running.request.adapter for running in self.running.values()]
             assert command.unload.model not in users, "an adapter was dropped while it was used"
@@ -167,8 +182,8 @@ class SimWorker:
         earlier = self.running.get(request.request_id)
         if earlier is not None and earlier.epoch >= epoch:
             return
-        if self.fail_next:
-            code = self.fail_next.pop(0)
+        if self.fail_next or (self.draining and earlier is None):
+            code = self.fail_next.pop(0) if self.fail_next else "attempt_lost"
             self.running.pop(request.request_id, None)
             self.failures.append(
                 request_pb2.Failure(request_id=request.request_id, epoch=order.epoch, code=code, message="scripted")

@@ -46,9 +46,39 @@ REQUESTS = [
         tokens_in=3,
         tokens_out=4,
         age_ms=1500,
+        priority=fleet_pb2.PRIORITY_CLASS_STANDARD,
         trace_id="0" * 32,
     )
 ]
+LOAD = fleet_pb2.GetLoadResponse(
+    term=7,
+    nodes=NODES,
+    queues=[
+        fleet_pb2.QueueLoad(
+            priority=fleet_pb2.PRIORITY_CLASS_INTERACTIVE,
+            tenant="t",
+            waiting=2,
+            waiting_tokens=3000,
+            running=1,
+            tokens_per_s=41.5,
+            weight=4,
+        )
+    ],
+    models=[
+        fleet_pb2.ModelLoad(
+            name="m",
+            version="v",
+            replicas=1,
+            wanted=2,
+            waiting=2,
+            running=1,
+            tokens_per_s=40,
+            ttft=fleet_pb2.Percentiles(p50_ms=5.5, p95_ms=20, p99_ms=30),
+        )
+    ],
+    workers=[fleet_pb2.WorkerLoad(node_id="w1", running=1, tokens_per_s=40, steps_per_s=20)],
+    counters={"migrations": 3},
+)
 SPANS = [
     fleet_pb2.Span(
         trace_id=b"t" * 16, span_id=b"a" * 8, name="chat m", service="gateway", start_unix_ns=0, end_unix_ns=10**9
@@ -75,6 +105,8 @@ class ScriptedGateway:
         self.keys: list[str] = []
         self.models = [inference_pb2.ServedModel(name="m", version="v", capabilities=["chat", "completion"])]
         self.pieces = ["Par", "is"]
+        self.running = 0
+        """Requests on the worker, one less each time that somebody looks."""
         self.breaks = 0
         """So many streams break off after at most one more piece, as if the gateway had died."""
         self.may_finish = threading.Event()
@@ -94,7 +126,30 @@ class _Fleet(fleet_pb2_grpc.FleetServicer):
 
     def ListNodes(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._gateway.note(request, context)
-        return fleet_pb2.ListNodesResponse(nodes=NODES, term=7)
+        nodes = [NODES[0], fleet_pb2.Node()]
+        nodes[1].CopyFrom(NODES[1])
+        nodes[1].running = self._gateway.running
+        self._gateway.running = max(0, self._gateway.running - 1)
+        return fleet_pb2.ListNodesResponse(nodes=nodes, term=7)
+
+    def GetLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._gateway.note(request, context)
+        return LOAD
+
+    def SetRequestPriority(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._gateway.note(request, context)
+        if request.request_id != "r1":
+            code = ("llmos-error-code", "not_found")
+            context.set_trailing_metadata((code,))
+            context.abort(grpc.StatusCode.NOT_FOUND, "No request of that id waits or runs.")
+        return fleet_pb2.SetRequestPriorityResponse(before=fleet_pb2.PRIORITY_CLASS_STANDARD)
+
+    def DrainNode(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._gateway.note(request, context)
+        if request.node_id != "w1":
+            context.set_trailing_metadata((("llmos-error-code", "not_found"),))
+            context.abort(grpc.StatusCode.NOT_FOUND, "There is no worker of that id.")
+        return fleet_pb2.DrainNodeResponse(running=self._gateway.running)
 
     def ListRequests(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._gateway.note(request, context)

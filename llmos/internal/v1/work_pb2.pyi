@@ -341,6 +341,7 @@ class WorkerReport(google.protobuf.message.Message):
     RUNNING_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
     NUMERICS_FINGERPRINT_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Unique per process start."""
     highest_term: builtins.int
@@ -349,6 +350,8 @@ class WorkerReport(google.protobuf.message.Message):
     """What decides bytes besides the model version: dtype, kernel revision, library versions, processor. Exact requests
     resume only where it is equal.
     """
+    draining: builtins.bool
+    """It empties itself, on SIGTERM or by order."""
     @property
     def running(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RunningAttempt]:
         """Attempts that it runs; the scheduler cancels those that it does not want."""
@@ -365,8 +368,9 @@ class WorkerReport(google.protobuf.message.Message):
         running: collections.abc.Iterable[global___RunningAttempt] | None = ...,
         models: collections.abc.Iterable[llmos.v1.fleet_pb2.NodeModel] | None = ...,
         numerics_fingerprint: builtins.str = ...,
+        draining: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["highest_term", b"highest_term", "models", b"models", "numerics_fingerprint", b"numerics_fingerprint", "running", b"running", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "highest_term", b"highest_term", "models", b"models", "numerics_fingerprint", b"numerics_fingerprint", "running", b"running", "worker_id", b"worker_id"]) -> None: ...
 
 global___WorkerReport = WorkerReport
 

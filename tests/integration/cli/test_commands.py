@@ -12,6 +12,8 @@ import pytest
 
 from llmos.certs import make_certificates
 from llmos.cli import main
+from llmos.cli.completion import worker_ids
+from llmos.v1 import fleet_pb2
 from llmos.v1 import inference_pb2 as pb
 from tests.fakes.scripted_gateway import ScriptedGateway, scripted_gateway
 
@@ -87,6 +89,7 @@ def test_ps_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
             "state": "decode",
             "model": "m",
             "tenant": "t",
+            "class": "standard",
             "worker": "w1",
             "attempt": 1,
             "tokens_in": 3,
@@ -108,6 +111,77 @@ def test_kill(gateway: ScriptedGateway, terminal: Terminal) -> None:
     assert status == 1
     assert err.count("\n") == 1
     assert "no request r9" in err
+
+
+def test_nice(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    assert terminal.run("nice", "r1", "batch") == (0, "r1: standard -> batch\n", "")
+    assert gateway.asked[-1].priority == fleet_pb2.PRIORITY_CLASS_BATCH
+    assert terminal.run("nice", "r1", "standard")[1] == "r1 is standard already\n"
+    status, out, _ = terminal.run("nice", "r1", "interactive", "--json")
+    assert json.loads(out) == {"id": "r1", "before": "standard", "class": "interactive"}
+    status, _, err = terminal.run("nice", "r9", "batch")
+    assert (status, err) == (1, "llmos: No request of that id waits or runs.\n")
+    assert terminal.run("nice", "r1", "urgent")[0] == 2
+
+
+def test_drain(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.running = 2
+    assert terminal.run("drain", "w1")[:2] == (0, "w1 takes nothing new; 2 requests on it will move on or finish\n")
+    assert not gateway.asked[-1].undo
+    status, out, err = terminal.run("drain", "w1", "--wait")
+    assert (status, out) == (0, "w1 is drained: nothing runs on it\n")
+    assert "2 requests left" in err
+    assert "1 request left" in err
+    assert json.loads(terminal.run("drain", "w1", "--json")[1]) == {"id": "w1", "state": "drained", "running": 0}
+    assert terminal.run("drain", "w1", "--undo")[1] == "w1 is back in service\n"
+    assert gateway.asked[-1].undo
+    status, _, err = terminal.run("drain", "w9")
+    assert (status, err) == (1, "llmos: There is no worker of that id.\n")
+
+
+def test_a_drain_that_takes_too_long_says_so(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.running = 1000
+    status, _, err = terminal.run("drain", "w1", "--wait", "--timeout", "0.5")
+    assert status == 1
+    assert "goes on draining" in err
+
+
+def test_top_once(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    status, out, _ = terminal.run("top", "--once")
+    assert status == 0
+    for text in ("1/1 workers · 1 running · 2 waiting · 40 tokens/s", "11%", "5.5/20/30", "interactive", "3,000", "r1"):
+        assert text in out
+
+
+def test_top_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    found = json.loads(terminal.run("top", "--json")[1])
+    assert list(found) == ["term", "nodes", "workers", "models", "queues", "requests", "counters"]
+    assert found["models"][0]["ttft_ms"] == {"p50": 5.5, "p95": 20.0, "p99": 30.0}
+    assert found["queues"][0] == {
+        "class": "interactive",
+        "tenant": "t",
+        "weight": 4,
+        "waiting": 2,
+        "waiting_tokens": 3000,
+        "running": 1,
+        "tokens_per_s": 41.5,
+    }
+    assert found["workers"] == [{"id": "w1", "running": 1, "tokens_per_s": 40.0, "steps_per_s": 20.0}]
+    assert found["counters"] == {"migrations": 3}
+
+
+def test_top_says_what_it_needs(gateway: ScriptedGateway, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "llmos.cli.top_app", raising=False)
+    monkeypatch.setitem(sys.modules, "textual", None)
+    monkeypatch.setitem(sys.modules, "textual.app", None)
+    status, _, err = terminal.run("top")
+    assert status == 1
+    assert "pip install 'llmos[top]'" in err
+
+
+def test_completion_of_workers(gateway: ScriptedGateway) -> None:
+    assert worker_ids("") == ["w1"]
+    assert worker_ids("x") == []
 
 
 def test_trace_draws_the_tree(gateway: ScriptedGateway, terminal: Terminal) -> None:

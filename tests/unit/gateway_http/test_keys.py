@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from llmos.cli.keys import app
 from llmos.errors import ConfigError, NotFound, PermissionDenied, Unauthenticated
-from llmos.keys import KeyIdentity, KeyRing, add_key, read_keys, remove_key
+from llmos.keys import KeyIdentity, KeyRing, add_key, read_keys, remove_key, set_limits
+from llmos.tenants import LimitsChange, TenantLimits
 
 
 @pytest.fixture
@@ -133,3 +134,38 @@ def test_the_command(file: Path) -> None:
     assert run(app, ["rm", entry["id"], "-f", str(file)]).exit_code == 0
     assert read_keys(file) == []
     assert run(app, ["add", "--tenant", "x", "--role", "king", "-f", str(file)]).exit_code == 2
+
+
+def test_weight_and_limits_are_the_tenants(file: Path) -> None:
+    first, _ = add_key(file, "acme", limits=LimitsChange(weight=4, max_requests=10))
+    second, record = add_key(file, "acme")
+    other, _ = add_key(file, "other")
+    assert record.limits == TenantLimits(4, 10, 0)
+    ring = KeyRing(file)
+    assert ring.authenticate(f"Bearer {second}").limits == TenantLimits(4, 10, 0)
+    assert set_limits(file, "acme", LimitsChange(max_requests=0, tokens_per_minute=600)) == TenantLimits(4, 0, 600)
+    for key in (first, second):
+        assert ring.authenticate(f"Bearer {key}").limits == TenantLimits(4, 0, 600)
+    assert ring.authenticate(f"Bearer {other}").limits == TenantLimits()
+    with pytest.raises(NotFound):
+        set_limits(file, "nobody", LimitsChange(weight=2))
+    with pytest.raises(ConfigError):
+        set_limits(file, "acme", LimitsChange(weight=0))
+
+
+def test_keys_of_earlier_releases_have_weight_1_and_no_limits(file: Path) -> None:
+    add_key(file, "acme")
+    assert "weight" not in file.read_text()
+    assert read_keys(file)[0].limits == TenantLimits(1, 0, 0)
+
+
+def test_limits_on_the_command_line(file: Path) -> None:
+    run = CliRunner().invoke
+    flags = ["--weight", "4", "--max-requests", "8", "--tokens-per-minute", "1000"]
+    assert run(app, ["add", "--tenant", "acme", *flags, "-f", str(file)]).exit_code == 0
+    (entry,) = json.loads(run(app, ["ls", "--json", "-f", str(file)]).stdout)
+    assert (entry["weight"], entry["max_requests"], entry["tokens_per_minute"]) == (4, 8, 1000)
+    said = run(app, ["set", "acme", "--weight", "2", "--max-requests", "0", "-f", str(file)])
+    assert said.stdout == "acme: weight 2, any requests, 1000 tokens per minute\n"
+    assert run(app, ["set", "acme", "-f", str(file)]).exit_code == 2
+    assert run(app, ["add", "--tenant", "x", "--weight", "0", "-f", str(file)]).exit_code == 2
