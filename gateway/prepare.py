@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from gateway.catalogue import TextRules
 from gateway.text.choice import ChoiceText
 from gateway.text.prefix import prefix_hashes
+from gateway.tiers import granted
 from gateway.transcript import Shape, Transcript
 from gateway.types import Constraint, GenerationRequest, Identity, Params, TaskRequest
 from gateway.values import ValuesTranscript
@@ -158,7 +159,7 @@ def fleet_request(
         choices=params.n,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
-        priority=_PRIORITY[identity.priority],
+        priority=_PRIORITY[granted(identity.priority, request.priority)],
         adapter=adapter.name,
         adapter_version=adapter.version,
         constraint=None if params.constraint is None else _constraint(params.constraint),

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from gateway.tiers import Tier
+
 MAX_MESSAGES = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 64
@@ -39,6 +41,8 @@ class StreamOptions(Struct, kw_only=True, frozen=True):
     """How a stream is delivered."""
 
     include_usage: bool | None = None
+    always_finish_reason: bool | None = None
+    """Completions: a placeholder in the place of null on every event before a choice's last one."""
 
 
 class TextPart(Struct, kw_only=True, frozen=True):
@@ -96,6 +100,7 @@ class GenerationBody(Struct, kw_only=True, frozen=True):
     model: Name
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: Tier | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -123,6 +128,11 @@ class GenerationBody(Struct, kw_only=True, frozen=True):
     def wants_usage(self) -> bool:
         """Whether a stream ends with a chunk of token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_reasons(self) -> bool:
+        """Whether every event of a streamed completion is to carry a finish reason."""
+        return self.stream_options is not None and bool(self.stream_options.always_finish_reason)
 
 
 class ChatBody(GenerationBody, kw_only=True, frozen=True):

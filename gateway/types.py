@@ -95,6 +95,8 @@ class GenerationRequest:
     resume_request_id: str = ""
     deadline_s: float | None = None
     """Seconds that the client is willing to wait for the whole answer."""
+    priority: Priority | None = None
+    """The class that is asked for; None: the key's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,11 @@ class TaskRequest:
     def params(self) -> Params:
         """Nothing is sampled."""
         return _NO_ANSWER
+
+    @property
+    def priority(self) -> Priority | None:
+        """The key's."""
+        return None
 
     @property
     def resume(self) -> tuple[Progress, ...]:

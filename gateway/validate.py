@@ -23,6 +23,7 @@ from gateway.schemas import (
     GenerationBody,
     Message,
 )
+from gateway.tiers import class_of
 from gateway.types import GenerationRequest, Params, Progress, Turn
 from llmos.errors import InvalidRequest, UnsupportedFeature
 
@@ -41,7 +42,6 @@ IGNORED_FIELDS = frozenset(
         "prompt_cache_retention",
         "reasoning_effort",
         "safety_identifier",
-        "service_tier",
         "store",
         "user",
         "verbosity",
@@ -108,6 +108,7 @@ def chat_request(body: Mapping[str, object] | ChatBody) -> GenerationRequest:
         turns=turns,
         resume=_resume(checked),
         resume_request_id=checked.resume_request_id or "",
+        priority=class_of(checked.service_tier),
     )
 
 
@@ -136,6 +137,7 @@ def completion_requests(body: Mapping[str, object] | CompletionBody) -> tuple[Ge
             token_ids=None if isinstance(prompt, str) else prompt,
             resume=_resume(checked),
             resume_request_id=checked.resume_request_id or "",
+            priority=class_of(checked.service_tier),
         )
         for prompt in prompts
     )

@@ -30,6 +30,9 @@ MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 CODE_KEY = "llmos-error-code"
 PARAM_KEY = "llmos-error-param"
 RETRY_KEY = "retry-after"
+SHOULD_RETRY_KEY = "x-should-retry"
+_RETRY_STATUSES = frozenset({429, 503})
+_DEFAULT_RETRY_S = 1.0
 
 _LIMITS = [
     ("grpc.keepalive_permit_without_calls", 1),
@@ -100,8 +103,10 @@ def trailing_metadata(error: LlmosError) -> tuple[tuple[str, str], ...]:
     pairs = [(CODE_KEY, error.code)]
     if error.param and error.param.isascii() and error.param.isprintable():
         pairs.append((PARAM_KEY, error.param))
-    if error.retry_after_s is not None:
-        pairs.append((RETRY_KEY, f"{error.retry_after_s:.3f}"))
+    worth = error.http_status in _RETRY_STATUSES  # as over HTTP
+    pairs.append((SHOULD_RETRY_KEY, "true" if worth else "false"))
+    if worth or error.retry_after_s is not None:
+        pairs.append((RETRY_KEY, f"{error.retry_after_s or _DEFAULT_RETRY_S:.3f}"))
     return tuple(pairs)
 
 

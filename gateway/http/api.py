@@ -17,6 +17,7 @@ from gateway.http.generation import Asked, GenerationResponse
 from gateway.http.shapes import ChatShape, CompletionShape
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.schemas import GenerationBody
+from gateway.tiers import Tier, class_of, granted, tier_of
 from gateway.types import Authenticator, Engine, GenerationRequest, Identity, ModelInfo, TraceHeaders
 from llmos.errors import ModelNotFound, PermissionDenied, Unavailable
 
@@ -37,7 +38,8 @@ class Api:
         identity = self._identify(request)
         body = validate.chat_body(await read_json(request.receive, request.headers, self.limits))
         inner = validate.chat_request(body)
-        shape = ChatShape(include_usage=body.wants_usage, logprobs=inner.params.logprobs is not None)
+        logprobs = inner.params.logprobs is not None
+        shape = ChatShape(include_usage=body.wants_usage, logprobs=logprobs, tier=_tier(body, identity))
         return self._answer(request, identity, body, [inner], shape)
 
     async def complete(self, request: Request) -> ASGIApp:
@@ -45,7 +47,12 @@ class Api:
         identity = self._identify(request)
         body = validate.completion_body(await read_json(request.receive, request.headers, self.limits))
         inner = list(validate.completion_requests(body))
-        shape = CompletionShape(include_usage=body.wants_usage, logprobs=inner[0].params.logprobs is not None)
+        shape = CompletionShape(
+            include_usage=body.wants_usage,
+            logprobs=inner[0].params.logprobs is not None,
+            tier=_tier(body, identity),
+            unfinished="length" if body.wants_reasons else None,
+        )
         return self._answer(request, identity, body, inner, shape)
 
     async def models(self, request: Request) -> Response:
@@ -107,6 +114,13 @@ class Api:
             if model.name == name:
                 return model
         raise ModelNotFound(f"The model '{name[:200]}' is not served here; list the models.", param="model")
+
+
+def _tier(body: GenerationBody, identity: Identity) -> Tier | None:
+    """The tier that the request gets, if it asked for any."""
+    if body.service_tier is None:
+        return None
+    return tier_of(granted(identity.priority, class_of(body.service_tier)))
 
 
 def _model(model: ModelInfo) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gateway.tiers import Tier
 from gateway.types import Delta, Done, Finish, Started, TokenLogprob
 from llmos.errors import InternalError
 
@@ -44,9 +45,19 @@ class Shape(ABC):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, *, include_usage: bool = False, logprobs: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        include_usage: bool = False,
+        logprobs: bool = False,
+        tier: Tier | None = None,
+        unfinished: Finish | None = None,
+    ) -> None:
+        """`tier` is echoed, `unfinished` said by completions on events before a choice's last one, where it is set."""
         self._include_usage = include_usage
         self._logprobs = logprobs
+        self._tier = tier
+        self._unfinished = unfinished
         self._started: Started | None = None
         self._progress: dict[int, ChoiceProgress] = {}
 
@@ -96,6 +107,8 @@ class Shape(ABC):
             "choices": choices,
             "system_fingerprint": started.model_version or None,
         }
+        if self._tier is not None:
+            envelope["service_tier"] = self._tier
         if self._include_usage:
             envelope["usage"] = None
         return envelope
@@ -150,7 +163,8 @@ class CompletionShape(Shape):
     chunk_object = "text_completion"
 
     def _chunk_choice(self, delta: Delta, logprobs: Json | None) -> Json:
-        return {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
+        reason = delta.finish or self._unfinished
+        return {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": reason}
 
     def _finished_choice(self, choice: int, text: str, logprobs: Json | None, finish: Finish | None) -> Json:
         return {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": finish}

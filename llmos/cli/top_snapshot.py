@@ -111,7 +111,7 @@ REQUEST_COLUMNS = ("REQUEST", "STATE", "CLASS", "TENANT", "MODEL", "WORKER", "IN
 def worker_rows(snapshot: Snapshot) -> list[Row]:
     """Workers with their devices and KV memory."""
     loads = {load.node_id: load for load in snapshot.load.workers}
-    rows = []
+    rows: list[Row] = []
     for node in snapshot.workers:
         load = loads.get(node.id, fleet_pb2.WorkerLoad())
         state = output.enum_name(fleet_pb2.NodeState, node.state)

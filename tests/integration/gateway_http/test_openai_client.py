@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import openai
 import pydantic
@@ -113,6 +114,39 @@ async def test_streamed_completion(serve: Serve) -> None:
         Completion.model_validate(values, strict=True)
     (generation,) = server.engine.generations
     assert generation.request.token_ids == (1, 2, 3)
+
+
+async def test_streamed_completion_for_clients_that_demand_a_reason_on_every_event(serve: Serve) -> None:
+    server = await serve()
+    stream = await server.client.completions.create(
+        model="tiny",
+        prompt="a",
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True, "always_finish_reason": True},  # type: ignore[typeddict-unknown-key]
+    )
+    chunks = [chunk async for chunk in stream]
+    for number in range(2):
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == number]
+        assert "".join(choice.text for choice in own) == TEXT
+        assert [choice.finish_reason for choice in own] == ["length"] * (len(own) - 1) + ["stop"]
+    assert chunks[-1].usage is not None
+
+
+@pytest.mark.parametrize(
+    ("asked", "got", "wanted"),
+    [("flex", "flex", "batch"), ("priority", "default", "interactive"), ("auto", "default", None)],
+)
+async def test_a_tier_asks_for_a_class_up_to_the_keys(
+    serve: Serve, asked: Literal["flex", "priority", "auto"], got: str, wanted: str | None
+) -> None:
+    server = await serve()
+    answer = await server.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "a"}], service_tier=asked
+    )
+    assert answer.service_tier == got
+    (generation,) = server.engine.generations
+    assert generation.request.priority == wanted
 
 
 @pytest.mark.parametrize("stream", [False, True])
