@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import random
 import sys
@@ -11,16 +10,14 @@ from llmos.clock import SystemClock
 from llmos.config import from_command_line
 from llmos.rpc import run_until_signal
 from scheduler.config import SchedulerConfig
-from scheduler.process import SchedulerProcess
+from scheduler.process import SchedulerProcess, spare_the_collector
 
 
 def main() -> int:
     """Entry point of the process. Returns its exit status."""
     config = from_command_line(SchedulerConfig, "scheduler", "python -m scheduler")
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # Requests live for seconds and hold no cycles: with the default thresholds, full collections over all live requests
-    # would stop the loop for milliseconds many times a second.
-    gc.set_threshold(50_000, 20, 50)
+    spare_the_collector()
     process = SchedulerProcess(config, SystemClock(), random.SystemRandom())
     return run_until_signal(process.serve)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from scheduler import admission, dispatch, draining, events, frames, lifecycle, members, overload, priorities
+from scheduler import admission, dispatch, draining, events, frames, learning, lifecycle, members, overload, priorities
 from scheduler.commands import Command
 from scheduler.policy import Policy
 from scheduler.state import Outbox, State
@@ -40,6 +40,7 @@ class Core:
 
 def _tick(state: State, event: events.Tick, now: float, out: Outbox) -> None:
     """Timers have had their turn already."""
+    learning.review(state, now)
     overload.observe(state, now)
 
 

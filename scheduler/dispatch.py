@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 from llmos.errors import Unavailable
@@ -20,7 +19,6 @@ from scheduler.state import Outbox, State
 from scheduler.workers import HOPELESS
 
 SWEEP_S = 1.0
-_FADE_AT_ONCE = 32
 _SPARE_TIMERS = 64
 """So many pointless timers are not worth a walk over all."""
 
@@ -90,7 +88,7 @@ def _attempt(state: State, live: LiveRequest, option: Option, now: float) -> Att
         live.key[0],
         adapter=live.adapter[0] if live.adapter is not None else "",
         tenant=live.request.tenant,
-        sequences=sum([not choice.finished for choice in live.choices]),
+        sequences=live.open_choices,
         uncached=option.uncached,
         met=(worker.load.ahead, worker.load.decoding),
         begun_at=now,
@@ -117,7 +115,6 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     state.timers.at(now + SWEEP_S, Sweep())
     state.meters.sample(state.workers, now)
     refresh_catalogue(state, now, out)
-    _let_experience_fade(state, now)
     _give_up_stranded(state, now, out)
     _give_up_adapters(state, out)
     _forget_deadlines(state)
@@ -137,13 +134,6 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     for live in list(state.parked.values()):
         if now - live.accepted_at >= state.policy.no_worker_grace_s:
             fail(state, live, _nobody(), out)
-
-
-def _let_experience_fade(state: State, now: float) -> None:
-    """A worker that nobody is sent to gets another chance; a few of them each time."""
-    slots = (slot for worker in state.workers.values() for slot in worker.slots.values())
-    for slot in itertools.islice((slot for slot in slots if slot.times.first_token.stale(now)), _FADE_AT_ONCE):
-        slot.times.first_token.refresh(now)
 
 
 def _give_up_stranded(state: State, now: float, out: Outbox) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from llmos.internal.v1 import request_pb2, work_pb2
@@ -12,6 +13,7 @@ from scheduler.workers import WorkerView
 
 _EVERY = 4
 """So many steps are enough to learn from one."""
+_REVIEWED = 16
 _PAUSE_S = 2.0
 """A longer time between two steps is no time of a step."""
 
@@ -38,6 +40,19 @@ def first_output(
         state.prefixes.settle(worker.id, attempt.model, attempt.expected)
         attempt.expected = ()
     state.room_changed(worker, slot)
+
+
+def review(state: State, now: float) -> None:
+    """Look at a few workers again, in turn: what was seen of one fades without news, and what the others show counts
+    for one of which nothing was seen yet."""
+    few = list(itertools.islice(state.rota, _REVIEWED))
+    if not few:
+        state.rota = iter(list(state.workers.values()))
+    for worker in few:
+        for slot in worker.slots.values():
+            slot.times.first_token.refresh(now)
+        if worker.slots:
+            state.room_changed(worker, next(iter(worker.slots.values())))
 
 
 def stepped(worker: WorkerView, frame: work_pb2.WorkFrame, now: float) -> None:

@@ -17,7 +17,7 @@ from scheduler.policy import PlacementWeights
 from scheduler.pools import WorkerPool
 from scheduler.prefix_index import Match, PrefixIndex
 from scheduler.requests import BLOCK_TOKENS, LiveRequest, ModelKey
-from scheduler.workers import ModelSlot, WorkerView
+from scheduler.workers import LOADED, ModelSlot, WorkerView
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class CandidateSource(Protocol):
 class Filter(Protocol):
     """Says who cannot take a request."""
 
-    def admits(self, ask: Ask, worker: WorkerView) -> bool:
+    def admits(self, ask: Ask, option: Option) -> bool:
         """Hard limits only; preferences are scores."""
         ...
 
@@ -85,6 +85,8 @@ class Placement:
 
     index: RoomIndex
     sources: Sequence[CandidateSource]
+    last_resorts: Sequence[CandidateSource]
+    """Asked if nobody of the others' can take the request."""
     filters: Sequence[Filter]
     scorers: Sequence[tuple[float, Scorer]]
     picker: Picker
@@ -96,27 +98,34 @@ class Placement:
             return None
         match = self.index.prefixes.match(live.prefix) if live.prefix else ()
         ask = Ask(live, live.blocks, live.known_tokens, match, zlib.crc32(live.id.encode()))
-        options = self._fitting(ask)
+        options = self._fitting(ask, self.sources) or self._fitting(ask, self.last_resorts)
         if len(options) < 2:
             return options[0] if options else None
         return self.picker.pick(ask, options, self._score(ask, options))
 
-    def _fitting(self, ask: Ask) -> list[Option]:
-        seen: set[str] = set()
-        fitting: list[Option] = []
-        workers, model = self.index.workers, ask.live.key[0]
-        for source in self.sources:
-            for worker_id in source.candidates(ask):
-                if worker_id in seen:
-                    continue
-                seen.add(worker_id)
-                worker = workers.get(worker_id)
-                if worker is not None and all(f.admits(ask, worker) for f in self.filters):
-                    cached = self.index.cached(ask, worker_id) if ask.match else 0
-                    fitting.append(Option(worker, worker.slots[model], cached, max(1, ask.tokens - cached)))
-                    if len(fitting) >= self.most:
-                        return fitting
-        return fitting
+    def _fitting(self, ask: Ask, sources: Sequence[CandidateSource]) -> list[Option]:
+        found: dict[str, Option] = {}
+        for source in sources:
+            options = self._options(ask, [one for one in source.candidates(ask) if one not in found])
+            for rule in self.filters:
+                options = [option for option in options if rule.admits(ask, option)]
+            for option in options:
+                found[option.worker.id] = option
+            if len(found) >= self.most:
+                break
+        return list(found.values())[: self.most]
+
+    def _options(self, ask: Ask, worker_ids: Sequence[str]) -> list[Option]:
+        workers, model, tokens = self.index.workers, ask.live.key[0], ask.tokens
+        options: list[Option] = []
+        for worker_id in worker_ids:
+            worker = workers.get(worker_id)
+            slot = worker.slots.get(model) if worker is not None else None
+            if worker is None or slot is None:
+                continue
+            cached = self.index.cached(ask, worker_id) if ask.match else 0
+            options.append(Option(worker, slot, cached, tokens - cached if cached < tokens else 1))
+        return options
 
     def _score(self, ask: Ask, options: Sequence[Option]) -> list[float]:
         totals = [0.0] * len(options)
@@ -227,14 +236,18 @@ class Roomiest:
 class HasRoom:
     """Capacity is never exceeded: model and adapter are loaded, the worker takes work, enough blocks are free."""
 
-    def admits(self, ask: Ask, worker: WorkerView) -> bool:
-        live = ask.live
-        slot = worker.slot_for(live.key)
-        if slot is None or not worker.usable:
+    def admits(self, ask: Ask, option: Option) -> bool:
+        live, worker, slot = ask.live, option.worker, option.slot
+        if slot.key != live.key:
             return False
         if live.adapter is not None and not worker.loaded(live.adapter):
             return False
-        return slot.fits(ask.blocks, ask.blocks if live.id in worker.unclaimed else 0)
+        if slot.room >= ask.blocks:
+            return True
+        # What it replaces there gives its blocks back.
+        return (
+            live.id in worker.unclaimed and worker.usable and slot.state == LOADED and slot.fits(ask.blocks, ask.blocks)
+        )
 
 
 class Untried:
@@ -257,22 +270,14 @@ class FirstTokenSoon:
     """Predicted seconds to the first token: what the worker has to do, what it has cached, and how fast it is."""
 
     def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
-        return [
-            -option.slot.times.first_token.seconds(
-                option.uncached, option.worker.load.ahead, option.worker.load.decoding
-            )
-            for option in options
-        ]
+        return [-(option.slot.backlog_s + option.uncached * option.slot.token_s) for option in options]
 
 
 class LittleDisturbance:
     """Seconds by which the prompt's uncached part holds up streams that run there, all together."""
 
     def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
-        return [
-            -option.slot.times.first_token.per_token * option.uncached * option.worker.load.decoding
-            for option in options
-        ]
+        return [-option.uncached * option.slot.token_s * option.worker.load.decoding for option in options]
 
 
 class FastDecode:
@@ -280,10 +285,7 @@ class FastDecode:
 
     def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
         tokens = min(ask.live.request.max_tokens, _ANSWER_TOKENS)
-        return [
-            -tokens * option.slot.times.step.seconds(option.worker.load.decoding + 1, prefilling=False)
-            for option in options
-        ]
+        return [-tokens * option.slot.step_s for option in options]
 
 
 class Overlap:
@@ -297,7 +299,7 @@ class LowPressure:
     """The share of KV blocks that is taken afterwards, squared: the last ones cost most, in evictions."""
 
     def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
-        return [-((1.0 - (o.slot.available - ask.blocks) / (o.slot.total_blocks or 1)) ** 2) for o in options]
+        return [-((1.0 - (o.slot.room - ask.blocks) / (o.slot.total_blocks or 1)) ** 2) for o in options]
 
 
 class TenantSpread:
@@ -305,7 +307,7 @@ class TenantSpread:
 
     def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
         tenant = ask.live.request.tenant
-        return [-option.worker.tenants[tenant] / (len(option.worker.running) + 1) for option in options]
+        return [-option.worker.tenants.get(tenant, 0) / (len(option.worker.running) + 1) for option in options]
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +346,8 @@ def default_placement(index: RoomIndex, candidates: int, weights: PlacementWeigh
     )
     return Placement(
         index=index,
-        sources=(home, Holders(index, few), LeastLoaded(index, few), Roomiest(index, few), Handful(index, few)),
+        sources=(home, Holders(index, few), LeastLoaded(index, few), Handful(index, few // 2)),
+        last_resorts=(Roomiest(index, candidates), Handful(index, 4 * candidates)),
         filters=(HasRoom(),),
         scorers=[(weight, scorer) for weight, scorer in scorers if weight],
         picker=BestThenSpread(weights.tie_share, weights.tie_limit_s),

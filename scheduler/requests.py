@@ -38,10 +38,14 @@ def capabilities_for(request: request_pb2.Request) -> frozenset[str]:
     return _CAPABILITIES.get(request.task, _GENERATE)
 
 
+def answer_tokens(request: request_pb2.Request) -> int:
+    """Most tokens of the answer of one choice. Only generation has one."""
+    return 0 if request.task in _CAPABILITIES else request.max_tokens
+
+
 def most_tokens(request: request_pb2.Request) -> int:
-    """Of prompt and answer of one choice. Only generation has an answer in tokens."""
-    answer = 0 if request.task in _CAPABILITIES else request.max_tokens
-    return len(request.token_ids) + answer
+    """Of prompt and answer of one choice."""
+    return len(request.token_ids) + answer_tokens(request)
 
 
 def blocks_needed(request: request_pb2.Request, choices: int) -> int:
@@ -144,6 +148,9 @@ class LiveRequest:
     deadline_at: float
     """Infinite if the client set none."""
     choices: list[Choice]
+    prompt_tokens: int
+    longest_blocks: int
+    """KV blocks of one choice at its longest."""
     attempt: Attempt | None = None
     attempts: int = 0
     """Number of the last attempt begun; the count goes on where an earlier request of the same id ended."""
@@ -183,7 +190,10 @@ class LiveRequest:
         for resume in request.resume:
             choices[resume.choice] = Choice.resumed(resume)
         deadline = now + request.deadline_ms / 1000 if request.deadline_ms else math.inf
-        live = cls(request, gateway_id, stream_id, key, now, deadline, choices, prefix=tuple(request.prefix_hashes))
+        prefix = tuple(request.prefix_hashes)
+        prompt = len(request.token_ids)
+        longest = math.ceil((prompt + answer_tokens(request)) / BLOCK_TOKENS)
+        live = cls(request, gateway_id, stream_id, key, now, deadline, choices, prompt, longest, prefix=prefix)
         live.rank = rank_of(request.priority)
         # What comes with output was charged by an earlier leader.
         live.prompt_charged = bool(request.resume)
@@ -212,13 +222,17 @@ class LiveRequest:
     @property
     def blocks(self) -> int:
         """KV blocks that the choices still to be computed take at most."""
-        return blocks_needed(self.request, sum(not choice.finished for choice in self.choices))
+        return self.longest_blocks * self.open_choices
+
+    @property
+    def open_choices(self) -> int:
+        """Choices still to be computed."""
+        return [choice.finished for choice in self.choices].count(False)
 
     @property
     def known_tokens(self) -> int:
         """Tokens of the prompt and of choices to be continued: what is computed before the next output."""
-        done = sum([len(choice.tokens) for choice in self.choices if not choice.finished])
-        return len(self.request.token_ids) + done
+        return self.prompt_tokens + sum([len(choice.tokens) for choice in self.choices if not choice.finished])
 
     def resume(self) -> Iterator[request_pb2.ChoiceResume]:
         """What the next worker must know; choices without output are left out."""

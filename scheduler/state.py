@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from llmos.v1 import fleet_pb2
@@ -78,6 +78,8 @@ class State:
     """Adapters: when a worker was last looked for that could load one."""
     stranded_since: dict[str, float] = field(default_factory=dict)
     """Waiting requests that are too large for every such worker, as of the last sweep."""
+    rota: Iterator[WorkerView] = field(default_factory=lambda: iter(()))
+    """Workers whose predictions are to be looked at again, a few each tick."""
     catalogue: Catalogue = field(default_factory=Catalogue)
     timers: Timers = field(default_factory=Timers)
     quotas: Quotas = field(default_factory=Quotas)
@@ -106,39 +108,41 @@ class State:
         return live.stream_id if gateway is not None and gateway.stream_id == live.stream_id else None
 
     def room_changed(self, worker: WorkerView, slot: ModelSlot) -> None:
-        """Keep `pools` true, and look at who waits, after a slot, its worker's load or standing has changed."""
-        if slot.base:
-            base = worker.slots.get(slot.base)
-            if base is not None:
-                self._file(worker, slot, base, base.key)
+        """Keep `pools` and predictions true, and look at who waits, after a slot, or its worker's load or standing, has
+        changed."""
+        if len(worker.slots) == 1:
+            self._file(worker, slot, slot)
             return
-        self._file(worker, slot, slot, slot.key)
-        if len(worker.slots) > 1:
-            for adapter in worker.slots.values():
-                if adapter.base == slot.key[0] and adapter.state == LOADED:
-                    self._file(worker, adapter, slot, slot.key)
+        for other in worker.slots.values():
+            # Models share the worker's time, adapters their base's blocks.
+            holder = worker.slots.get(other.base) if other.base else other
+            if holder is not None and (other is slot or other.state == LOADED):
+                self._file(worker, other, holder)
 
-    def _file(self, worker: WorkerView, slot: ModelSlot, holder: ModelSlot, queue: ModelKey) -> None:
+    def _file(self, worker: WorkerView, slot: ModelSlot, holder: ModelSlot) -> None:
         """Enter a slot into its pool, or take it out. `holder` has the blocks: the slot itself, or an adapter's base,
-        in whose `queue` its requests wait."""
+        in whose queue its requests wait."""
         room = holder.available
-        if not worker.usable or slot.state != LOADED or (room <= 0 and holder is slot):
+        if slot.state != LOADED or not worker.usable or (room <= 0 and holder is slot):
             self.lost_room(worker.id, slot)
             return
+        load, times = worker.load, holder.times
+        slot.backlog_s = times.first_token.seconds(0, load.ahead, load.decoding)
+        slot.token_s = times.first_token.per_token(load.decoding)
+        slot.step_s = times.step.seconds(load.decoding + 1, prefilling=False)
         pool = self.pools.get(slot.key)
         if pool is None:
             pool = self.pools[slot.key] = WorkerPool()
-        load = worker.load
-        backlog_s = holder.times.first_token.seconds(0, load.ahead, load.decoding)
-        pool.put(worker.id, int(1000 * backlog_s), max(0, room))
-        if room > slot.offered:
-            self.looking.add(queue)
-            self.leading.discard(queue)
-        slot.offered = room
+        room = max(0, room)
+        pool.put(worker.id, int(1000 * slot.backlog_s), room)
+        if room > slot.room:
+            self.looking.add(holder.key)
+            self.leading.discard(holder.key)
+        slot.room = room
 
     def lost_room(self, worker_id: str, slot: ModelSlot) -> None:
         """A worker takes nothing more of that model."""
-        slot.offered = -1
+        slot.room = -1
         if slot.key in self.pools:
             self.pools[slot.key].discard(worker_id)
 

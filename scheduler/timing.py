@@ -51,29 +51,22 @@ class Prior:
 class Experience:
     """Observations of all workers of a kind, as weighted sums: the least squares' matrix and right side, by rows."""
 
-    __slots__ = ("_coefficients", "_fresh", "_keep", "_sums", "margin")
+    __slots__ = ("_keep", "_sums", "coefficients", "margin")
 
     def __init__(self, prior: Prior) -> None:
         self._keep = math.exp(-1.0 / _FLEET_MEMORY)
         self._sums = _prior_sums(prior)
-        self._coefficients = list(prior.coefficients)
-        self._fresh = True
+        self.coefficients = list(prior.coefficients)
+        """Seconds per unit of each feature, never negative. One list, changed in place: workers of which nothing was
+        seen look at it."""
         self.margin = 2.0
         """Upper bound over mean, at least 1."""
-
-    @property
-    def coefficients(self) -> list[float]:
-        """Seconds per unit of each feature, never negative."""
-        if not self._fresh:
-            self._coefficients = _solve(self._sums, self._coefficients)
-            self._fresh = True
-        return self._coefficients
 
     def scaled(self, weight: float, slowness: float) -> list[float]:
         """The sums, as if the observations had had this weight together and had taken `slowness` times as long."""
         share = weight / self._sums[0]  # the first feature is 1
         sums = [share * value for value in self._sums]
-        size = len(self._coefficients)
+        size = len(self.coefficients)
         for place in range(size, len(sums), size + 1):
             sums[place] *= slowness
         return sums
@@ -82,7 +75,7 @@ class Experience:
         """Take in an observation's products."""
         keep = self._keep
         self._sums = [keep * value + product for value, product in zip(self._sums, row, strict=True)]
-        self._fresh = False
+        self.coefficients[:] = _solve(self._sums, self.coefficients)
 
 
 class Regression:
@@ -97,15 +90,15 @@ class Regression:
         self._sums = [0.0] * (len(fleet.coefficients) * (len(fleet.coefficients) + 1))
         self._at = -math.inf
         self.seen = 0
-        """Observations that count."""
+        """Observations so far."""
         self.coefficients = fleet.coefficients
-        """Seconds per unit of each feature, never negative. Until something was seen, the fleet's count."""
+        """Seconds per unit of each feature, never negative; until something was seen, the fleet's own list."""
         self.margin = fleet.margin
         """Upper bound over mean, at least 1."""
 
     def mean(self, features: Sequence[float]) -> float:
         """Seconds to expect."""
-        seconds: float = sum(map(mul, self.coefficients if self.seen else self._fleet.coefficients, features))
+        seconds: float = sum(map(mul, self.coefficients, features))
         return max(FLOOR_S, seconds)
 
     def predict(self, features: Sequence[float]) -> tuple[float, float]:
@@ -152,7 +145,7 @@ class Regression:
 
     def _learn(self) -> None:
         if self._count < 1e-3:
-            self._count, self.seen, self.coefficients = 0.0, 0, self._fleet.coefficients
+            self._count, self.coefficients = 0.0, self._fleet.coefficients
             return
         # Workers differ by a factor more than in kind, so the fleet's observations count as if made at its speed.
         # Each weighs like one of its own, however long those take.
@@ -210,15 +203,14 @@ class FirstTokenTime(Regression):
 
     def seconds(self, own: int, ahead: int, decoding: int) -> float:
         """The mean; for placement, which asks often."""
-        base, per_own, per_token, per_sequence, per_both = self.coefficients if self.seen else self._fleet.coefficients
+        base, per_own, per_token, per_sequence, per_both = self.coefficients
         tokens = own + ahead
         return base + per_own * own + per_token * tokens + decoding * (per_sequence + per_both * tokens)
 
-    @property
-    def per_token(self) -> float:
-        """Seconds that a prompt's token takes."""
-        found = self.coefficients if self.seen else self._fleet.coefficients
-        return found[1] + found[2]
+    def per_token(self, decoding: int) -> float:
+        """The part of it that each token of its own takes."""
+        _, per_own, per_token, _, per_both = self.coefficients
+        return per_own + per_token + per_both * decoding
 
     def bounds(self, own: int, ahead: int, decoding: int) -> tuple[float, float]:
         """Mean and upper bound."""
@@ -243,7 +235,7 @@ class StepTime(Regression):
 
     def seconds(self, decoding: int, prefilling: bool) -> float:
         """The mean."""
-        base, per_sequence, beside = self.coefficients if self.seen else self._fleet.coefficients
+        base, per_sequence, beside = self.coefficients
         return base + per_sequence * decoding + (beside if prefilling else 0.0)
 
     def bounds(self, decoding: int, prefilling: bool) -> tuple[float, float]:

@@ -33,8 +33,15 @@ class ModelSlot:
     """A load order is on its way."""
     used_at: float = 0.0
     """Adapters: when an attempt last began."""
-    offered: int = -1
-    """Room when the worker last entered the pool; less needs no new look at those who wait."""
+    room: int = -1
+    """Blocks that a request may be given now, adapters: that have it loaded; -1: none at all. As of the last
+    `State.room_changed`, like what follows."""
+    backlog_s: float = 0.0
+    """Predicted seconds until a request without a prompt has its first token."""
+    token_s: float = 0.0
+    """Seconds more for each uncached token."""
+    step_s: float = 0.0
+    """Predicted seconds between tokens, with one sequence more than now."""
     times: Times = field(default_factory=Times)
     """What is learned of the worker's speed with this model."""
     key: ModelKey = field(init=False)
@@ -113,11 +120,11 @@ class WorkerView:
     output_at: float = 0.0
     """When the last frame with output came."""
     busy: bool = False
+    id: str = field(init=False)
+    """Unique per process start."""
 
-    @property
-    def id(self) -> str:
-        """Unique per process start."""
-        return self.record.worker_id
+    def __post_init__(self) -> None:
+        self.id = self.record.worker_id
 
     @property
     def usable(self) -> bool:

@@ -84,7 +84,7 @@ def test_equal_workers_share_the_load() -> None:
     for number in range(64):
         arena.submit(make_request(f"r{number}"))
     counts = [started_on(arena).count(f"w{number}") for number in range(8)]
-    assert counts == [8] * 8
+    assert min(counts) >= 7 and max(counts) <= 9
 
 
 def test_same_numerics_are_preferred_for_a_resume() -> None:
