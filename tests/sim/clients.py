@@ -129,6 +129,9 @@ class SimClient:
     finishes: list[str] = field(default_factory=list)
     resumes: int = 0
     _started: bool = False
+    """A public id is known, to resume by."""
+    _begun: bool = False
+    """The present gateway has accepted the request."""
     _ends: int = 0
     _inbox: deque[Any] = field(default_factory=deque)
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -171,6 +174,7 @@ class SimClient:
     async def _attend(self, gateway: SimGateway) -> None:
         """One stream."""
         self._inbox.clear()
+        self._begun = False
         gateway.on_kill.append(self._broken)
         handler = self.loop.spawn(gateway.node, self._serve(gateway), self.name)
         try:
@@ -235,7 +239,8 @@ class SimClient:
         if isinstance(event, _Gone | LlmosError):
             raise event
         if isinstance(event, Started):
-            self._started, self._public_id = True, event.request_id
+            self._started = self._begun = True
+            self._public_id = event.request_id
         elif isinstance(event, Delta):
             self._delta(event)
         elif isinstance(event, Done):
@@ -298,7 +303,7 @@ class SimClient:
             self._end("deadline")
         elif error.code == "slow_reader" and habit == "dawdle":
             self._end("slow_reader")
-        elif (not self._started and error.code in _BEFORE_START) or self._excused(gateway, error):
+        elif (not self._begun and error.code in _BEFORE_START) or self._excused(gateway, error):
             self.resumes += 1
             await self._elsewhere()
         else:

@@ -19,6 +19,7 @@ from llmos.internal.v1 import registry_pb2, requests_pb2, work_pb2, work_pb2_grp
 from llmos.v1 import fleet_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.process import SchedulerProcess, Wires
+from scheduler.work_client import LinkConfig
 from tests.sim.checks import Checks
 from tests.sim.network import Network, SimServer
 from tests.sim.quiet import Quiet
@@ -105,6 +106,13 @@ class SimProcess:
         self.on_kill.clear()
 
 
+class CalmConfig(SchedulerConfig):
+    """Looks for silence less often: most of a quiet run would be that."""
+
+    def links(self) -> LinkConfig:
+        return LinkConfig(silence_s=self.worker_silence_s, watch_s=0.25)
+
+
 @dataclass
 class SimScheduler(SimProcess):
     """`scheduler.process.SchedulerProcess`."""
@@ -122,7 +130,7 @@ class SimScheduler(SimProcess):
             etcd=lambda config, clock, rng: ground.etcd_client(rng),
             telemetry=lambda config, name, clock: Quiet(),
         )
-        config = SchedulerConfig(id=identity, host=self.host, port=1, lease_ttl_s=2.0, no_worker_grace_s=30.0)
+        config = CalmConfig(id=identity, host=self.host, port=1, lease_ttl_s=2.0, no_worker_grace_s=30.0)
         self.process = SchedulerProcess(config, VirtualClock(ground.loop), ground.rng(identity), wires)
         ground.checks.scheduler(self.name, self.process)
         await self.process.serve(self.stop)

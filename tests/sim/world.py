@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 from llmos.etcd import EtcdConfig
+from scheduler import loop, reign
 from tests.sim import clients, faults
 from tests.sim.checks import Checks, Violation
 from tests.sim.clients import Order, SimClient
@@ -26,10 +27,12 @@ from tests.sim.rest import look_at_rest
 from tests.sim.trace import Trace
 from tests.sim.vloop import NOWHERE, START, Node, VirtualLoop
 
-SPAN_S = 7.0
+SPAN_S = 5.0
 """Clients come and faults begin within this time."""
 _LIMIT_S = 60.0
 """So long after the last fault everything must have ended: elections, leases, learned silence and all tokens left."""
+_TICK_S = 0.1
+"""Twice the scheduler's: most of a quiet run would be ticks."""
 _REST_S = 8.0
 """For what is left over to be noticed: leases of the dead, orphans, graces."""
 
@@ -197,6 +200,8 @@ def run(plan: Plan, *, keep: int = 0) -> Result:
         with (
             mock.patch.object(os, "getpid", return_value=1),
             mock.patch.object(socket, "gethostname", return_value="here"),
+            mock.patch.object(loop, "_TICK_S", _TICK_S),
+            mock.patch.object(reign, "_ACKNOWLEDGE_S", _TICK_S),
         ):
             return World(plan, keep=keep).run()
     finally:
