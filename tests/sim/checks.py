@@ -109,6 +109,8 @@ class ReignBooks:
         self._accepted: set[str] = set()
         self._cancelled: set[str] = set()
         self._owner: dict[str, int] = {}
+        self._known: dict[str, dict[int, int]] = {}
+        """Tokens of each choice that this leader has been told of or has sent."""
         self._handle = reign.core.handle
         reign.core.handle = self.handle  # type: ignore[method-assign]
 
@@ -118,6 +120,8 @@ class ReignBooks:
         fresh = bool(submitted) and submitted not in self._accepted
         if submitted:
             self._accepted.add(submitted)
+            for held in event.request.resume:  # type: ignore[union-attr]
+                self._knows(submitted, held.choice, len(held.token_ids))
         try:
             commands = self._handle(event, now)
         except Exception as error:
@@ -136,15 +140,26 @@ class ReignBooks:
         self._capacity()
         return commands
 
+    def _knows(self, request_id: str, choice: int, tokens: int) -> None:
+        known = self._known.setdefault(request_id, {})
+        known[choice] = max(tokens, known.get(choice, 0))
+
     def _look(self, command: Any) -> None:
         checks = self._checks
         if isinstance(command, SendOutput):
+            output = command.output
+            self._knows(output.request_id, output.choice, output.index + len(output.token_ids))
             owner = self._owner.get(command.output.request_id)
             if owner is not None and owner != command.stream_id:
                 checks.fail("outputs go to who asked", f"{command.output.request_id} sent to {command.stream_id}")
         elif isinstance(command, StartAttempt):
             request_id = command.request.request_id
             checks.counts["attempts"] += 1
+            resumed = {one.choice: one for one in command.resume}
+            for choice, known in self._known.get(request_id, {}).items():
+                held = resumed.get(choice)
+                if held is None or (len(held.token_ids) < known and not held.finished):
+                    checks.fail("work goes on where it was", f"{request_id}: choice {choice} from before {known}")
             if request_id in self._cancelled:
                 checks.fail("a cancel is final", f"{request_id} dispatched by {self._name} after its cancel")
             if request_id not in self._accepted:

@@ -1,12 +1,35 @@
-"""Seeded bugs. Each must be found, or the simulation would not be worth its time."""
+"""Seeded bugs: each is a plausible slip in one place, planted at run time. A harness that finds none proves nothing."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
+
+from gateway import link as gateway_link
+from gateway import outbox as gateway_outbox
+from gateway import session, transcript
+from llmos.etcd import lease, watch
+from scheduler import (
+    admission,
+    core,
+    events,
+    frames,
+    leadership,
+    lifecycle,
+    members,
+    membership,
+    outflow,
+    recent,
+    seat,
+    takeover,
+    workers,
+)
+from scheduler import requests as live_requests
+from worker import core as worker_core
 
 Plant = Callable[[ExitStack], None]
 """Patches the code for as long as the stack is open."""
@@ -47,3 +70,275 @@ def planted(name: str) -> Iterator[None]:
 def put(stack: ExitStack, owner: Any, name: str, replacement: Any) -> None:
     """Replace an attribute."""
     stack.enter_context(mock.patch.object(owner, name, replacement))
+
+
+def handler(stack: ExitStack, event: type, replacement: Any) -> None:
+    """Replace what the core does on an event."""
+    stack.enter_context(mock.patch.dict(core._HANDLERS, {event: replacement}))
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a forgotten call does."""
+
+
+# The scheduler
+
+
+@mutant("output of any attempt is taken, whatever its epoch")
+def _epoch_fence_dropped(stack: ExitStack) -> None:
+    def current(state: Any, worker: Any, request_id: str, epoch: Any) -> Any:
+        live = state.requests.get(request_id)
+        return live if live is not None and live.attempt is not None else None
+
+    put(stack, frames, "_current", current)
+
+
+@mutant("output that leaves a gap is taken")
+def _gap_accepted(stack: ExitStack) -> None:
+    put(stack, frames, "_fault", lambda live, output: "")
+    real = frames._take
+
+    def take(state: Any, worker: Any, live: Any, attempt: Any, output: Any, *rest: Any) -> Any:
+        copy = type(output)()
+        copy.CopyFrom(output)
+        if len(copy.token_ids) > 1:  # what a skipped index comes to
+            del copy.token_ids[0]
+            copy.index += 1
+        return real(state, worker, live, attempt, copy, *rest)
+
+    put(stack, frames, "_take", take)
+
+
+@mutant("a request whose worker is lost is not queued again")
+def _requeue_lost(stack: ExitStack) -> None:
+    def migrate(state: Any, live: Any, reason: str, out: Any, *, tell: bool) -> None:
+        lifecycle.drop_attempt(state, live, reason, out, tell=tell)
+
+    put(stack, members, "migrate", migrate)
+
+
+@mutant("a cancel leaves no tombstone")
+def _tombstone_forgotten(stack: ExitStack) -> None:
+    real = recent.Recent.put
+
+    def remember(self: Any, key: str, value: Any, now: float) -> None:
+        if not isinstance(value, str):
+            real(self, key, value, now)
+
+    put(stack, recent.Recent, "put", remember)
+
+
+@mutant("a cancel frees the request but forgets to stop its worker")
+def _cancel_not_passed_on(stack: ExitStack) -> None:
+    real = lifecycle.drop_attempt
+
+    def drop(state: Any, live: Any, error: str, out: Any, *, tell: bool) -> None:
+        real(state, live, error, out, tell=False)
+
+    put(stack, lifecycle, "drop_attempt", drop)
+    put(stack, frames, "_stop_unwanted", _nothing)
+
+
+@mutant("the end of a request is told twice")
+def _double_end(stack: ExitStack) -> None:
+    real = lifecycle._remove
+
+    def remove(state: Any, live: Any, error: str, out: Any) -> None:
+        real(state, live, error, out)
+        if live.retries or len(live.tried):
+            out.append(lifecycle.RequestOver(live.id, error))
+
+    put(stack, lifecycle, "_remove", remove)
+
+
+@mutant("blocks are promised that are not there")
+def _blocks_exceeded(stack: ExitStack) -> None:
+    put(stack, workers.ModelSlot, "fits", lambda self, blocks, credit: self.total_blocks >= blocks)
+
+
+@mutant("blocks of an attempt that is over are never given back")
+def _blocks_leaked(stack: ExitStack) -> None:
+    real = workers.WorkerView.release
+
+    def release(self: Any, request_id: str) -> None:
+        attempt = self.running[request_id]
+        kept = attempt.blocks if attempt.number > 1 else 0
+        real(self, request_id)
+        self.slots[attempt.model].held += kept
+
+    put(stack, workers.WorkerView, "release", release)
+
+
+@mutant("a new leader never settles")
+def _never_settles(stack: ExitStack) -> None:
+    put(stack, members, "settle", _nothing)
+    handler(stack, events.Settled, _nothing)
+
+
+@mutant("output goes to the stream of another gateway")
+def _wrong_stream(stack: ExitStack) -> None:
+    def send(state: Any, live: Any, output: Any, out: Any) -> None:
+        streams = sorted(gateway.stream_id for gateway in state.gateways.values())
+        if streams:
+            out.append(lifecycle.SendOutput(streams[0], output))
+
+    for module in (lifecycle, frames, takeover):
+        put(stack, module, "send", send)
+
+
+@mutant("a request that moves begins again at index 0")
+def _resumed_from_zero(stack: ExitStack) -> None:
+    put(stack, live_requests.LiveRequest, "resume", lambda self: iter(()))
+
+
+@mutant("what a returning gateway has missed is not sent again")
+def _no_catch_up(stack: ExitStack) -> None:
+    put(stack, takeover, "_catch_up", _nothing)
+
+
+@mutant("requests of a gateway that is gone are kept for ever")
+def _grace_never_over(stack: ExitStack) -> None:
+    handler(stack, events.GatewayGraceOver, _nothing)
+
+
+@mutant("what a worker reported and nobody asked for is never cleared away")
+def _claims_kept(stack: ExitStack) -> None:
+    handler(stack, events.WorkerSettled, _nothing)
+
+
+@mutant("failures are not sent to gateways")
+def _failures_lost(stack: ExitStack) -> None:
+    put(stack, outflow.Outflow, "add_failure", _nothing)
+
+
+@mutant("a leader that sees another one's term goes on")
+def _never_deposed(stack: ExitStack) -> None:
+    async def stay(self: Any, *_: Any) -> None:
+        await asyncio.sleep(0)
+
+    put(stack, leadership.Leadership, "_depose", stay)
+    put(stack, seat.ReignSeat, "deposed", stay)
+
+
+@mutant("a takeover binds the request but not its stream")
+def _not_rebound(stack: ExitStack) -> None:
+    put(stack, takeover, "_rebind", _nothing)
+
+
+@mutant("the deadline of a request is ignored and its client's finish, too")
+def _finish_ignored(stack: ExitStack) -> None:
+    handler(stack, events.ChoiceFinished, _nothing)
+    handler(stack, events.DeadlinePassed, _nothing)
+    handler(stack, events.Cancelled, _nothing)
+
+
+# etcd
+
+
+@mutant("changes lost to a compaction are not listed again")
+def _compaction_ignored(stack: ExitStack) -> None:
+    real = watch.Watch._take
+
+    async def take(self: Any, answer: Any) -> Any:
+        if answer.canceled and answer.compact_revision:
+            self._cursor.next_revision = answer.header.revision + 1
+            await self._drop_stream()
+            return None
+        return await real(self, answer)
+
+    put(stack, watch.Watch, "_take", take)
+
+
+@mutant("workers missing from a list after a break stay members")
+def _ghosts_kept(stack: ExitStack) -> None:
+    put(stack, membership.Membership, "_miss", _nothing)
+
+
+@mutant("a renewal is believed whatever it says")
+def _renewals_believed(stack: ExitStack) -> None:
+    def renewed(self: Any, sent_at: float, ttl_s: float, now: float) -> None:
+        self.deadline = sent_at + self.ttl_s
+
+    put(stack, lease.Validity, "renewed", renewed)
+
+
+# The worker
+
+
+@mutant("commands of a lower term are obeyed")
+def _term_fence_dropped(stack: ExitStack) -> None:
+    put(stack, worker_core.WorkerCore, "_fence", _nothing)
+
+
+@mutant("a cancel is noted but the engine goes on")
+def _cancel_ignored(stack: ExitStack) -> None:
+    put(stack, worker_core.WorkerCore, "_stop", lambda self, request_id, epoch: ())
+
+
+@mutant("attempts of a lost engine are not reported")
+def _engine_loss_unreported(stack: ExitStack) -> None:
+    def lost(self: Any, reason: str) -> None:
+        self._state.ready = self._state.busy = False
+        self._shelf.engine_lost()
+
+    put(stack, worker_core.WorkerCore, "engine_lost", lost)
+
+
+# The gateway
+
+
+@mutant("tokens that overlap with what is there are taken again")
+def _overlap_taken(stack: ExitStack) -> None:
+    real = transcript.Transcript._extend
+
+    def extend(self: Any, output: Any, choice: Any, known: int) -> Any:
+        return real(self, output, choice, 0)
+
+    put(stack, transcript.Transcript, "_extend", extend)
+
+
+@mutant("a leader of a lower term is followed")
+def _lower_term_followed(stack: ExitStack) -> None:
+    real = gateway_link.Link._greet
+
+    async def greet(self: Any, call: Any) -> int:
+        term, self._term = self._term, 0
+        try:
+            return await real(self, call)
+        finally:
+            self._term = term
+
+    put(stack, gateway_link.Link, "_greet", greet)
+
+
+@mutant("a new leader is not told what is unfinished")
+def _nothing_resubmitted(stack: ExitStack) -> None:
+    put(stack, session.Sessions, "on_connected", lambda self, term: ())
+
+
+@mutant("frames are never acknowledged")
+def _never_acknowledged(stack: ExitStack) -> None:
+    put(stack, gateway_outbox.Outbox, "acknowledge", _nothing)
+
+
+@mutant("a gap in a stream is passed over")
+def _gap_passed_over(stack: ExitStack) -> None:
+    real = transcript.Transcript._judge
+
+    def judge(self: Any, output: Any) -> Any:
+        verdict = real(self, output)
+        return transcript.Verdict.DUPLICATE if verdict is transcript.Verdict.GAP else verdict
+
+    put(stack, transcript.Transcript, "_judge", judge)
+    put(stack, takeover, "_catch_up", _nothing)
+
+
+@mutant("a request that fails its first try is refused at admission for good")
+def _admission_forgets(stack: ExitStack) -> None:
+    real = admission.unpark
+
+    def unpark(state: Any, now: float, out: Any) -> None:
+        if not state.parked:
+            real(state, now, out)
+
+    put(stack, admission, "unpark", unpark)
