@@ -25,6 +25,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
     if frame.step != worker.step or not frame.busy:
         worker.step_at = now
     worker.step, worker.busy = frame.step, frame.busy
+    if frame.fenced:
+        state.counters["fenced"] += frame.fenced
     if frame.draining != worker.draining:
         members.heard_draining(state, worker, frame.draining)
     if frame.cache:

@@ -79,6 +79,8 @@ class WorkerCore:
         self._state = _EngineState()
         self._stream: Stream | None = None
         self._highest_term = 0
+        self._fenced = 0
+        """Streams and batches of lower terms that no frame has told of."""
         self._alone_since = clock.monotonic()
         self._leaving = self._emptied = self._announced_drain = False
 
@@ -108,6 +110,9 @@ class WorkerCore:
         if self._stream is not None:
             # A leader whose own new stream took over must not conclude that its term is over.
             kind = StaleTerm if request.term > self._stream.term else FleetError
+            if kind is StaleTerm:
+                self._fenced += 1
+                log.warning("the stream of a lower term, %d, is ended: %d leads", self._stream.term, request.term)
             self._stream.replace(kind("A newer stream of a scheduler took over."))
         self._stream = stream
         self._outbox.attach(lambda request_id, epoch: not self._table.is_cancelled(request_id, epoch))
@@ -169,7 +174,12 @@ class WorkerCore:
         frame = self._outbox.take()
         frame.step = self._state.step
         frame.busy = self._state.busy or len(self._table) > 0
+<<<<<<< HEAD
         frame.draining = self._announced_drain = self.draining
+=======
+        frame.draining = self._announced_drain = self._draining
+        frame.fenced, self._fenced = self._fenced, 0
+>>>>>>> c8f1cff (wip: harder plans, failover test)
         frame.models.extend(self._shelf.take_changes())
         frame.spans.extend(self._spans.drain())
         frame.cache.extend(self._cache.take())
@@ -216,6 +226,8 @@ class WorkerCore:
     def _fence(self, term: int) -> None:
         if term < self._highest_term:
             self.counts["stale_term"] += 1
+            self._fenced += 1
+            log.warning("a message of a lower term, %d, is refused: %d was seen", term, self._highest_term)
             raise StaleTerm(f"Term {term} is over; {self._highest_term} was seen.")
         self._highest_term = term
 

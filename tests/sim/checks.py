@@ -109,6 +109,8 @@ class ReignBooks:
         self._accepted: set[str] = set()
         self._cancelled: set[str] = set()
         self._owner: dict[str, int] = {}
+        self._epochs: dict[str, Epoch] = {}
+        """Of the last attempt begun."""
         self._known: dict[str, dict[int, int]] = {}
         """Tokens of each choice that this leader has been told of or has sent."""
         self._handle = reign.core.handle
@@ -149,12 +151,15 @@ class ReignBooks:
         if isinstance(command, SendOutput):
             output = command.output
             self._knows(output.request_id, output.choice, output.index + len(output.token_ids))
+            if epoch_of(output) < self._epochs.get(output.request_id, (0, 0)):
+                checks.fail("no lower term after a higher one", f"{output.request_id}: {epoch_of(output)} is over")
             owner = self._owner.get(command.output.request_id)
             if owner is not None and owner != command.stream_id:
                 checks.fail("outputs go to who asked", f"{command.output.request_id} sent to {command.stream_id}")
         elif isinstance(command, StartAttempt):
             request_id = command.request.request_id
             checks.counts["attempts"] += 1
+            self._epochs[request_id] = epoch_of(command)
             resumed = {one.choice: one for one in command.resume}
             for choice, known in self._known.get(request_id, {}).items():
                 held = resumed.get(choice)

@@ -21,6 +21,7 @@ Habit = Literal["read", "cancel", "leave", "kill", "dawdle", "deadline"]
 _RETRY_S = 0.25
 _BEFORE_START = frozenset({"unavailable", "overloaded", "model_not_found", "conflict"})
 _TENANTS = 3
+_LONG = 450
 _SMALL = 128
 """Tokens up to which three choices fit the smallest worker."""
 _LEADER_GRACE_S = SessionConfig().leader_grace_s - 0.5
@@ -49,22 +50,24 @@ class Order:
 def draw(rng: random.Random, number: int, span_s: float, gateways: int) -> Order:
     """A client by chance."""
     prompt = tuple(rng.randrange(32, 127) for _ in range(rng.choice((3, 20, 70, 140))))
-    max_tokens = rng.choice((1, 4, 12, 30, 60, 90))
+    max_tokens = rng.choice((1, 8, 30, 60, 100, 160))
     seed = rng.getrandbits(31)
-    habit: Habit = rng.choices(
-        ("read", "cancel", "leave", "kill", "dawdle", "deadline"), weights=(60, 10, 10, 5, 5, 5)
-    )[0]
+    habit: Habit = rng.choices(("read", "cancel", "leave", "kill", "dawdle", "deadline"), weights=(60, 8, 8, 10, 4, 5))[
+        0
+    ]
+    if habit in ("cancel", "leave", "kill") and rng.random() < 0.5:
+        prompt, max_tokens = prompt[:20], _LONG  # would still run at the end if nobody stopped it
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     if rng.random() < 0.25:
-        at = rng.randrange(max_tokens)
+        at = rng.randrange(min(max_tokens, 100))
         text = "".join(map(chr, tokens_of(prompt, seed, 0, max_tokens)))
         stop = (text[at : at + rng.choice((1, 2, 3))],)
     elif rng.random() < 0.2:
-        stop_tokens = (tokens_of(prompt, seed, 0, max_tokens)[rng.randrange(max_tokens)],)
+        stop_tokens = (tokens_of(prompt, seed, 0, max_tokens)[rng.randrange(min(max_tokens, 100))],)
     return Order(
         number=number,
-        at_s=rng.uniform(0.0, span_s),
+        at_s=rng.choice((0.3, 1.0, rng.uniform(0.0, span_s), rng.uniform(0.0, span_s))),
         gateway=rng.randrange(gateways),
         prompt=prompt,
         max_tokens=max_tokens,
@@ -73,7 +76,7 @@ def draw(rng: random.Random, number: int, span_s: float, gateways: int) -> Order
         stop=stop,
         stop_tokens=stop_tokens,
         habit=habit,
-        after=rng.randrange(max_tokens),
+        after=rng.randrange(min(max_tokens, 60)),
         deadline_s=rng.uniform(0.3, 4.0) if habit == "deadline" else None,
         priority=rng.choice(("interactive", "standard", "batch")),
     )
@@ -128,6 +131,8 @@ class SimClient:
     text: list[str] = field(default_factory=list)
     finishes: list[str] = field(default_factory=list)
     resumes: int = 0
+    killed: bool = False
+    """An operator has ended its request."""
     _started: bool = False
     """A public id is known, to resume by."""
     _begun: bool = False
@@ -297,7 +302,7 @@ class SimClient:
     async def _refused(self, gateway: SimGateway, error: LlmosError) -> None:
         """An error may come before the start, or when this client or the world gave reason; else a stream was lost."""
         habit = self.order.habit
-        if error.code == "cancelled" and habit in ("cancel", "kill"):
+        if error.code == "cancelled" and (habit in ("cancel", "kill") or self.killed):
             self._end("cancelled")
         elif error.code == "deadline_exceeded" and habit == "deadline":
             self._end("deadline")

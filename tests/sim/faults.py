@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.sim.nodes import SimProcess, SimWorker
+from scheduler import events
+from tests.sim.nodes import SimProcess, SimScheduler, SimWorker
 from tests.sim.vloop import NOWHERE, Node
 
 if TYPE_CHECKING:
@@ -108,6 +109,33 @@ def _isolate(world: World, fault: Fault) -> Callable[[], None]:
     return end
 
 
+def _kill_request(world: World, fault: Fault) -> None:
+    """An operator ends a request, and the connections break before its gateway hears of it."""
+    for process in world.processes.values():
+        reign = process.process.seat.reign if isinstance(process, SimScheduler) and process.process else None
+        if reign is None or process.node.dead or not reign.core.state.requests:
+            continue
+        request_id = world.rng.choice(sorted(reign.core.state.requests))
+        for client in world.clients:
+            client.killed = client.killed or f"/{client.name}" in request_id
+        reign.loop.post_now(events.Killed(request_id))
+        for gateway in world.gateways:
+            world.loop.call_later(0.001, world.network.reset, gateway.name, process.name, context=NOWHERE)
+
+
+def _lose_piece(world: World, fault: Fault) -> None:
+    """A worker's next piece of output never leaves it."""
+    process = _process(world, fault)
+    if isinstance(process, SimWorker) and process.core is not None:
+        outbox = process.core._outbox
+        whole = outbox.add
+
+        def lose(output: object) -> None:
+            outbox.add = whole  # type: ignore[method-assign]
+
+        outbox.add = lose  # type: ignore[method-assign]
+
+
 def _reset(world: World, fault: Fault) -> None:
     world.network.reset(fault.target, fault.other)
 
@@ -206,6 +234,8 @@ KINDS: dict[str, tuple[int, str, Apply]] = {
     "crash engine": (6, "worker", _crash_engine),
     "slow engine": (3, "worker", _slow_engine),
     "hang engine": (3, "worker", _hang_engine),
+    "lose piece": (6, "worker", _lose_piece),
+    "kill request": (6, "member", _kill_request),
     "kill scheduler": (9, "scheduler", _kill),
     "freeze scheduler": (9, "scheduler", _freeze),
     "stop scheduler": (4, "scheduler", _terminate),
@@ -237,7 +267,7 @@ def draw(rng: random.Random, span_s: float, names: dict[str, list[str]]) -> list
     kinds = list(KINDS)
     weights = [KINDS[kind][0] for kind in kinds]
     faults = []
-    for _ in range(rng.choice((1, 2, 3, 4, 6, 8))):
+    for _ in range(rng.choice((1, 3, 5, 7, 9))):
         kind = rng.choices(kinds, weights)[0]
         target, other = _where(rng, KINDS[kind][1], names)
         begin = rng.uniform(0.5, span_s)

@@ -96,17 +96,6 @@ def _epoch_fence_dropped(stack: ExitStack) -> None:
 @mutant("output that leaves a gap is taken")
 def _gap_accepted(stack: ExitStack) -> None:
     put(stack, frames, "_fault", lambda live, output: "")
-    real = frames._take
-
-    def take(state: Any, worker: Any, live: Any, attempt: Any, output: Any, *rest: Any) -> Any:
-        copy = type(output)()
-        copy.CopyFrom(output)
-        if len(copy.token_ids) > 1:  # what a skipped index comes to
-            del copy.token_ids[0]
-            copy.index += 1
-        return real(state, worker, live, attempt, copy, *rest)
-
-    put(stack, frames, "_take", take)
 
 
 @mutant("a request whose worker is lost is not queued again")

@@ -66,7 +66,7 @@ class Result:
 def make_plan(seed: int) -> Plan:
     """A plan by chance; the same one for the same seed, wherever it is drawn."""
     rng = random.Random(f"plan-{seed}")
-    workers = tuple(rng.choice((9, 12, 16, 30)) for _ in range(rng.choice((1, 2, 2, 3))))
+    workers = tuple(rng.choice((9, 10, 12, 20)) for _ in range(rng.choice((1, 2, 2, 3))))
     gateways = rng.choice((1, 2, 2, 3))
     names = {
         "scheduler": ["scheduler0", "scheduler1"],
@@ -74,7 +74,7 @@ def make_plan(seed: int) -> Plan:
         "gateway": [f"gateway{number}" for number in range(gateways)],
         "member": [f"etcd{number}" for number in range(MEMBERS)],
     }
-    orders = tuple(clients.draw(rng, number, SPAN_S, gateways) for number in range(rng.choice((3, 5, 8, 12))))
+    orders = tuple(clients.draw(rng, number, SPAN_S, gateways) for number in range(rng.choice((4, 8, 12))))
     return Plan(seed, 2, workers, gateways, orders, tuple(faults.draw(rng, SPAN_S, names)))
 
 
@@ -95,7 +95,7 @@ class World:
         for number in range(plan.schedulers):
             self._add(SimScheduler(ground, f"scheduler{number}", f"127.0.1.{number + 1}"))
         for number, blocks in enumerate(plan.workers):
-            step_s = self.rng.choice((0.02, 0.03, 0.05))
+            step_s = self.rng.choice((0.03, 0.05, 0.07))
             self._add(SimWorker(ground, f"worker{number}", f"127.0.2.{number + 1}", blocks=blocks, step_s=step_s))
         addresses = tuple(f"127.0.1.{number + 1}:1" for number in range(plan.schedulers))
         for number in range(plan.gateways):

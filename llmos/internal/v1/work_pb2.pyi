@@ -414,6 +414,7 @@ class WorkFrame(google.protobuf.message.Message):
     SPANS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
+    FENCED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Counts this stream's frames from 1."""
     step: builtins.int
@@ -422,6 +423,8 @@ class WorkFrame(google.protobuf.message.Message):
     """The engine had something to compute when the frame was made."""
     draining: builtins.bool
     """Set when the worker empties itself, on SIGTERM or by order."""
+    fenced: builtins.int
+    """Streams and batches of a lower term than the highest seen that were ended or refused since the last frame."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[llmos.internal.v1.request_pb2.Output]:
         """Pieces, in order per choice."""
@@ -454,8 +457,9 @@ class WorkFrame(google.protobuf.message.Message):
         spans: collections.abc.Iterable[llmos.v1.fleet_pb2.Span] | None = ...,
         draining: builtins.bool = ...,
         cache: collections.abc.Iterable[global___CacheChange] | None = ...,
+        fenced: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["busy", b"busy", "cache", b"cache", "draining", b"draining", "failures", b"failures", "models", b"models", "outputs", b"outputs", "sequence", b"sequence", "spans", b"spans", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "cache", b"cache", "draining", b"draining", "failures", b"failures", "fenced", b"fenced", "models", b"models", "outputs", b"outputs", "sequence", b"sequence", "spans", b"spans", "step", b"step"]) -> None: ...
 
 global___WorkFrame = WorkFrame
 
