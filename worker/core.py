@@ -174,12 +174,8 @@ class WorkerCore:
         frame = self._outbox.take()
         frame.step = self._state.step
         frame.busy = self._state.busy or len(self._table) > 0
-<<<<<<< HEAD
         frame.draining = self._announced_drain = self.draining
-=======
-        frame.draining = self._announced_drain = self._draining
         frame.fenced, self._fenced = self._fenced, 0
->>>>>>> c8f1cff (wip: harder plans, failover test)
         frame.models.extend(self._shelf.take_changes())
         frame.spans.extend(self._spans.drain())
         frame.cache.extend(self._cache.take())
