@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from gateway.link import Link
 from gateway.session import Sessions
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
-from scheduler import events
+from scheduler import charges, events
 from scheduler.commands import RequestOver, SendOutput, StartAttempt
 from scheduler.process import SchedulerProcess
 from scheduler.reign import Reign
-from scheduler.requests import blocks_needed
+from scheduler.requests import LiveRequest, blocks_needed
 from scheduler.workers import LOADED, WorkerView
 from tests.sim.trace import Trace
 from worker.backends.echo import EchoBackend
@@ -23,6 +23,7 @@ from worker.core import WorkerCore
 if TYPE_CHECKING:
     from tests.sim.nodes import SimProcess
 
+_charge = charges._charge
 Epoch = tuple[int, int]
 _MOST = 20
 
@@ -52,14 +53,19 @@ class Checks:
     reigns: list[Reign] = field(default_factory=list)
     workers: dict[str, WorkerBooks] = field(default_factory=dict)
     gateways: dict[str, GatewayBooks] = field(default_factory=dict)
-    bent: int = 0
-    """Outputs that the world itself has damaged: what refuses them is right."""
+    bills: dict[int, float] = field(default_factory=dict)
+    """Tokens charged for each live request, by its address: `ReignBooks` keeps it alive."""
 
     def fail(self, invariant: str, detail: str) -> None:
         """Note a violation."""
         self.trace.say(f"VIOLATION {invariant}: {detail}")
         if len(self.violations) < _MOST:
             self.violations.append(Violation(invariant, detail, self.clock()))
+
+    def charge(self, live: LiveRequest, tokens: float) -> None:
+        """In the place of `scheduler.charges._charge`."""
+        self.bills[id(live)] = self.bills.get(id(live), 0.0) + tokens
+        _charge(live, tokens)
 
     def started(self, process: SimProcess) -> None:
         """A process begins; what its predecessor knew is gone."""
@@ -109,6 +115,8 @@ class ReignBooks:
         self._accepted: set[str] = set()
         self._cancelled: set[str] = set()
         self._owner: dict[str, int] = {}
+        self._lives: dict[str, tuple[LiveRequest, int]] = {}
+        """Accepted requests, with the tokens that they brought along."""
         self._epochs: dict[str, Epoch] = {}
         """Of the last attempt begun."""
         self._known: dict[str, dict[int, int]] = {}
@@ -130,7 +138,10 @@ class ReignBooks:
             self._checks.fail("the core never fails", f"{type(event).__name__}: {type(error).__name__}: {error}")
             raise
         if submitted and submitted in self._state.requests:
-            self._owner[submitted] = self._state.requests[submitted].stream_id
+            live = self._state.requests[submitted]
+            self._owner[submitted] = live.stream_id
+            if fresh:
+                self._lives[submitted] = live, sum(len(held.token_ids) for held in event.request.resume)  # type: ignore[union-attr]
             if self._owner[submitted] != event.stream_id and fresh:  # type: ignore[union-attr]
                 self._checks.fail("outputs go to who asked", f"{submitted} bound to another stream")
         for command in commands:
@@ -173,6 +184,19 @@ class ReignBooks:
             if command.request_id not in self._accepted:
                 checks.fail("exactly one end", f"{command.request_id} ended twice")
             self._accepted.discard(command.request_id)
+            self._bill(command.request_id)
+
+    def _bill(self, request_id: str) -> None:
+        """Charged were the prompt, if it ever began, and every token that came in this reign once."""
+        live, brought = self._lives.pop(request_id, (None, 0))
+        if live is None or self._state.counters["diverged"]:
+            return
+        due = sum(len(choice.tokens) for choice in live.choices) - brought
+        if live.attempts > live.attempts_before and not live.request.resume:  # else an earlier leader did
+            due += len(live.request.token_ids)
+        charged = self._checks.bills.pop(id(live), 0.0)
+        if abs(charged - due) > 0.5:
+            self._checks.fail("each token is charged once", f"{request_id}: {charged:.0f} for {due}")
 
     def _capacity(self) -> None:
         for worker in self._state.workers.values():

@@ -15,6 +15,7 @@ from gateway import session, transcript
 from llmos.etcd import lease, watch
 from scheduler import (
     admission,
+    charges,
     core,
     events,
     frames,
@@ -219,6 +220,17 @@ def _finish_ignored(stack: ExitStack) -> None:
     handler(stack, events.ChoiceFinished, _nothing)
     handler(stack, events.DeadlinePassed, _nothing)
     handler(stack, events.Cancelled, _nothing)
+
+
+@mutant("tokens of a request that moved are charged twice")
+def _charged_twice(stack: ExitStack) -> None:
+    def produced(live: Any, choice: Any) -> None:
+        fresh = len(choice.tokens) - choice.charged
+        choice.charged = len(choice.tokens)
+        if fresh > 0:
+            charges._charge(live, 2 * fresh if live.attempts > 1 else fresh)
+
+    put(stack, charges, "produced", produced)
 
 
 # etcd

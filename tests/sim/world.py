@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 from llmos.etcd import EtcdConfig
-from scheduler import loop, reign
+from scheduler import charges, loop, reign
 from tests.sim import clients, faults
 from tests.sim.checks import Checks, Violation
 from tests.sim.clients import Order, SimClient
@@ -203,7 +203,9 @@ def run(plan: Plan, *, keep: int = 0) -> Result:
             mock.patch.object(loop, "_TICK_S", _TICK_S),
             mock.patch.object(reign, "_ACKNOWLEDGE_S", _TICK_S),
         ):
-            return World(plan, keep=keep).run()
+            world = World(plan, keep=keep)
+            with mock.patch.object(charges, "_charge", world.checks.charge):
+                return world.run()
     finally:
         gc.enable()
         gc.collect(0)
