@@ -104,13 +104,18 @@ def _resolve(state: State, request: request_pb2.Request) -> ModelKey | None:
     key = (request.model, request.model_version or (model.version if model is not None else ""))
     lacks_adapter = bool(request.adapter) and _adapter(state, request) is None
     if model is None or lacks_adapter or (key[1] != model.version and not _offered(state, key)):
-        if state.settled and not request.resume:
+        if state.settled and not request.resume and _anybody(state):
             asked = request.adapter or request.model
             raise ModelNotFound(f"The fleet does not serve a model '{asked}'.", param="model")
         return None
     if key[1] == model.version and request.tokenizer_hash != model.tokenizer_hash:
         raise InvalidRequest("The prompt was made with another tokenizer than the model's.", param="tokenizer_hash")
     return key
+
+
+def _anybody(state: State) -> bool:
+    """Some worker has reported to this leader. Until then what gateways ask for is what an earlier one has offered."""
+    return any(worker.attachments for worker in state.workers.values())
 
 
 def _adapter(state: State, request: request_pb2.Request) -> ModelKey | None:
