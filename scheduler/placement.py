@@ -117,13 +117,20 @@ class Placement:
 
     def _options(self, ask: Ask, worker_ids: Sequence[str]) -> list[Option]:
         workers, model, tokens = self.index.workers, ask.live.key[0], ask.tokens
+        match, bits = ask.match, self.index.prefixes.bits
         options: list[Option] = []
         for worker_id in worker_ids:
             worker = workers.get(worker_id)
             slot = worker.slots.get(model) if worker is not None else None
             if worker is None or slot is None:
                 continue
-            cached = self.index.cached(ask, worker_id) if ask.match else 0
+            cached = 0
+            if match:
+                bit = bits.get(worker_id, 0)
+                for length, holders in match:
+                    if holders & bit:
+                        cached = length * BLOCK_TOKENS
+                        break
             options.append(Option(worker, slot, cached, tokens - cached if cached < tokens else 1))
         return options
 
@@ -155,14 +162,6 @@ class RoomIndex:
         """False: certainly nobody has room."""
         pool = self.pool(live)
         return (pool is not None and pool.most_room >= live.blocks) or live.id in self.claims
-
-    def cached(self, ask: Ask, worker_id: str) -> int:
-        """Tokens of the prompt that a worker has cached."""
-        bit = self.prefixes.bit(worker_id)
-        for length, bits in ask.match:
-            if bits & bit:
-                return length * BLOCK_TOKENS
-        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,8 @@ class PrefixIndex:
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
         self._holders: dict[int, int] = {}
-        self._bits: dict[str, int] = {}
+        self.bits: dict[str, int] = {}
+        """What stands for a worker in a match; nothing for one of which nothing is known."""
         self._workers: list[str] = []
         self._caches: dict[str, dict[str, _Cache]] = {}
         self._free: list[int] = []
@@ -50,10 +51,6 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Different hashes."""
         return len(self._holders)
-
-    def bit(self, worker_id: str) -> int:
-        """What stands for a worker in a match; 0 while nothing is known of it."""
-        return self._bits.get(worker_id, 0)
 
     def clear(self, worker_id: str) -> None:
         """A stream began or ended: nothing is known of its worker's caches."""
@@ -64,7 +61,7 @@ class PrefixIndex:
     def forget(self, worker_id: str) -> None:
         """A worker is gone for good, and its attempts are settled."""
         self.clear(worker_id)
-        bit = self._bits.pop(worker_id, 0)
+        bit = self.bits.pop(worker_id, 0)
         if bit:
             self._workers[bit.bit_length() - 1] = ""
             self._free.append(bit)
@@ -142,7 +139,7 @@ class PrefixIndex:
         return found
 
     def _bit_of(self, worker_id: str) -> int:
-        bit = self._bits.get(worker_id, 0)
+        bit = self.bits.get(worker_id, 0)
         if not bit:
             if self._free:
                 bit = self._free.pop()
@@ -150,7 +147,7 @@ class PrefixIndex:
             else:
                 bit = 1 << len(self._workers)
                 self._workers.append(worker_id)
-            self._bits[worker_id] = bit
+            self.bits[worker_id] = bit
         return bit
 
     def _store(self, worker_id: str, cache: _Cache, hashes: Iterable[int]) -> None:
@@ -163,7 +160,7 @@ class PrefixIndex:
             held[prefix_hash] = None
 
     def _drop(self, worker_id: str, hashes: Iterable[int]) -> None:
-        bit, holders = self._bits.get(worker_id, 0), self._holders
+        bit, holders = self.bits.get(worker_id, 0), self._holders
         for prefix_hash in hashes:
             left = holders.get(prefix_hash, 0) & ~bit
             if left:

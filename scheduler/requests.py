@@ -180,6 +180,11 @@ class LiveRequest:
     """Where what it produces is counted."""
     output_at: float = 0.0
     """When its last output came; 0: none yet."""
+    id: str = field(init=False)
+    """The request's id."""
+
+    def __post_init__(self) -> None:
+        self.id = self.request.request_id
 
     @classmethod
     def accept(
@@ -198,11 +203,6 @@ class LiveRequest:
         # What comes with output was charged by an earlier leader.
         live.prompt_charged = bool(request.resume)
         return live
-
-    @property
-    def id(self) -> str:
-        """The request's id."""
-        return self.request.request_id
 
     @property
     def finished(self) -> bool:
@@ -227,7 +227,8 @@ class LiveRequest:
     @property
     def open_choices(self) -> int:
         """Choices still to be computed."""
-        return [choice.finished for choice in self.choices].count(False)
+        choices = self.choices
+        return not choices[0].finished if len(choices) == 1 else [one.finished for one in choices].count(False)
 
     @property
     def known_tokens(self) -> int:
