@@ -184,6 +184,7 @@ class ReignBooks:
             if command.request_id not in self._accepted:
                 checks.fail("exactly one end", f"{command.request_id} ended twice")
             self._accepted.discard(command.request_id)
+            self._known.pop(command.request_id, None)
             self._bill(command.request_id)
 
     def _bill(self, request_id: str) -> None:
