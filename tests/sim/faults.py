@@ -48,8 +48,9 @@ def _freeze(world: World, fault: Fault) -> Callable[[], None]:
 
 def _terminate(world: World, fault: Fault) -> Callable[[], None]:
     process = _process(world, fault)
+    incarnation = process.incarnation
     world.loop.call_soon(process.stop.set, context=process.node.context)
-    return lambda: world.replace(process)
+    return lambda: world.replace(process, incarnation)
 
 
 def _crash_engine(world: World, fault: Fault) -> None:

@@ -119,9 +119,9 @@ class World:
         if process.node.dead:
             process.start()
 
-    def replace(self, process: SimProcess) -> None:
+    def replace(self, process: SimProcess, incarnation: int) -> None:
         """A process that was asked to end is killed if it has not, and started again."""
-        if process.stop.is_set():
+        if process.incarnation == incarnation:
             process.kill()
             process.start()
 
