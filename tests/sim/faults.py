@@ -102,12 +102,7 @@ def _isolate(world: World, fault: Fault) -> Callable[[], None]:
         world.network.block(fault.target, name)
         world.network.block(name, fault.target)
 
-    def end() -> None:
-        for name in others:
-            world.network.unblock(fault.target, name)
-            world.network.unblock(name, fault.target)
-
-    return end
+    return lambda: _heal(world, fault.target, others)
 
 
 def _kill_request(world: World, fault: Fault) -> None:
@@ -135,6 +130,25 @@ def _lose_piece(world: World, fault: Fault) -> None:
             outbox.add = whole  # type: ignore[method-assign]
 
         outbox.add = lose  # type: ignore[method-assign]
+
+
+def _isolate_leader(world: World, fault: Fault) -> Callable[[], None] | None:
+    """Whoever leads, from etcd and workers, sometimes from gateways too, for long enough to be followed by another."""
+    for process in world.processes.values():
+        if isinstance(process, SimScheduler) and process.process and process.process.seat.reign is not None:
+            spared = "gateway" if world.rng.random() < 0.5 else process.name
+            others = [name for name in world.names() if name != process.name and not name.startswith(spared)]
+            for name in others:
+                world.network.block(process.name, name)
+                world.network.block(name, process.name)
+            return lambda: _heal(world, process.name, others)
+    return None
+
+
+def _heal(world: World, name: str, others: list[str]) -> None:
+    for other in others:
+        world.network.unblock(name, other)
+        world.network.unblock(other, name)
 
 
 def _reset(world: World, fault: Fault) -> None:
@@ -246,6 +260,7 @@ KINDS: dict[str, tuple[int, str, Apply]] = {
     "partition": (8, "pair", _partition),
     "cut": (5, "pair", _cut),
     "isolate": (4, "any", _isolate),
+    "isolate leader": (8, "member", _isolate_leader),
     "reset": (10, "pair", _reset),
     "stall": (8, "pair", _stall),
     "damage": (4, "pair", _damage),
@@ -272,7 +287,9 @@ def draw(rng: random.Random, span_s: float, names: dict[str, list[str]]) -> list
         kind = rng.choices(kinds, weights)[0]
         target, other = _where(rng, KINDS[kind][1], names)
         begin = rng.uniform(0.5, span_s)
-        lasts = rng.choice((0.1, 0.5, 1.0, 2.0, 3.0, 5.0)) * rng.uniform(0.5, 1.5)
+        if kind == "isolate leader":
+            begin *= 0.4
+        lasts = 5.0 if kind == "isolate leader" else rng.choice((0.1, 0.5, 1.0, 2.0, 3.0, 5.0)) * rng.uniform(0.5, 1.5)
         faults.append(Fault(kind, round(begin, 3), round(min(lasts, span_s + 2.0 - begin), 3), target, other))
     return sorted(faults, key=lambda fault: fault.at_s)
 

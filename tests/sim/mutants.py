@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from gateway import link as gateway_link
 from gateway import outbox as gateway_outbox
 from gateway import session, transcript
 from llmos.etcd import lease, watch
@@ -288,28 +287,17 @@ def _engine_loss_unreported(stack: ExitStack) -> None:
 # The gateway
 
 
-@mutant("tokens that overlap with what is there are taken again")
-def _overlap_taken(stack: ExitStack) -> None:
+@mutant("what a returning gateway holds already is sent and taken once more")
+def _repeats_taken(stack: ExitStack) -> None:
     real = transcript.Transcript._extend
+    put(stack, transcript.Transcript, "_extend", lambda self, output, choice, known: real(self, output, choice, 0))
+    caught_up = takeover._catch_up
 
-    def extend(self: Any, output: Any, choice: Any, known: int) -> Any:
-        return real(self, output, choice, 0)
+    def catch_up(state: Any, live: Any, choice: Any, said: Any, out: Any) -> None:
+        begin = type(said)(choice=said.choice, token_ids=said.token_ids[:-1], finished=said.finished)
+        caught_up(state, live, choice, said if said.finished else begin, out)
 
-    put(stack, transcript.Transcript, "_extend", extend)
-
-
-@mutant("a leader of a lower term is followed")
-def _lower_term_followed(stack: ExitStack) -> None:
-    real = gateway_link.Link._greet
-
-    async def greet(self: Any, call: Any) -> int:
-        term, self._term = self._term, 0
-        try:
-            return await real(self, call)
-        finally:
-            self._term = term
-
-    put(stack, gateway_link.Link, "_greet", greet)
+    put(stack, takeover, "_catch_up", catch_up)
 
 
 @mutant("a new leader is not told what is unfinished")
