@@ -11,7 +11,7 @@ from unittest import mock
 
 from gateway import outbox as gateway_outbox
 from gateway import session, transcript
-from llmos.etcd import lease, watch
+from llmos.etcd import lease
 from scheduler import (
     admission,
     charges,
@@ -21,7 +21,6 @@ from scheduler import (
     leadership,
     lifecycle,
     members,
-    membership,
     outflow,
     recent,
     seat,
@@ -235,25 +234,6 @@ def _charged_twice(stack: ExitStack) -> None:
 # etcd
 
 
-@mutant("changes lost to a compaction are not listed again")
-def _compaction_ignored(stack: ExitStack) -> None:
-    real = watch.Watch._take
-
-    async def take(self: Any, answer: Any) -> Any:
-        if answer.canceled and answer.compact_revision:
-            self._cursor.next_revision = answer.header.revision + 1
-            await self._drop_stream()
-            return None
-        return await real(self, answer)
-
-    put(stack, watch.Watch, "_take", take)
-
-
-@mutant("workers missing from a list after a break stay members")
-def _ghosts_kept(stack: ExitStack) -> None:
-    put(stack, membership.Membership, "_miss", _nothing)
-
-
 @mutant("a renewal is believed whatever it says")
 def _renewals_believed(stack: ExitStack) -> None:
     def renewed(self: Any, sent_at: float, ttl_s: float, now: float) -> None:
@@ -285,19 +265,6 @@ def _engine_loss_unreported(stack: ExitStack) -> None:
 
 
 # The gateway
-
-
-@mutant("what a returning gateway holds already is sent and taken once more")
-def _repeats_taken(stack: ExitStack) -> None:
-    real = transcript.Transcript._extend
-    put(stack, transcript.Transcript, "_extend", lambda self, output, choice, known: real(self, output, choice, 0))
-    caught_up = takeover._catch_up
-
-    def catch_up(state: Any, live: Any, choice: Any, said: Any, out: Any) -> None:
-        begin = type(said)(choice=said.choice, token_ids=said.token_ids[:-1], finished=said.finished)
-        caught_up(state, live, choice, said if said.finished else begin, out)
-
-    put(stack, takeover, "_catch_up", catch_up)
 
 
 @mutant("a new leader is not told what is unfinished")

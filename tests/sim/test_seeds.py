@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from tests.sim.mutants import MUTANTS
 from tests.sim.pool import ROOT, run_seeds
 
 SEEDS = range(5000, 5004)
@@ -26,3 +29,14 @@ def test_the_command_reports_as_json() -> None:
     report = json.loads(done.stdout)
     assert report["seeds"] == 2
     assert report["violations"] == 0
+
+
+@pytest.mark.parametrize("mutant", ["term-fence-dropped", "never-settles"])
+def test_a_planted_bug_is_found(mutant: str) -> None:
+    found = [one for one in run_seeds(range(4), jobs=2, mutant=mutant, stop=lambda one: bool(one.violations))]
+    assert found[-1].violations
+
+
+def test_every_planted_bug_says_what_it_is() -> None:
+    assert len(MUTANTS) >= 20
+    assert all(one.what and not one.what.endswith(".") for one in MUTANTS.values())
