@@ -33,7 +33,7 @@ def test_the_command_reports_as_json() -> None:
 
 @pytest.mark.parametrize("mutant", ["term-fence-dropped", "never-settles"])
 def test_a_planted_bug_is_found(mutant: str) -> None:
-    found = [one for one in run_seeds(range(4), jobs=2, mutant=mutant, stop=lambda one: bool(one.violations))]
+    found = list(run_seeds(range(4), jobs=2, mutant=mutant, stop=lambda one: bool(one.violations)))
     assert found[-1].violations
 
 
