@@ -94,11 +94,11 @@ async def disturbed(
     limits = httpx.Limits(max_connections=len(streams))
 
     async def reached(count: int) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while any(len(stream.text) < count and not stream.error for stream in streams):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
-    async with httpx.AsyncClient(timeout=90, limits=limits) as client, asyncio.TaskGroup() as group:
+    async with httpx.AsyncClient(timeout=240, limits=limits) as client, asyncio.TaskGroup() as group:
         for number, stream in enumerate(streams):
             group.create_task(follow(client, urls[number % len(urls)], stream))
         group.create_task(disturb(reached))  # type: ignore[arg-type]
