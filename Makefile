@@ -41,7 +41,7 @@ unit: $(INSTALLED) ## the tests that take milliseconds
 	$(BIN)/python -m pytest -q tests/unit
 
 faults: $(INSTALLED) ## the fault scenarios at full length
-	LLMOS_TEST_ETCD_OUTAGE_S=60 $(BIN)/python -m pytest tests/faults --timeout 300
+	LLMOS_TEST_ETCD_OUTAGE_S=60 LLMOS_TEST_STREAMS=64 $(BIN)/python -m pytest tests/faults --timeout 300
 
 sim: $(INSTALLED) ## simulated schedules of faults on virtual time; SEEDS=2000 says how many
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) $(SIM)
