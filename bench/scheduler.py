@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from bench import command
 from bench.crowd import FULL, Crowd, Size
 from bench.rows import Row, at_most, bounded, reported
+from llmos.collector import spare_the_collector
 from llmos.internal.v1 import work_pb2
 from scheduler.commands import StartAttempt
-from scheduler.process import spare_the_collector
 
 MEDIAN_US, P99_US, RATIO = 50.0, 500.0, 3.0
 LARGE, SMALL = 1000, 10

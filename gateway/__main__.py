@@ -9,7 +9,6 @@ import random
 import secrets
 import socket
 import sys
-from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 
@@ -187,16 +186,7 @@ def main() -> int:
     async def serve(stop: asyncio.Event) -> None:
         await GatewayProcess(config, clock, rng).serve(stop)
 
-    return run_until_signal(serve, loop_factory=_loop_factory())
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, the faster one; asyncio's own where uvloop does not exist (Windows)."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop  # type: ignore[no-any-return, unused-ignore]
+    return run_until_signal(serve)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from gateway.types import (
     GenerationRequest,
     Identity,
     ModelInfo,
+    Sink,
     TaskRequest,
     TraceHeaders,
 )
@@ -33,6 +34,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+_TOKENS_AT_ONCE = 32
 _MODEL = ("gen_ai_operation_name", "gen_ai_request_model")
 _OPERATIONS = {
     "chat": "chat",
@@ -178,9 +180,24 @@ class _MeteredGeneration:
             self._meter.end("internal_error")
             raise
 
+    def feed(self, sink: Sink) -> None:
+        self._inner.feed(_MeteredSink(sink, self._meter))
+
     async def aclose(self, reason: str = "client_gone") -> None:
         self._meter.end(Cancelled.code)
         await self._inner.aclose(reason)
+
+
+class _MeteredSink:
+    def __init__(self, inner: Sink, meter: _Meter) -> None:
+        self._inner = inner
+        self._meter = meter
+
+    def push(self, delta: Delta) -> bool:
+        if not self._inner.push(delta):
+            return False
+        self._meter.see_delta(delta)
+        return True
 
 
 class _Meter:
@@ -194,11 +211,13 @@ class _Meter:
         self._began = clock.monotonic()
         self._first: float | None = None
         self._ended = False
+        self._tokens = 0
+        """Not counted yet: a counter is not touched for each token."""
         metrics.waiting.labels(model).inc()
 
     def see(self, event: Event) -> None:
         if isinstance(event, Delta):
-            self._see_delta(event)
+            self.see_delta(event)
         elif isinstance(event, Done):
             self._see_done(event)
 
@@ -206,21 +225,28 @@ class _Meter:
         if self._ended:
             return
         self._ended = True
+        self._count_tokens()
         (self._metrics.waiting if self._first is None else self._metrics.running).labels(self._model).dec()
         self._metrics.duration.labels(*self._labels, code).observe(self._clock.monotonic() - self._began)
         if code:
             self._metrics.failure.labels(self._model, code).inc()
 
-    def _see_delta(self, delta: Delta) -> None:
+    def see_delta(self, delta: Delta) -> None:
         if self._first is None:
             self._first = self._clock.monotonic()
             self._metrics.waiting.labels(self._model).dec()
             self._metrics.running.labels(self._model).inc()
             self._metrics.first_token.labels(*self._labels).observe(self._first - self._began)
-        if delta.token_ids:
-            self._metrics.generation_tokens.labels(self._model).inc(len(delta.token_ids))
+        self._tokens += len(delta.token_ids)
+        if self._tokens >= _TOKENS_AT_ONCE:
+            self._count_tokens()
         if delta.finish is not None:
             self._metrics.success.labels(self._model, delta.finish).inc()
+
+    def _count_tokens(self) -> None:
+        if self._tokens:
+            self._metrics.generation_tokens.labels(self._model).inc(self._tokens)
+            self._tokens = 0
 
     def _see_done(self, done: Done) -> None:
         metrics = self._metrics

@@ -14,6 +14,7 @@ class Outbox:
         self._limit = limit
         self._messages: deque[requests_pb2.ExchangeRequest] = deque()
         self._acknowledge = 0
+        self._acknowledged_last = False
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -35,10 +36,15 @@ class Outbox:
         self._acknowledge = max(self._acknowledge, sequence)
 
     def pop(self) -> requests_pb2.ExchangeRequest | None:
-        """The next message to write, or None. An acknowledgement goes first: it frees the peer's memory."""
-        if self._acknowledge:
+        """The next message to write, or None. An acknowledgement goes first, as it frees the peer's memory.
+
+        But no two in a row before a message: under a flood of frames a cancellation would wait for the end.
+        """
+        if self._acknowledge and not (self._acknowledged_last and self._messages):
+            self._acknowledged_last = True
             sequence, self._acknowledge = self._acknowledge, 0
             return requests_pb2.ExchangeRequest(ack=requests_pb2.Ack(sequence=sequence))
+        self._acknowledged_last = False
         return self._messages.popleft() if self._messages else None
 
     def reset(self) -> None:

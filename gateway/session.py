@@ -42,6 +42,8 @@ from llmos.v1 import fleet_pb2
 log = logging.getLogger(__name__)
 
 _ALL_REQUESTS = 100_000
+_COUNTED = {verdict: f"outputs_{verdict.value}" for verdict in Verdict}
+"""Names of the counters."""
 AnyRequest = GenerationRequest | TaskRequest
 
 
@@ -107,9 +109,7 @@ class Sessions:
         self._idle.set()
         self._draining = False
         self._grace_timer: asyncio.TimerHandle | None = None
-        self._counts = dict.fromkeys(
-            [*(f"outputs_{verdict.value}" for verdict in Verdict), "outputs_unknown", "requests", "slow_readers"], 0
-        )
+        self._counts = dict.fromkeys([*_COUNTED.values(), "outputs_unknown", "requests", "slow_readers"], 0)
 
     # What the edges ask for (Engine)
 
@@ -326,7 +326,7 @@ class Sessions:
             log.exception("output of request %s could not be taken", output.request_id)
             stream.abort(InternalError("Something broke inside; the request id helps to find it."), "cancelled")
             return
-        self._counts[f"outputs_{verdict.value}"] += 1
+        self._counts[_COUNTED[verdict]] += 1
 
     def _fail(self, failure: request_pb2.Failure) -> None:
         stream = self._streams.get(failure.request_id)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from gateway.trace import RequestTrace
 from gateway.transcript import Transcript, Verdict
-from gateway.types import Delta, Done, Event, Progress, Started
+from gateway.types import Delta, Done, Event, Progress, Sink, Started
 from gateway.values import ValuesTranscript
 from llmos.clock import Clock
 from llmos.errors import Cancelled, DeadlineExceeded, LlmosError, SlowReader, Unavailable
@@ -88,6 +88,9 @@ class Stream:
         self._buffer: deque[Event] = deque([started])
         self._buffered = 0
         self._ready = asyncio.Event()
+        self._sink: Sink | None = None
+        self._idle = False
+        """The reader has done with everything and waits for more."""
         self._ended = False
         self._error: LlmosError | None = None
         self._asked = False
@@ -129,9 +132,9 @@ class Stream:
         if self._ended:
             return Verdict.STALE
         taken = self.transcript.take(output)
-        if taken.verdict in {Verdict.GAP, Verdict.CORRUPT}:
-            self._distrust()
         if taken.delta is None:
+            if taken.verdict in (Verdict.GAP, Verdict.CORRUPT):
+                self._distrust()
             return taken.verdict
         self._failed_asks = 0
         if taken.keep_until is not None:
@@ -177,9 +180,14 @@ class Stream:
                 if self._error is not None:
                     raise self._error
                 self._ready.clear()
+                self._idle = True
                 await self._ready.wait()
         finally:
             self._abandon("client_gone")
+
+    def feed(self, sink: Sink) -> None:
+        """See `Generation`."""
+        self._sink = sink
 
     async def aclose(self, reason: str = "client_gone") -> None:
         """See `Generation`."""
@@ -191,8 +199,14 @@ class Stream:
     def _put(self, delta: Delta) -> None:
         if delta.finish is not None:
             self.finish_reasons[delta.choice] = delta.finish
+        if self._idle and self._sink is not None and self._sink.push(delta):
+            return
         self._buffer.append(delta)
         self._buffered += _size(delta)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._idle = False
         self._ready.set()
 
     def _complete(self) -> None:
@@ -205,7 +219,7 @@ class Stream:
         self._ended = True
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
-        self._ready.set()
+        self._wake()
         self._on_end(self, error)
 
     def _expire(self) -> None:

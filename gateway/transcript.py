@@ -37,7 +37,7 @@ class Verdict(Enum):
     """It contradicts the request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Taken:
     """The outcome of one output."""
 
@@ -72,6 +72,7 @@ class Transcript:
         self._shape = shape
         self._spell = spell
         self._choices = [_Choice(new_text()) for _ in range(shape.choices)]
+        self._open = shape.choices
         self._epoch = (0, 0)
         self._first_epoch: tuple[int, int] | None = None
         self.cached_tokens = 0
@@ -85,7 +86,7 @@ class Transcript:
     @property
     def finished(self) -> bool:
         """Every choice has ended."""
-        return all(choice.finished for choice in self._choices)
+        return self._open == 0
 
     @property
     def completion_tokens(self) -> int:
@@ -112,64 +113,79 @@ class Transcript:
 
     def take(self, output: request_pb2.Output) -> Taken:
         """Add an output if it is the next of its choice; tokens that are there already are skipped."""
-        verdict = self._judge(output)
+        wire_epoch = output.epoch
+        epoch = (wire_epoch.term, wire_epoch.attempt)
+        token_ids = output.token_ids[:]
+        verdict = self._judge(output, epoch, token_ids)
         if verdict is not Verdict.TAKEN:
             return Taken(verdict)
         choice = self._choices[output.choice]
-        self._epoch = (output.epoch.term, output.epoch.attempt)
-        self._first_epoch = self._first_epoch or self._epoch
-        if self._epoch == self._first_epoch:
-            self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        if epoch != self._epoch or not choice.tokens:
+            self._begin_attempt(epoch, output)
         known = len(choice.tokens) - output.index
-        return self._extend(output, choice, known)
+        return self._extend(output, choice, token_ids[known:] if known else token_ids)
 
-    def _judge(self, output: request_pb2.Output) -> Verdict:
-        if (output.epoch.term, output.epoch.attempt) < self._epoch:
+    def _begin_attempt(self, epoch: tuple[int, int], output: request_pb2.Output) -> None:
+        self._epoch = epoch
+        self._first_epoch = self._first_epoch or epoch
+        if epoch == self._first_epoch:
+            self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+
+    def _judge(self, output: request_pb2.Output, epoch: tuple[int, int], token_ids: Sequence[int]) -> Verdict:
+        if epoch < self._epoch:
             return Verdict.STALE
-        if not self._is_sound(output):
+        shape, index, finish = self._shape, output.index, output.finish_reason
+        count = len(token_ids)
+        end = index + count
+        is_sound = (
+            output.choice < shape.choices
+            and end <= shape.max_tokens
+            and (max(token_ids) < shape.vocab_size if count else finish != 0)
+            and len(output.logprobs) == (count if shape.logprobs else 0)
+            and (finish == 0 or finish in _FINISH)
+        )
+        if not is_sound:
             return Verdict.CORRUPT
         choice = self._choices[output.choice]
         if choice.finished:
             return Verdict.DUPLICATE
-        have, end = len(choice.tokens), output.index + len(output.token_ids)
-        if output.index > have:
+        have = len(choice.tokens)
+        if index > have:
             return Verdict.GAP
-        is_new = end > have or (output.finish_reason and end == have)
+        is_new = end > have or (finish and end == have)
         return Verdict.TAKEN if is_new else Verdict.DUPLICATE
 
-    def _is_sound(self, output: request_pb2.Output) -> bool:
-        shape = self._shape
-        count = len(output.token_ids)
-        return (
-            output.choice < shape.choices
-            and output.index + count <= shape.max_tokens
-            and all(token_id < shape.vocab_size for token_id in output.token_ids)
-            and len(output.logprobs) == (count if shape.logprobs else 0)
-            and (count > 0 or output.finish_reason != 0)
-            and (output.finish_reason == 0 or output.finish_reason in _FINISH)
-        )
-
-    def _extend(self, output: request_pb2.Output, choice: _Choice, known: int) -> Taken:
-        token_ids = output.token_ids[known:]
+    def _extend(self, output: request_pb2.Output, choice: _Choice, token_ids: Sequence[int]) -> Taken:
         index = len(choice.tokens)
         piece = choice.text.push(token_ids)
         text, stopped = piece.text, piece.stopped
-        choice.tokens.extend(token_ids[: piece.taken])
+        given = len(token_ids)
+        if piece.taken < given:
+            token_ids = token_ids[: piece.taken]
+        choice.tokens.extend(token_ids)
         finish = _FINISH.get(output.finish_reason)
         if finish and not stopped:
             last = choice.text.end()
             text, stopped = text + last.text, last.stopped
-        choice.finished = stopped or finish is not None
-        ended_early = stopped and (finish is None or piece.taken < len(token_ids))
+        if stopped or finish is not None:
+            choice.finished = True
+            self._open -= 1
+        ended_early = stopped and (finish is None or piece.taken < given)
         delta = Delta(
             choice=output.choice,
             index=index,
             text=text,
-            token_ids=tuple(token_ids[: piece.taken]),
-            logprobs=tuple(self._logprob(entry) for entry in output.logprobs[known : known + piece.taken]),
+            token_ids=tuple(token_ids),
+            logprobs=self._logprobs(output, given, piece.taken) if self._shape.logprobs else (),
             finish="stop" if stopped else finish,
+            parts=piece.parts,
         )
         return Taken(Verdict.TAKEN, delta, len(choice.tokens) if ended_early else None)
+
+    def _logprobs(self, output: request_pb2.Output, given: int, taken: int) -> tuple[TokenLogprob, ...]:
+        """Of the tokens that were taken, of those that were new and given to the text."""
+        known = len(output.logprobs) - given
+        return tuple(map(self._logprob, output.logprobs[known : known + taken]))
 
     def _logprob(self, entry: request_pb2.LogprobEntry) -> TokenLogprob:
         top = [
@@ -193,6 +209,7 @@ class Transcript:
             last = choice.text.end()
             text, stopped = text + last.text, last.stopped
         choice.finished = held.finished or stopped or used_up
+        self._open -= choice.finished
         if held.text_chars > len(text) or piece.taken < len(held.token_ids):
             raise InvalidRequest("The tokens held don't give the text held.", param="resume.choices.text_chars")
         finish: Finish | None = None if held.finished or not choice.finished else "stop" if stopped else "length"

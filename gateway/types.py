@@ -174,12 +174,13 @@ class Started:
     prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """New output of one choice. `index` is the position of the first of `token_ids` within the choice.
 
     `text` may be empty while a character or a possible stop string is incomplete. Concatenated over a choice's deltas,
-    `text` is its whole text: the same bytes whatever failed on the way.
+    `text` is its whole text: the same bytes whatever failed on the way. Nobody changes one; frozen, each token would
+    cost a microsecond more.
     """
 
     choice: int
@@ -190,6 +191,8 @@ class Delta:
     finish: Finish | None = None
     values: Sequence[float] = ()
     """Result of a TaskRequest, in its only delta."""
+    parts: Sequence[str] = field(default=(), compare=False)
+    """What each of `token_ids` added to the text; what is left of `text` came with the end. Empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +207,14 @@ class Done:
 Event = Started | Delta | Done
 
 
+class Sink(Protocol):
+    """Takes deltas as they arrive, without a task that must be woken for each."""
+
+    def push(self, delta: Delta) -> bool:
+        """Take it at once; False: not now, and then it comes through `Generation.events`. Must not block or raise."""
+        ...
+
+
 class Generation(Protocol):
     """A running request. Owned by the caller, who must iterate to the end or call `aclose`, which cancels it."""
 
@@ -211,6 +222,11 @@ class Generation(Protocol):
 
     def events(self) -> AsyncIterator[Event]:
         """Started, deltas, Done. Raises `LlmosError`; a stream never ends silently."""
+        ...
+
+    def feed(self, sink: Sink) -> None:
+        """Offer deltas to `sink` while the reader of `events` waits for the next one. Order is kept; it may be ignored,
+        and then all comes through `events`."""
         ...
 
     async def aclose(self, reason: str = "client_gone") -> None:

@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from llmos.addresses import host_port
+from llmos.collector import spare_the_collector
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError, DeadlineExceeded, LlmosError, Unauthenticated, Unavailable, from_code
 
@@ -235,11 +236,7 @@ class RpcServer:
         await self._server.stop(grace_s)
 
 
-def run_until_signal(
-    serve: Callable[[asyncio.Event], Awaitable[None]],
-    *,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-) -> int:
+def run_until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """Run `serve(stop)`; SIGTERM and SIGINT set `stop`. Returns the exit status, 2 after a typed error."""
 
     async def main() -> None:
@@ -251,8 +248,9 @@ def run_until_signal(
                 loop.add_signal_handler(number, stop.set)
         await serve(stop)
 
+    spare_the_collector()
     try:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(main())
     except LlmosError as error:
         log.error("%s", error.message)
@@ -260,3 +258,12 @@ def run_until_signal(
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, the faster one; asyncio's own where it is not installed (Windows, for one)."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop  # type: ignore[no-any-return, unused-ignore]

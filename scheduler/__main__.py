@@ -10,14 +10,13 @@ from llmos.clock import SystemClock
 from llmos.config import from_command_line
 from llmos.rpc import run_until_signal
 from scheduler.config import SchedulerConfig
-from scheduler.process import SchedulerProcess, spare_the_collector
+from scheduler.process import SchedulerProcess
 
 
 def main() -> int:
     """Entry point of the process. Returns its exit status."""
     config = from_command_line(SchedulerConfig, "scheduler", "python -m scheduler")
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    spare_the_collector()
     process = SchedulerProcess(config, SystemClock(), random.SystemRandom())
     return run_until_signal(process.serve)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SendOutput:
-    """Append to the next frame of a gateway's stream."""
+    """Append to the next frame of a gateway's stream. Made for each piece of output: frozen, it would take longer."""
 
     stream_id: int
     output: request_pb2.Output

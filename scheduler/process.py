@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import random
@@ -49,17 +48,6 @@ class Wires:
     telemetry: Callable[[SchedulerConfig, str, Clock], Telemetry] = lambda config, name, clock: Telemetry(
         "scheduler", name, clock=clock, otlp_endpoint=config.otlp_endpoint, sample_ratio=config.sample_ratio
     )
-
-
-def spare_the_collector() -> None:
-    """Make the garbage collector rare, and what exists now none of its business. Once per process, when it is set up.
-
-    Requests live for seconds and hold no cycles: with the default thresholds, full collections over all live requests
-    would stop the loop for milliseconds many times a second.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 class SchedulerProcess:

@@ -117,9 +117,12 @@ class TokenLogprob:
     top: Sequence[tuple[int, float]] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
-    """Tokens of one choice from one step. `index` is the position of the first of them within the choice."""
+    """Tokens of one choice from one step. `index` is the position of the first of them within the choice.
+
+    Nobody changes one; frozen, making it would take several times as long, for each token.
+    """
 
     request_id: str
     epoch: Epoch

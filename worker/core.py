@@ -200,10 +200,10 @@ class WorkerCore:
             self._spans.stage(span)
         for change in frame.cache:
             self._cache.change(change)
-        for output in frame.outputs:
-            self._take_output(output)
+        taken = [output for output in frame.outputs if self._take_output(output)]
         for failure in frame.failures:
             self._fail(failure.request_id, wire.epoch_from_wire(failure.epoch), failure)
+        self._outbox.add_frame(frame, taken)
         self._wake_if_sendable()
 
     def engine_lost(self, reason: str) -> None:
@@ -330,21 +330,21 @@ class WorkerCore:
             self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
         return [command]
 
-    def _take_output(self, output: request_pb2.Output) -> None:
+    def _take_output(self, output: request_pb2.Output) -> bool:
+        """Whether it is the next piece of an attempt that runs."""
         running = self._table.get(output.request_id)
-        epoch = wire.epoch_from_wire(output.epoch)
-        if running is None or running.epoch != epoch:
+        said = output.epoch
+        if running is None or (running.epoch.term, running.epoch.attempt) != (said.term, said.attempt):
             self.counts["late"] += 1
-            return
+            return False
         if output.index != running.next_index(output.choice):
             error = AttemptLost("The engine left a gap in its output.")
-            self._fail(output.request_id, epoch, _failure(output.request_id, epoch, error))
+            self._fail(output.request_id, running.epoch, _failure(output.request_id, running.epoch, error))
             self._to_engine([_cancel(running)])
-            return
-        complete = self._table.advance(output)
-        self._outbox.add(output)
-        if complete:
+            return False
+        if self._table.advance(output):
             self._complete(running)
+        return True
 
     def _complete(self, running: Running) -> None:
         self._table.end(running.request_id, self._clock.monotonic())

@@ -168,12 +168,13 @@ class Engine:
         frame = work_pb2.WorkFrame(
             step=self._steps,
             busy=self._backend.busy(),
-            outputs=map(wire.output_to_wire, result.outputs),
             failures=[*self._failures, *map(wire.failure_to_wire, result.failures)],
             spans=map(wire.stage_to_wire, result.stages),
             models=[*self._states, *self._changed_blocks()],
             cache=map(wire.cache_to_wire, result.cache),
         )
+        for output in result.outputs:
+            wire.add_output(frame, output)
         self._failures.clear()
         self._states.clear()
         return frame

@@ -8,7 +8,7 @@ acknowledge, first.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import inference_pb2
@@ -19,6 +19,8 @@ WINDOW = 64
 FRAME_BYTES = 4 * 1024 * 1024
 """Well below the largest message that a peer accepts."""
 PIECE_TOKENS = 1024
+_STATE = ("models", "spans", "cache", "failures")
+"""What an engine's frame says besides its pieces."""
 
 
 class Outbox:
@@ -29,21 +31,41 @@ class Outbox:
         self._frame_bytes = frame_bytes
         self._pieces: dict[str, dict[int, list[request_pb2.Output]]] = {}
         self._failures: list[request_pb2.Failure] = []
+        self._whole: work_pb2.WorkFrame | None = None
+        """The engine's frame, to be passed on as it is; there are no pieces beside it."""
         self._unacknowledged: deque[work_pb2.WorkFrame] = deque()
         self._sequence = 0
 
     @property
     def empty(self) -> bool:
         """Everything is sent and acknowledged."""
-        return not (self._pieces or self._failures or self._unacknowledged)
+        return not (self._whole or self._pieces or self._failures or self._unacknowledged)
 
     @property
     def sendable(self) -> bool:
         """There is something to send, and the window is open."""
-        return bool(self._pieces or self._failures) and len(self._unacknowledged) < self._window
+        return bool(self._whole or self._pieces or self._failures) and self._open
+
+    def add_frame(self, frame: work_pb2.WorkFrame, taken: Sequence[request_pb2.Output]) -> None:
+        """Append those pieces of an engine's frame that were `taken`. If that is all of them, most often the message
+        itself goes on, and they are not touched again; what else it says is dropped. The outbox owns it."""
+        waits = self._whole is not None or self._pieces or not self._open
+        if taken and not waits and len(taken) == len(frame.outputs):
+            for name in _STATE:
+                frame.ClearField(name)
+            if frame.ByteSize() <= self._frame_bytes:
+                self._whole = frame
+                return
+        for output in taken:
+            self.add(output)
+
+    @property
+    def _open(self) -> bool:
+        return len(self._unacknowledged) < self._window
 
     def add(self, output: request_pb2.Output) -> None:
         """Append a piece. The outbox owns the message from here on."""
+        self._break_up()
         pieces = self._pieces.setdefault(output.request_id, {}).setdefault(output.choice, [])
         if pieces and _continues(pieces[-1], output):
             _merge(pieces[-1], output)
@@ -56,6 +78,7 @@ class Outbox:
 
     def drop(self, request_id: str, epoch: Epoch) -> None:
         """Forget unsent pieces of a request's attempts up to `epoch`: they were cancelled or replaced."""
+        self._break_up()
         kept = [piece for piece in self._of(request_id) if epoch_from_wire(piece.epoch).after(epoch)]
         self._pieces.pop(request_id, None)
         for piece in kept:
@@ -63,6 +86,7 @@ class Outbox:
 
     def attempts(self) -> set[tuple[str, Epoch]]:
         """Attempts with pieces that no scheduler has acknowledged."""
+        self._break_up()
         pieces = [piece for request_id in self._pieces for piece in self._of(request_id)]
         for frame in self._unacknowledged:
             pieces.extend(frame.outputs)
@@ -70,6 +94,7 @@ class Outbox:
 
     def attach(self, wanted: Callable[[str, Epoch], bool]) -> None:
         """A new stream begins: count its frames from 1; unacknowledged pieces that are still wanted go first."""
+        self._break_up()
         newer = [piece for request_id in self._pieces for piece in self._of(request_id)]
         failures = self._failures
         self._pieces, self._failures, self._sequence = {}, [], 0
@@ -94,11 +119,20 @@ class Outbox:
         The caller may add state and spans to it; those are not sent again.
         """
         self._sequence += 1
-        frame = work_pb2.WorkFrame(sequence=self._sequence)
-        if self.sendable:
-            self._fill(frame)
-            self._unacknowledged.append(frame)
+        if not self.sendable:
+            return work_pb2.WorkFrame(sequence=self._sequence)
+        frame, self._whole = self._whole or work_pb2.WorkFrame(), None
+        frame.sequence = self._sequence
+        self._fill(frame)
+        self._unacknowledged.append(frame)
         return frame
+
+    def _break_up(self) -> None:
+        """Turn the engine's frame into pieces, because it cannot leave as it is."""
+        frame, self._whole = self._whole, None
+        if frame is not None:
+            for output in frame.outputs:
+                self.add(output)
 
     def _fill(self, frame: work_pb2.WorkFrame) -> None:
         left = self._frame_bytes

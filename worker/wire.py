@@ -111,19 +111,21 @@ def _sampling_from_wire(sampling: request_pb2.Sampling) -> Sampling:
     )
 
 
-def output_to_wire(output: Output) -> request_pb2.Output:
-    """A piece of output."""
-    return request_pb2.Output(
-        request_id=output.request_id,
-        epoch=epoch_to_wire(output.epoch),
-        choice=output.choice,
-        index=output.index,
-        token_ids=output.token_ids,
-        logprobs=[_logprob_to_wire(entry) for entry in output.logprobs],
-        finish_reason=inference_pb2.FINISH_REASON_UNSPECIFIED if output.finish is None else _FINISH[output.finish],
-        values=output.values,
-        cached_tokens=output.cached_tokens,
+def add_output(frame: work_pb2.WorkFrame, output: Output) -> None:
+    """Append a piece of output. Only what is set is touched: most pieces are one bare token."""
+    piece = frame.outputs.add(
+        request_id=output.request_id, choice=output.choice, index=output.index, token_ids=output.token_ids
     )
+    epoch, own = piece.epoch, output.epoch
+    epoch.term, epoch.attempt = own.term, own.attempt
+    if output.finish is not None:
+        piece.finish_reason = _FINISH[output.finish]
+    if output.cached_tokens:
+        piece.cached_tokens = output.cached_tokens
+    if output.logprobs:
+        piece.logprobs.extend(map(_logprob_to_wire, output.logprobs))
+    if len(output.values):
+        piece.values.extend(output.values)
 
 
 def _logprob_to_wire(entry: TokenLogprob) -> request_pb2.LogprobEntry:

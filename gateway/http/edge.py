@@ -62,6 +62,7 @@ class Edge:
             return
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state.setdefault("cut", lambda: None)
+        state.setdefault("wire", None)
         state.update(request_id=self._new_id(), client_request_id="")
         answer = _Answer(state, send, self._clock)
         self._active += 1

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.config import HttpLimits
 from gateway.http.attend import ClientGone, attended
 from gateway.http.errors import Headers, error_object, visible
+from gateway.http.event_encoder import EventEncoder
 from gateway.http.merge import start_all
 from gateway.http.shapes import Shape
 from gateway.http.sse import DONE, SseWriter, event
@@ -34,6 +35,33 @@ class Asked:
     stream: bool
 
 
+class _Direct:
+    """Writes events as they come. What cannot be written at once waits for its turn in the stream's buffer."""
+
+    def __init__(self, encoder: EventEncoder, writer: SseWriter) -> None:
+        self._encoder = encoder
+        self._writer = writer
+
+    def push(self, delta: Delta) -> bool:
+        if not self._writer.direct:
+            return False
+        data = self._encoder.encode(delta)
+        if data:
+            self._writer.write_now(data)
+        return True
+
+
+class _Collected:
+    """The deltas of an answer that is given as a whole."""
+
+    def __init__(self) -> None:
+        self.by_choice: dict[int, list[Delta]] = {}
+
+    def push(self, delta: Delta) -> bool:
+        self.by_choice.setdefault(delta.choice, []).append(delta)
+        return True
+
+
 class GenerationResponse:
     """An ASGI response. Once the client is gone, or does not read, the generation is cancelled."""
 
@@ -42,6 +70,7 @@ class GenerationResponse:
         self._asked = asked
         self._shape = shape
         self._limits = limits
+        self._encoder = EventEncoder(shape)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises LlmosError until the status line is out; after that errors are events of the stream."""
@@ -64,7 +93,8 @@ class GenerationResponse:
                 await generation.aclose()
 
     async def _whole(self, generation: Generation, send: Send) -> None:
-        deltas: dict[int, list[Delta]] = {}
+        collected = _Collected()
+        generation.feed(collected)
         headers: Headers = []
         done = Done(0, 0)
         async for happened in _complete(generation.events()):
@@ -72,18 +102,18 @@ class GenerationResponse:
                 self._shape.start(happened)
                 headers = _start_headers(happened)
             elif isinstance(happened, Delta):
-                deltas.setdefault(happened.choice, []).append(happened)
+                collected.push(happened)
             else:
                 done = happened
-        body = msgspec.json.encode(self._shape.whole(deltas, done))
+        body = msgspec.json.encode(self._shape.whole(collected.by_choice, done))
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, scope: Scope, generation: Generation, send: Send) -> None:
-        writer = SseWriter(send, self._limits, scope["state"]["cut"])
+        writer = SseWriter(send, self._limits, scope["state"]["cut"], scope["state"]["wire"])
         try:
-            await self._write_events(_complete(generation.events()), writer)
+            await self._write_events(generation, writer)
         except Exception as error:
             if not writer.started:
                 raise
@@ -98,7 +128,8 @@ class GenerationResponse:
         finally:
             await writer.close()
 
-    async def _write_events(self, events: AsyncIterator[Event], writer: SseWriter) -> None:
+    async def _write_events(self, generation: Generation, writer: SseWriter) -> None:
+        events = _complete(generation.events())
         started = await anext(events)
         if not isinstance(started, Started):
             raise InternalError("output before the start")
@@ -109,6 +140,7 @@ class GenerationResponse:
             await writer.start(headers)
         if await self._write_event(first, writer):
             return
+        generation.feed(_Direct(self._encoder, writer))
         async for happened in events:
             await self._write_event(happened, writer)
 
@@ -132,20 +164,10 @@ class GenerationResponse:
             await writer.finish((event(usage) if usage else b"") + DONE)
             return True
         if isinstance(happened, Delta):
-            data = self._render(happened)
+            data = self._encoder.encode(happened)
             if data:
                 await writer.write(data)
         return False
-
-    def _render(self, delta: Delta) -> bytes:
-        parts = []
-        opening = self._shape.opening(delta.choice) if self._shape.is_new(delta.choice) else None
-        if opening is not None:
-            parts.append(event(opening, self._shape.event_id()))
-        chunk = self._shape.chunk(delta)
-        if delta.text or delta.logprobs or delta.finish:
-            parts.append(event(chunk, self._shape.event_id()))
-        return b"".join(parts)
 
 
 async def _complete(events: AsyncIterator[Event]) -> AsyncIterator[Event]:

@@ -6,7 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from gateway.types import Delta, Done, Engine, Event, Generation, GenerationRequest, Identity, Started, TraceHeaders
+from gateway.types import (
+    Delta,
+    Done,
+    Engine,
+    Event,
+    Generation,
+    GenerationRequest,
+    Identity,
+    Sink,
+    Started,
+    TraceHeaders,
+)
 
 _QUEUE = 8
 """Events that wait per answer: enough to keep the parts going, few enough to pass back-pressure on."""
@@ -68,6 +79,9 @@ class MergedGeneration:
             else:
                 yield event
         yield totals
+
+    def feed(self, sink: Sink) -> None:
+        """See `Generation`. Ignored: the parts share one order."""
 
     async def aclose(self, reason: str = "client_gone") -> None:
         """See `Generation`."""

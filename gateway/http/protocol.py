@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.config import HttpLimits
 from gateway.http.errors import error_headers, error_json
@@ -18,6 +18,27 @@ from llmos.errors import InvalidRequest, LlmosError, PayloadTooLarge, Unavailabl
 _MAX_IGNORED_BYTES = 64 << 20
 """How much of a body is read and dropped after its request was refused, so that a client that still writes gets to read
 why."""
+
+
+class Wire:
+    """A short way for the parts of one response's chunked body, past ASGI's messages and their coroutines."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._transport = cycle.transport
+
+    @property
+    def open(self) -> bool:
+        """The body has begun, and the client takes what is written."""
+        cycle = self._cycle
+        return not (self._flow.write_paused or cycle.disconnected or cycle.response_complete) and bool(
+            cycle.response_started and cycle.chunked_encoding
+        )
+
+    def write(self, part: bytes) -> None:
+        """Write a part, which must not be empty. Only while it is `open`."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -76,6 +97,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._boundaries += 1
         self._stop_head_timer()
         super().on_headers_complete()
+        self.scope["state"]["wire"] = Wire(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Keep a part of a body, or drop it if its request is answered already."""

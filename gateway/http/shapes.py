@@ -73,14 +73,23 @@ class Shape(ABC):
         """Whether nothing of this choice was seen."""
         return choice not in self._progress
 
+    def progress_of(self, choice: int) -> ChoiceProgress:
+        """How far a choice has come; the caller may count it on."""
+        progress = self._progress.get(choice)
+        if progress is None:
+            progress = self._progress[choice] = ChoiceProgress()
+        return progress
+
     def chunk(self, delta: Delta) -> Json:
         """One chunk of a stream."""
-        progress = self._progress.get(delta.choice)
-        if progress is None:
-            progress = self._progress[delta.choice] = ChoiceProgress()
+        progress = self.progress_of(delta.choice)
         progress.advance(delta)
         logprobs = self._logprobs_of(delta.logprobs, progress) if self._logprobs and delta.logprobs else None
         return self._envelope([self._chunk_choice(delta, logprobs)])
+
+    def text_chunk(self, choice: int, text: str) -> Json:
+        """A chunk that brings nothing but text; counts nothing."""
+        return self._envelope([self._chunk_choice(Delta(choice, 0, text, ()), None)])
 
     def usage_chunk(self, done: Done) -> Json | None:
         """The chunk of token counts that ends a stream, if asked for."""
@@ -88,6 +97,9 @@ class Shape(ABC):
 
     def event_id(self) -> str:
         """What the client has so far, as `choice:tokens:characters` per choice, for `Last-Event-ID`."""
+        if len(self._progress) == 1:
+            ((choice, at),) = self._progress.items()
+            return f"{choice}:{at.tokens}:{at.chars}"
         return ",".join(f"{choice}:{at.tokens}:{at.chars}" for choice, at in sorted(self._progress.items()))
 
     def whole(self, deltas: Mapping[int, Sequence[Delta]], done: Done) -> Json:

@@ -9,7 +9,7 @@ import msgspec
 from starlette.types import Send
 
 from gateway.config import HttpLimits
-from gateway.http.shapes import Json
+from gateway.http.protocol import Wire
 from llmos.errors import SlowReader
 
 Headers = list[tuple[bytes, bytes]]
@@ -34,8 +34,10 @@ def event(value: object, event_id: str = "") -> bytes:
 class SseWriter:
     """One response. `cut` drops the connection at once, unsent bytes included."""
 
-    def __init__(self, send: Send, limits: HttpLimits, cut: Callable[[], None]) -> None:
+    def __init__(self, send: Send, limits: HttpLimits, cut: Callable[[], None], wire: Wire | None = None) -> None:
         self._send = send
+        self._wire = wire
+        self._time = asyncio.get_running_loop().time
         self._limits = limits
         self._cut = cut
         self._writing = False
@@ -53,13 +55,20 @@ class SseWriter:
         await self._deliver({"type": "http.response.body", "body": b"", "more_body": True})
         self._keeper = asyncio.create_task(self._keep_alive(), name="sse-keep-alive")
 
+    @property
+    def direct(self) -> bool:
+        """Whether `write_now` may be called: the client takes what is sent, and nobody waits to send."""
+        return self._wire is not None and not self._writing and self._wire.open
+
+    def write_now(self, data: bytes) -> None:
+        """Send without waiting. Only while it is `direct`."""
+        assert self._wire is not None
+        self._wire.write(data)
+        self._wrote_at = self._time()
+
     async def write(self, data: bytes) -> None:
         """Send, waiting for the client to take what was sent before. Raises SlowReader."""
         await self._deliver({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def write_value(self, value: Json, event_id: str) -> None:
-        """Send one event."""
-        await self.write(event(value, event_id))
 
     async def finish(self, last: bytes) -> None:
         """Send the last bytes and end the response."""
@@ -82,12 +91,11 @@ class SseWriter:
             raise SlowReader("The stream was not read in time.") from None
         finally:
             self._writing = False
-            self._wrote_at = asyncio.get_running_loop().time()
+            self._wrote_at = self._time()
 
     async def _keep_alive(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            silent_s = loop.time() - self._wrote_at
+            silent_s = self._time() - self._wrote_at
             await asyncio.sleep(max(self._limits.keep_alive_s - silent_s, self._limits.keep_alive_s / 10))
-            if not self._writing and loop.time() - self._wrote_at >= self._limits.keep_alive_s:
+            if not self._writing and self._time() - self._wrote_at >= self._limits.keep_alive_s:
                 await self.write(KEEP_ALIVE)

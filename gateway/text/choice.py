@@ -9,7 +9,7 @@ from gateway.text.detokenizer import Detokenizer
 from gateway.text.stops import StopMatcher
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """What some tokens added."""
 
@@ -18,6 +18,8 @@ class Piece:
     """Tokens that belong to the choice: all of them, or those up to the one that completed a stop string."""
     stopped: bool
     """A stop string was completed; the choice has ended."""
+    parts: Sequence[str] = ()
+    """The text by token: of those that were taken."""
 
 
 class ChoiceText:
@@ -26,15 +28,19 @@ class ChoiceText:
     def __init__(self, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
         self._detokenizer = detokenizer
         self._stops = StopMatcher(stops)
+        self._has_stops = any(stops)
 
     def push(self, token_ids: Sequence[int]) -> Piece:
         """Add tokens. Nothing may be added after a piece that is `stopped`."""
-        parts: list[str] = []
+        if not self._has_stops:
+            parts = [self._detokenizer.push(token_id) for token_id in token_ids]
+            return Piece(parts[0] if len(parts) == 1 else "".join(parts), len(parts), False, parts)
+        parts = []
         for taken, token_id in enumerate(token_ids, start=1):
             parts.append(self._stops.push(self._detokenizer.push(token_id)))
             if self._stops.matched:
-                return Piece("".join(parts), taken, True)
-        return Piece("".join(parts), len(token_ids), False)
+                return Piece("".join(parts), taken, True, parts)
+        return Piece("".join(parts), len(token_ids), False, parts)
 
     def end(self) -> Piece:
         """Everything held back, because no more tokens come. Even this may complete a stop string."""

@@ -38,7 +38,10 @@ class ByteDetokenizer:
 
     def push(self, token_id: int) -> str:
         """See `Detokenizer`."""
-        return self._stripped(self._decoder.decode(self._bytes_of(token_id)))
+        raw = self._bytes_of(token_id)
+        if raw.isascii() and not self._strip_space and not self._decoder.buffer:
+            return raw.decode("ascii")  # most tokens: the decoder would do the same, a good deal slower
+        return self._stripped(self._decoder.decode(raw))
 
     def flush(self) -> str:
         """See `Detokenizer`."""

@@ -15,6 +15,7 @@ from gateway.types import (
     GenerationRequest,
     Identity,
     ModelInfo,
+    Sink,
     Started,
     TaskRequest,
     TokenLogprob,
@@ -87,6 +88,9 @@ class FakeGeneration:
         self.ended = True
         if not script.forget_done:
             yield Done(5, sum(self._tokens.values()), 2)
+
+    def feed(self, sink: Sink) -> None:
+        pass
 
     async def aclose(self, reason: str = "client_gone") -> None:
         self.reason = self.reason or reason

@@ -36,6 +36,7 @@ FIRST_TOKEN, ALPHABET = 32, 95
 """Printable ASCII, 32 to 126."""
 FINGERPRINT = "echo-1"
 """Changes whenever `echo_token` does."""
+_PLACE = struct.Struct("<QII")
 _SLICE_S = 0.02
 """Longest sleep of one step: orders are heard, and the step counter moves, at least this often."""
 
@@ -50,8 +51,10 @@ def echo_token(digest: bytes, seed: int, choice: int, index: int, banned: Collec
 
     `banned` are the stop tokens while `min_tokens` is not reached: the next printable one outside them is taken.
     """
-    word = hashlib.blake2b(struct.pack("<QII", seed, choice, index), digest_size=8, key=digest).digest()
+    word = hashlib.blake2b(_PLACE.pack(seed, choice, index), digest_size=8, key=digest).digest()
     first = int.from_bytes(word, "little") % ALPHABET
+    if not banned:
+        return FIRST_TOKEN + first
     candidates = (FIRST_TOKEN + (first + step) % ALPHABET for step in range(ALPHABET))
     return next((token for token in candidates if token not in banned), FIRST_TOKEN + first)
 
@@ -182,9 +185,10 @@ class EchoBackend:
             _schedule(pool, self._clock.monotonic())
             _grow(pool)
             for run in [run for run in pool.runs.values() if run.running]:
-                outputs.extend(_advance(pool, run))
+                _advance(pool, run, outputs)
                 _drop_kept(pool, run)
-                stages.extend(_stages(run, self._clock.monotonic()))
+                if not run.prefilled or not run.sequences:
+                    stages.extend(_stages(run, self._clock.monotonic()))
         return StepResult(outputs, (), stages)
 
     def _tick_is_due(self) -> bool:
@@ -256,6 +260,8 @@ def _schedule(pool: _Pool, now: float) -> None:
 def _grow(pool: _Pool) -> None:
     """Give running sequences the block that their next token needs; the youngest attempts give way."""
     for run in list(pool.runs.values()):
+        if not _must_grow(run):
+            continue
         for sequence in _while_running(run):
             missing = _needed(run, sequence) - sequence.blocks
             while missing > pool.free and run.running:
@@ -265,6 +271,14 @@ def _grow(pool: _Pool) -> None:
                 pool.free -= missing
 
 
+def _must_grow(run: _Run) -> bool:
+    """Whether a sequence's next token lies in a block that it has not got."""
+    if not run.running:
+        return False
+    prompt = len(run.attempt.prompt)
+    return any(prompt + sequence.length >= sequence.blocks * BLOCK_TOKENS for sequence in run.sequences.values())
+
+
 def _while_running(run: _Run) -> Iterator[_Sequence]:
     for sequence in run.sequences.values():
         if not run.running:
@@ -272,7 +286,7 @@ def _while_running(run: _Run) -> Iterator[_Sequence]:
         yield sequence
 
 
-def _advance(pool: _Pool, run: _Run) -> Iterator[Output]:
+def _advance(pool: _Pool, run: _Run, outputs: list[Output]) -> None:
     """One token for each choice of a running attempt; finished choices give their blocks back."""
     attempt = run.attempt
     for sequence in list(run.sequences.values()):
@@ -283,7 +297,7 @@ def _advance(pool: _Pool, run: _Run) -> Iterator[Output]:
         finish = _finish(attempt, sequence, tokens)
         logprobs = attempt.sampling.logprobs
         entries = [echo_logprob(token, logprobs) for token in tokens] if logprobs is not None else ()
-        yield Output(attempt.request_id, attempt.epoch, sequence.choice, index, tokens, entries, finish)
+        outputs.append(Output(attempt.request_id, attempt.epoch, sequence.choice, index, tokens, entries, finish))
         if finish is not None:
             pool.free += sequence.blocks
             del run.sequences[sequence.choice]
@@ -297,7 +311,7 @@ def _next_token(run: _Run, sequence: _Sequence) -> int:
 
 def _finish(attempt: Attempt, sequence: _Sequence, tokens: Sequence[int]) -> FinishReason | None:
     last = tokens[-1] if tokens else attempt.resume[sequence.choice][-1] if sequence.length else None
-    if last in attempt.stop_token_ids and sequence.length > attempt.min_tokens:
+    if attempt.stop_token_ids and last in attempt.stop_token_ids and sequence.length > attempt.min_tokens:
         return FinishReason.STOP
     return FinishReason.LENGTH if sequence.length >= attempt.max_tokens else None
 
@@ -315,7 +329,7 @@ def _stages(run: _Run, now: float) -> Iterator[StageDone]:
 
 def _drop_kept(pool: _Pool, run: _Run) -> None:
     """Forget choices that have reached their `keep_until`, and the attempt with its last choice."""
-    for sequence in list(run.sequences.values()):
+    for sequence in tuple(run.sequences.values()):
         if sequence.keep_until is not None and sequence.length >= sequence.keep_until:
             pool.free += sequence.blocks
             del run.sequences[sequence.choice]

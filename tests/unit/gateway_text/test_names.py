@@ -46,6 +46,19 @@ def cancel(name: str) -> requests_pb2.ExchangeRequest:
     return requests_pb2.ExchangeRequest(cancel=requests_pb2.Cancel(request_id=name))
 
 
+def test_a_flood_of_acknowledgements_holds_no_message_up() -> None:
+    box = Outbox(4)
+    box.push(cancel("a"))
+    box.push(cancel("b"))
+    kinds = []
+    for sequence in range(1, 6):
+        box.acknowledge(sequence)
+        message = box.pop()
+        assert message is not None
+        kinds.append(message.WhichOneof("message"))
+    assert kinds == ["ack", "cancel", "ack", "cancel", "ack"]
+
+
 def test_acknowledgements_fold_into_one_and_go_first() -> None:
     box = Outbox(8)
     box.push(cancel("a"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import inference_pb2
 from worker.backend import Epoch
 from worker.outbox import PIECE_TOKENS, Outbox
@@ -41,6 +41,56 @@ def test_frames_are_counted_and_carry_what_is_pending() -> None:
     assert box.take().sequence == 2
     box.acknowledge(1)
     assert box.empty
+
+
+def add(box: Outbox, *pieces: request_pb2.Output) -> work_pb2.WorkFrame:
+    frame = work_pb2.WorkFrame(outputs=pieces, failures=[request_pb2.Failure(request_id="said already")])
+    box.add_frame(frame, frame.outputs)
+    return frame
+
+
+def test_the_engines_frame_leaves_as_it_is_while_nothing_else_waits() -> None:
+    box = Outbox()
+    first = add(box, piece(0, 65), piece(0, 65, request_id="b"))
+    box.add_failure(request_pb2.Failure(request_id="b"))
+    assert not box.empty
+    sent = box.take()
+    assert sent is first
+    assert (sent.sequence, len(sent.outputs), len(sent.failures)) == (1, 2, 1)
+    assert not box.sendable
+
+
+def test_frames_merge_piece_by_piece_once_they_wait() -> None:
+    box = Outbox(window=1)
+    for index in range(4):
+        add(box, piece(index, 65), piece(index, 66, request_id="b"))
+        if index == 0:
+            box.take()
+    box.acknowledge(1)
+    assert [(output.request_id, output.index, len(output.token_ids)) for output in box.take().outputs] == [
+        ("a", 1, 3),
+        ("b", 1, 3),
+    ]
+
+
+def test_what_was_not_taken_of_a_frame_does_not_leave() -> None:
+    box, frame = Outbox(), work_pb2.WorkFrame(outputs=[piece(0, 65), piece(0, 65, request_id="b")])
+    box.add_frame(frame, frame.outputs[1:])
+    assert [output.request_id for output in box.take().outputs] == ["b"]
+
+
+def test_a_cancelled_request_leaves_a_frame_that_waits() -> None:
+    box = Outbox()
+    add(box, piece(0, 65), piece(0, 65, request_id="b"))
+    assert box.attempts() == {("a", Epoch(1, 1)), ("b", Epoch(1, 1))}
+    box.drop("a", Epoch(1, 1))
+    assert [output.request_id for output in box.take().outputs] == ["b"]
+
+
+def test_a_frame_that_is_too_large_goes_in_parts() -> None:
+    box = Outbox(frame_bytes=100)
+    add(box, *(piece(0, *range(20), request_id=name) for name in "abc"))
+    assert [len(box.take().outputs) for _ in range(3)] == [1, 1, 1]
 
 
 def test_pieces_merge_while_the_window_is_closed() -> None:

@@ -73,9 +73,15 @@ def test_no_logprobs_differs_from_none_but_the_chosen(message: dict[str, int], l
     assert wire.attempt_from_wire(work_pb2.Dispatch(request=request)).sampling.logprobs == logprobs
 
 
+def on_the_wire(output: Output) -> request_pb2.Output:
+    frame = work_pb2.WorkFrame()
+    wire.add_output(frame, output)
+    return frame.outputs[0]
+
+
 def test_an_output_survives_the_wire() -> None:
     entry = TokenLogprob(65, -0.5, [(65, -0.5), (66, -1.5)])
-    sent = wire.output_to_wire(Output("a", Epoch(7, 3), 1, 4, [65], [entry], FinishReason.STOP))
+    sent = on_the_wire(Output("a", Epoch(7, 3), 1, 4, [65], [entry], FinishReason.STOP))
     got = request_pb2.Output.FromString(sent.SerializeToString())
     assert (got.request_id, wire.epoch_from_wire(got.epoch), got.choice, got.index) == ("a", Epoch(7, 3), 1, 4)
     assert list(got.token_ids) == [65]
@@ -85,12 +91,17 @@ def test_an_output_survives_the_wire() -> None:
     assert list(zip(logprob.top_token_ids, logprob.top_logprobs, strict=True)) == [(65, -0.5), (66, -1.5)]
 
 
+def test_values_and_cached_tokens_survive_the_wire() -> None:
+    got = on_the_wire(Output("a", Epoch(1, 1), 0, 0, [], values=[0.5, 1.5], cached_tokens=64))
+    assert (list(got.values), got.cached_tokens, list(got.token_ids)) == ([0.5, 1.5], 64, [])
+
+
 @pytest.mark.parametrize(
     ("finish", "reason"),
     [(None, inference_pb2.FINISH_REASON_UNSPECIFIED), (FinishReason.LENGTH, inference_pb2.FINISH_REASON_LENGTH)],
 )
 def test_finish_reasons(finish: FinishReason | None, reason: inference_pb2.FinishReason) -> None:
-    assert wire.output_to_wire(Output("a", Epoch(1, 1), 0, 0, [65], finish=finish)).finish_reason == reason
+    assert on_the_wire(Output("a", Epoch(1, 1), 0, 0, [65], finish=finish)).finish_reason == reason
 
 
 def test_a_failure_keeps_its_code() -> None:
