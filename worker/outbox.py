@@ -19,8 +19,6 @@ WINDOW = 64
 FRAME_BYTES = 4 * 1024 * 1024
 """Well below the largest message that a peer accepts."""
 PIECE_TOKENS = 1024
-_STATE = ("models", "spans", "cache", "failures")
-"""What an engine's frame says besides its pieces."""
 
 
 class Outbox:
@@ -51,8 +49,10 @@ class Outbox:
         itself goes on, and they are not touched again; what else it says is dropped. The outbox owns it."""
         waits = self._whole is not None or self._pieces or not self._open
         if taken and not waits and len(taken) == len(frame.outputs):
-            for name in _STATE:
-                frame.ClearField(name)
+            frame.ClearField("models")
+            frame.ClearField("spans")
+            frame.ClearField("cache")
+            frame.ClearField("failures")
             if frame.ByteSize() <= self._frame_bytes:
                 self._whole = frame
                 return
