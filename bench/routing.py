@@ -17,11 +17,12 @@ from bench.rows import Row, at_least, at_most
 from bench.simulated import settings
 from bench.simulated.cells import CELLS, Cell, Result
 from bench.simulated.entrants import ENTRANTS, OURS
-from bench.simulated.matches import Match, play
+from bench.simulated.matches import Match, Players
 from bench.simulated.settings import Setting
 
-SEEDS, QUICK_SEEDS = range(1, 8), range(1, 3)
-REQUESTS, QUICK_REQUESTS = 1000, 250
+SEEDS, QUICK_SEEDS = 5, 2
+REQUESTS, QUICK_REQUESTS = 500, 200
+"""Of a run, about; a quarter of its time is not counted."""
 QUICK_CELLS = ("shared prompts, 4 equal", "chat, 8 mixed", "documents, 4 equal", "bursty tenants, 4 equal")
 SLACK = 0.02
 """So much worse than the best rival ours may be in a cell."""
@@ -67,19 +68,18 @@ def _count(what: str, count: int, cells: int, target: float | None) -> Row:
     return Row(f"cells with {what}", count, cells, "cells", share, target, target is None or share >= target)
 
 
-def measure(quick: bool, only: str, notes: list[str]) -> Iterator[Row]:
+def measure(players: Players, quick: bool, only: str, runs: int, requests: int, notes: list[str]) -> Iterator[Row]:
     """Play all cells, then compare."""
     stored = settings.stored()
     cells = [cell for cell in CELLS if only in cell.name and (not quick or cell.name in QUICK_CELLS)]
-    seeds = QUICK_SEEDS if quick else SEEDS
-    requests = QUICK_REQUESTS if quick else REQUESTS
+    seeds = range(1, runs + 1)
     matches = [
         match
         for cell in cells
         for entrant in ENTRANTS
         for match in _matches(cell, entrant.name, stored[cell], requests, seeds)
     ]
-    results = iter(play(matches, "cells"))
+    results = iter(players.play(matches, "cells"))
     found = {cell: {entrant.name: [next(results) for _ in seeds] for entrant in ENTRANTS} for cell in cells}
     notes += [f"{cell.name}: {stored[cell].rate} arrivals/s; rivals' {stored[cell].parameters}" for cell in cells]
     if found:
@@ -102,20 +102,28 @@ def main() -> int:
     parser.add_argument(
         "--tune-ours", action="store_true", help="show which weights of placement score best over all cells"
     )
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"runs of each entrant in each cell; by default {SEEDS}")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="that simulate; by default one per core")
+    parser.add_argument("--requests", type=int, metavar="N", help=f"of each run, about; by default {REQUESTS}")
     options = parser.parse_args()
+    seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
+    requests = options.requests or (QUICK_REQUESTS if options.quick else REQUESTS)
     cells = [cell for cell in CELLS if options.only in cell.name]
-    if options.tune:
-        settings.tune(cells)
-        return 0
-    if options.tune_ours:
-        for reached, parameters in settings.tune_ours(cells):
-            print(f"{reached:8.4f}  {dict(parameters)}")
-        return 0
     if options.fit:
-        from bench.simulated.fit import measure_and_store
+        from bench.simulated.measure import measure_and_store
 
         return command.run("routing", options, lambda _: measure_and_store())
-    return command.run("routing", options, lambda notes: measure(options.quick, options.only, notes))
+    with Players(options.processes) as players:
+        if options.tune:
+            settings.tune(players, cells)
+            return 0
+        if options.tune_ours:
+            for reached, parameters in settings.tune_ours(players, cells):
+                print(f"{reached:8.4f}  {dict(parameters)}")
+            return 0
+        return command.run(
+            "routing", options, lambda notes: measure(players, options.quick, options.only, seeds, requests, notes)
+        )
 
 
 if __name__ == "__main__":

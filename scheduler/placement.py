@@ -279,6 +279,13 @@ class LittleDisturbance:
         return [-option.uncached * option.slot.token_s * option.worker.load.decoding for option in options]
 
 
+class LittleWork:
+    """Seconds of computing the prompt's uncached part: they are lost to whoever comes later, wherever it goes."""
+
+    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
+        return [-option.uncached * option.slot.token_s for option in options]
+
+
 class FastDecode:
     """Predicted seconds of decoding the answer, with one sequence more than now."""
 
@@ -337,6 +344,7 @@ def default_placement(index: RoomIndex, candidates: int, weights: PlacementWeigh
         (weights.numerics, SameNumerics()),
         (weights.home, home),
         (weights.ttft, FirstTokenSoon()),
+        (weights.work, LittleWork()),
         (weights.disturbance, LittleDisturbance()),
         (weights.decode, FastDecode()),
         (weights.overlap, Overlap()),

@@ -18,6 +18,8 @@ class PlacementWeights:
     """Any other worker than the one that still runs its earlier attempt."""
     ttft: float = 1.0
     """Each second until its first token, as predicted."""
+    work: float = 0.5
+    """Each second of computing its prompt, besides that it delays its own first token: others come later."""
     disturbance: float = 0.05
     """Each second by which its prompt holds up a stream that runs there."""
     decode: float = 0.02

@@ -16,7 +16,7 @@ from bench.simulated.workloads import Chat, bursty, documents, percentile, share
 
 KV_BLOCKS = 384
 """Of every worker: 24,576 tokens."""
-WARM = 0.2
+WARM = 0.25
 """Share of a run that is not counted: caches and estimates begin empty."""
 WORST_S = 120.0
 """A first token that never comes counts as one after so long."""

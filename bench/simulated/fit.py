@@ -1,29 +1,29 @@
-"""Fit `StepCost` to measured steps of the real engine, and store it with its error and how it was measured."""
+"""`StepCost` from measured steps: non-negative least squares. Pure."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from bench import machine
-from bench.rows import Row
-from bench.simulated.cost import FITTED, StepCost
-from bench.simulated.measure import MODEL, Sample, samples
-from bench.subject import default_model, plan_of, prompts_of
-from worker.backend import ModelSpec
-from worker.backends.torch import TorchBackend
-from worker.engine.engine import EngineOptions
+from bench.simulated.cost import StepCost
 
-_MEMORY = 3 << 30
-ERROR_TARGET = 0.15
-"""Median error that is aimed at, as a share of the step's time."""
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A step and the seconds that it took."""
+
+    decodes: int
+    """Sequences that got a token each."""
+    context: int
+    """Tokens that these attended to, all together."""
+    prefill: int
+    """Prompt tokens computed."""
+    attended: int
+    """Tokens that those attended to, all together."""
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,35 +55,6 @@ def quickest(measured: Iterable[Sample]) -> list[Sample]:
         if kind not in best or one.seconds < best[kind].seconds:
             best[kind] = one
     return list(best.values())
-
-
-def measure_and_store(path: Path = FITTED) -> Iterator[Row]:
-    """Step the real engine, fit, write the file; rows say how well it fits."""
-    folder = default_model()
-    backend = TorchBackend(threads=torch.get_num_threads(), options=EngineOptions(drafting=False))
-    backend.load(ModelSpec(MODEL, "1", folder, plan=plan_of(folder)), _MEMORY)
-    measured = quickest(samples(backend, prompts_of(folder)))
-    found = fit(measured)
-    kinds = len(measured)
-    how = {
-        "model": "the default model, drafting off",
-        "threads": torch.get_num_threads(),
-        "kinds of steps": kinds,
-        "median error": round(found.median_error, 4),
-        "error exceeded by a tenth": round(found.worst_tenth, 4),
-        "machine": machine.describe(),
-    }
-    path.write_text(json.dumps({"seconds": dataclasses.asdict(found.cost), "measured": how}, indent=1) + "\n")
-    yield Row(
-        "engine model: median error",
-        found.median_error,
-        None,
-        "of the step",
-        None,
-        ERROR_TARGET,
-        found.median_error <= ERROR_TARGET,
-    )
-    yield Row("engine model: error exceeded by a tenth", found.worst_tenth, None, "of the step", None, None, True)
 
 
 def _features(one: Sample) -> tuple[float, ...]:

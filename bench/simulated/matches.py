@@ -26,19 +26,34 @@ class Match:
     seed: int
 
 
-def play(matches: Sequence[Match], what: str) -> list[Result]:
-    """All of them. The bar goes to standard error, if that is a terminal."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Processes that are started anew: forked ones would share what a parent with threads has open.
-    context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=len(matches))
-        with context.Pool(min(len(matches), len(os.sched_getaffinity(0))) or 1) as pool:
-            found = []
-            for result in pool.imap(_play, matches, chunksize=1):
+class Players:
+    """Processes that play matches; ended with the context."""
+
+    def __init__(self, count: int = 0) -> None:
+        """`count` processes; 0: one per processor."""
+        # Started anew: forked ones would share what a parent with threads has open.
+        context = multiprocessing.get_context("spawn")
+        self._pool = context.Pool(count or len(os.sched_getaffinity(0)))
+
+    def play(self, matches: Sequence[Match], what: str) -> list[Result]:
+        """All of them. The bar goes to standard error, if that is a terminal."""
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        found = []
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(what, total=len(matches))
+            for result in self._pool.imap(_play, matches, chunksize=1):
                 found.append(result)
                 progress.advance(task)
-    return found
+                if not progress.console.is_terminal and len(found) % 50 == 0:
+                    progress.console.print(f"{what}: {len(found)} of {len(matches)}")
+        return found
+
+    def __enter__(self) -> Players:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.terminate()
+        self._pool.join()
 
 
 def _play(match: Match) -> Result:

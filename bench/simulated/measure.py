@@ -1,43 +1,41 @@
-"""Times of the real engine's steps, by what each step computes: what the engine model is fitted to."""
+"""Times of the real engine's steps, by what each step computes: what the engine model is fitted to.
+
+Processor time of one thread: what else runs on the machine hardly changes it. `measure_and_store` writes the fitted
+coefficients with their error and how they were measured.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-from bench.subject import Prompts
-from worker.backend import Attempt, Epoch, Sampling
+from bench import machine
+from bench.rows import Row
+from bench.simulated.cost import FITTED
+from bench.simulated.fit import Sample, fit, quickest
+from bench.subject import Prompts, default_model, plan_of, prompts_of
+from worker.backend import Attempt, Epoch, ModelSpec, Sampling
 from worker.backends.torch import TorchBackend
+from worker.engine.engine import EngineOptions
 
 MODEL = "model"
 DECODES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (32, 512)
-MOST_CONTEXT = 8192
+MOST_CONTEXT = 4096
 """Tokens of all decoding sequences of a measurement together: their prompts have to be computed first."""
-STEPS = 8
+STEPS = 6
 CHUNK, PROMPT = 128, 1536
-BESIDE = (0, 4, 16)
+BESIDE = (0, 8)
 """Sequences that decode while a long prompt is computed."""
 BESIDE_CONTEXT = 128
-ROUNDS = 3
+_MEMORY = 3 << 30
+ERROR_TARGET = 0.15
+"""Median error that is aimed at, as a share of the step's time."""
 _GREEDY = Sampling(temperature=0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A step and the seconds that it took."""
-
-    decodes: int
-    """Sequences that got a token each."""
-    context: int
-    """Tokens that these attended to, all together."""
-    prefill: int
-    """Prompt tokens computed."""
-    attended: int
-    """Tokens that those attended to, all together."""
-    seconds: float
 
 
 class Stepper:
@@ -57,10 +55,10 @@ class Stepper:
         return attempt.request_id
 
     def step(self) -> float:
-        """Seconds."""
-        begun = time.perf_counter()
+        """Processor seconds."""
+        begun = time.process_time()
         self._backend.step()
-        return time.perf_counter() - begun
+        return time.process_time() - begun
 
     def decoding(self, count: int, context: int) -> list[str]:
         """Sequences that have had their first token, of about that context."""
@@ -74,6 +72,35 @@ class Stepper:
         """Forget sequences."""
         for name in names:
             self._backend.cancel(name)
+
+
+def measure_and_store(path: Path = FITTED) -> Iterator[Row]:
+    """Step the real engine, fit, write the file; rows say how well it fits."""
+    folder = default_model()
+    backend = TorchBackend(threads=1, options=EngineOptions(drafting=False))
+    backend.load(ModelSpec(MODEL, "1", folder, plan=plan_of(folder)), _MEMORY)
+    measured = quickest(samples(backend, prompts_of(folder)))
+    found = fit(measured)
+    kinds = len(measured)
+    how = {
+        "model": "the default model, drafting off",
+        "time": "processor time of one thread",
+        "kinds of steps": kinds,
+        "median error": round(found.median_error, 4),
+        "error exceeded by a tenth": round(found.worst_tenth, 4),
+        "machine": machine.describe(),
+    }
+    path.write_text(json.dumps({"seconds": dataclasses.asdict(found.cost), "measured": how}, indent=1) + "\n")
+    yield Row(
+        "engine model: median error",
+        found.median_error,
+        None,
+        "of the step",
+        None,
+        ERROR_TARGET,
+        found.median_error <= ERROR_TARGET,
+    )
+    yield Row("engine model: error exceeded by a tenth", found.worst_tenth, None, "of the step", None, None, True)
 
 
 def samples(backend: TorchBackend, text: Prompts) -> Iterator[Sample]:
@@ -97,12 +124,11 @@ def _decode(stepper: Stepper, count: int, context: int) -> Iterator[Sample]:
 
 def _prefill(stepper: Stepper, beside: int) -> Iterator[Sample]:
     names = stepper.decoding(beside, BESIDE_CONTEXT)
-    for _ in range(ROUNDS):
-        name = stepper.admit(PROMPT, 4)
-        for first in range(0, PROMPT, CHUNK):
-            attended = sum(range(first + 1, first + CHUNK + 1))
-            yield Sample(beside, beside * (BESIDE_CONTEXT + PROMPT // CHUNK), CHUNK, attended, stepper.step())
-        stepper.drop([name])
+    name = stepper.admit(PROMPT, 4)
+    for first in range(0, PROMPT, CHUNK):
+        attended = sum(range(first + 1, first + CHUNK + 1))
+        yield Sample(beside, beside * (BESIDE_CONTEXT + PROMPT // CHUNK), CHUNK, attended, stepper.step())
+    stepper.drop([name])
     for length in (16, 64):
         for _ in range(STEPS // 2):
             name = stepper.admit(length, 4)

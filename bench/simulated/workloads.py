@@ -63,19 +63,19 @@ class Listed:
         return None
 
 
-APPS = 32
+APPS = 40
 ANSWER_LIMIT = 256
 
 
 def shared_prompts(seed: int, rate: float, duration: float) -> Listed:
     """Applications of rising rarity, each with a system prompt of its own and many short questions."""
     rng = random.Random(f"shared prompts/{seed}")
-    system = [length(rng, 1000, 384, 2048) for _ in range(APPS)]
-    bounds = Bounds(2.5, 0.3)
+    system = [length(rng, 640, 256, 1024, 0.4) for _ in range(APPS)]
+    bounds = Bounds(4.0, 0.5)
     found = []
     for number, now in enumerate(poisson(rng, rate, duration)):
         app = zipf(rng, APPS)
-        prompt = system[app] + length(rng, 80, 16, 400)
+        prompt = system[app] + length(rng, 60, 16, 300)
         hashes = prompt_hashes(app, system[app], 1000 + number, prompt)
         answer = length(rng, 48, 8, ANSWER_LIMIT)
         found.append((now, Request(f"s{number}", f"app{app}", prompt, hashes, answer, ANSWER_LIMIT, bounds)))
@@ -114,7 +114,7 @@ class Chat:
             prompt = tokens + length(rng, 50, 8, 600, 0.9)
             answer = length(rng, 60, 8, ANSWER_LIMIT)
             hashes = prompt_hashes(app, 320, 1000 + number, prompt)
-            bounds = Bounds(2.0, 0.3)
+            bounds = Bounds(3.0, 0.5)
             requests.append(Request(f"c{number}.{turn}", f"u{number}", prompt, hashes, answer, ANSWER_LIMIT, bounds))
             tokens = prompt + answer
         for before, after in itertools.pairwise(requests):
@@ -125,9 +125,9 @@ class Chat:
 def documents(seed: int, rate: float, duration: float) -> Listed:
     """Long documents, each asked about a few times within a minute; answers are short."""
     rng = random.Random(f"documents/{seed}")
-    bounds, found = Bounds(8.0, 0.5), []
+    bounds, found = Bounds(12.0, 1.0), []
     for number, begun in enumerate(poisson(rng, rate / 3, duration + 30, -30.0)):
-        document = length(rng, 1500, 512, 4000)
+        document = length(rng, 1200, 768, 2048, 0.35)
         now = begun
         for question in range(min(8, 1 + int(rng.expovariate(1 / 2.2)))):
             prompt = document + length(rng, 40, 16, 120)
@@ -162,10 +162,10 @@ def bursty(seed: int, rate: float, duration: float) -> Listed:
 
 
 def _burst(rng: random.Random, tenant: int, number: int) -> Request:
-    prompt = 512 + length(rng, 300, 64, 1500)
-    hashes = prompt_hashes(100 + tenant, 512, 10**6 * (tenant + 1) + number, prompt)
+    prompt = 384 + length(rng, 200, 64, 700)
+    hashes = prompt_hashes(100 + tenant, 384, 10**6 * (tenant + 1) + number, prompt)
     answer = length(rng, 48, 8, ANSWER_LIMIT)
-    bounds = Bounds(10.0, 0.5)
+    bounds = Bounds(15.0, 1.0)
     return Request(f"b{tenant}.{number}", f"bursty{tenant}", prompt, hashes, answer, ANSWER_LIMIT, bounds, False)
 
 

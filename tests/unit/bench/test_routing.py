@@ -12,8 +12,7 @@ from bench.simulated import settings
 from bench.simulated.cells import CELLS, Cell, Result, run, simulate
 from bench.simulated.cost import StepCost, fitted
 from bench.simulated.entrants import ENTRANTS, OURS
-from bench.simulated.fit import fit, quickest
-from bench.simulated.measure import Sample
+from bench.simulated.fit import Sample, fit, quickest
 
 pytestmark = pytest.mark.torch
 
