@@ -38,6 +38,10 @@ class Target:
 
     port: int
     fields: Mapping[str, Any]
+    key: str = "bench"
+    """API key."""
+    timeout_s: float = 0.0
+    """Deadline that the server is told; 0: none."""
 
 
 async def play(target: Target, arrivals: Sequence[Arrival], prompts: Sequence[str], patience_s: float) -> list[Trace]:
@@ -81,7 +85,8 @@ async def send(target: Target, prompt: str, seed: int, trace: Trace) -> None:
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", target.port, limit=_LINE_BYTES)
         try:
-            writer.write(_head(len(payload := json.dumps(body).encode())) + payload)
+            payload = json.dumps(body).encode()
+            writer.write(_head(target, len(payload)) + payload)
             await _read(reader, trace)
         finally:
             writer.close()
@@ -111,15 +116,17 @@ async def _read(reader: asyncio.StreamReader, trace: Trace) -> None:
     trace.error = "the stream broke off"
 
 
-def _head(length: int) -> bytes:
-    lines = (
+def _head(target: Target, length: int) -> bytes:
+    lines = [
         f"POST {PATH} HTTP/1.1",
         "Host: 127.0.0.1",
-        "Authorization: Bearer bench",
+        f"Authorization: Bearer {target.key}",
         "Content-Type: application/json",
         f"Content-Length: {length}",
         "Connection: close",
-    )
+    ]
+    if target.timeout_s:
+        lines.append(f"x-request-timeout: {target.timeout_s:g}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
