@@ -258,8 +258,7 @@ class FairQueue:
         account = entry.account
         one = account.owner
         if not one.waiting:
-            active = [other.virtual for other in self.classes if other.waiting]
-            one.virtual = max(one.virtual, min(active) if active else self._left.virtual)
+            one.virtual = max(one.virtual, self._floor(one))
         if not account.waiting:
             one.begins(account)
         account.waiting += 1
@@ -287,6 +286,15 @@ class FairQueue:
             one.ends(account)
         if not one.waiting:
             self._left = one
+
+    def _floor(self, one: FairClass) -> float:
+        """Where a class begins to wait: level with the lowest that waits, but nowhere further behind a class above it
+        than the head start between them."""
+        others = [other for other in self.classes if other.waiting]
+        if not others:
+            return self._left.virtual
+        lowest = min(other.virtual for other in others)
+        return max(lowest, *(other.virtual - max(0.0, one.handicap - other.handicap) for other in others))
 
     def first_class(self) -> FairClass | None:
         """The class to serve next; the higher one of equals."""

@@ -46,7 +46,10 @@ class Span:
 
     def add(self, difference: float) -> None:
         self.lowest, self.highest = min(self.lowest, difference), max(self.highest, difference)
-        assert self.highest - self.lowest <= self.bound + _EPS, (self.highest - self.lowest, self.bound)
+
+    @property
+    def holds(self) -> bool:
+        return self.highest - self.lowest <= self.bound + _EPS
 
 
 @dataclass
@@ -152,6 +155,7 @@ class Run:
         if (a, b) not in self.spans:
             self.spans[a, b] = Span(difference, difference, bound)
         self.spans[a, b].add(difference)
+        assert self.spans[a, b].holds, f"seed {self.seed}: {self.spans[a, b]}"
 
     def shares(self) -> list[float]:
         """Of the classes in all service."""
