@@ -10,14 +10,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover scheduler stack
+BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover scheduler stack fairness overload
 ORDER := tests/unit tests/architecture tests/sim tests/integration tests/e2e tests/faults
 SEEDS ?= 2000
 
 # Handed over in the environment, so that quotes in a prompt stay what they are.
 export PROMPT
 
-.PHONY: help install run test unit faults sim sim-mutants lint format protos peers bench
+.PHONY: help install run test unit fairness faults sim sim-mutants lint format protos peers bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,9 @@ test: lint ## every check and every test
 
 unit: $(INSTALLED) ## the tests that take milliseconds
 	$(BIN)/python -m pytest -q tests/unit
+
+fairness: $(INSTALLED) ## the bounds of fair service in 10,000 random runs
+	LLMOS_TEST_FAIR_RUNS=10000 $(BIN)/python -m pytest -q tests/unit/scheduler/test_fairness.py -k bounds_hold
 
 faults: $(INSTALLED) ## the fault scenarios at full length
 	LLMOS_TEST_ETCD_OUTAGE_S=60 LLMOS_TEST_STREAMS=64 $(BIN)/python -m pytest tests/faults --timeout 300

@@ -93,6 +93,6 @@ async def test_weights_hold_however_requests_come_in(open_scheduler: OpenSchedul
             return sum(len(client.tokens[0]) for client in clients[name])
 
         begun = tokens("heavy"), tokens("light")
-        await until(lambda: tokens("heavy") + tokens("light") - sum(begun) >= 2000)
+        await until(lambda: tokens("heavy") + tokens("light") - sum(begun) >= 2000, 60.0)
         share = (tokens("heavy") - begun[0]) / (tokens("heavy") + tokens("light") - sum(begun))
         assert abs(share - 0.8) <= 0.02
