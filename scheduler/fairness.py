@@ -288,13 +288,15 @@ class FairQueue:
             self._left = one
 
     def _floor(self, one: FairClass) -> float:
-        """Where a class begins to wait: level with the lowest that waits, but nowhere further behind a class above it
-        than the head start between them."""
+        """Where a class begins to wait: level with the lowest that waits; further on where that would leave it further
+        behind a class above it than the head start between them; but nowhere further on than a class above it, or than
+        one below it and the head start between them."""
         others = [other for other in self.classes if other.waiting]
         if not others:
             return self._left.virtual
-        lowest = min(other.virtual for other in others)
-        return max(lowest, *(other.virtual - max(0.0, one.handicap - other.handicap) for other in others))
+        most = min(other.virtual + max(0.0, other.handicap - one.handicap) for other in others)
+        least = max(other.virtual - max(0.0, one.handicap - other.handicap) for other in others)
+        return min(most, max(least, min(other.virtual for other in others)))
 
     def first_class(self) -> FairClass | None:
         """The class to serve next; the higher one of equals."""

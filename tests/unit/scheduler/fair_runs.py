@@ -19,7 +19,7 @@ from scheduler.requests import Attempt, LiveRequest
 from scheduler.waiting import WaitingRoom
 
 KEY = ("m", "1")
-STEPS = 200
+STEPS = 120
 _EPS = 1e-6
 
 
