@@ -8,7 +8,7 @@ import contextlib
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2
 from scheduler import registry, service_log
-from tests.fakes.contract import MODEL, VERSION, Client, make_request
+from tests.fakes.contract import MODEL, VERSION, make_request
 from tests.fakes.gateway import FakeGateway
 from tests.fakes.worker import worker_in
 from tests.integration.scheduler.conftest import OpenScheduler, address, until
@@ -68,31 +68,3 @@ async def test_only_the_leader_of_the_term_writes(open_scheduler: OpenScheduler,
         assert await etcd.get(registry.SERVICE) is None
         assert await right.write(counters)
         assert await etcd.get(registry.SERVICE) is not None
-
-
-async def test_weights_hold_however_requests_come_in(open_scheduler: OpenScheduler, etcd: EtcdClient) -> None:
-    """Weights 4 to 1, saturated; the light tenant sends twice as much, nine tenths of it through one gateway."""
-    async with (
-        open_scheduler(queue_limit=5000, ttft_bounds_s=(1e6, 1e6, 1e6)) as scheduler,
-        worker_in(etcd, "w1", blocks=8),
-        FakeGateway("g1", [address(scheduler)]) as one,
-        FakeGateway("g2", [address(scheduler)]) as two,
-    ):
-        await one.ready()
-        await two.ready()
-        clients: dict[str, list[Client]] = {"light": [], "heavy": []}
-        for number in range(600):
-            light, heavy = (one, two) if number % 10 else (two, one)
-            light_request = make_request(f"l{number}", max_tokens=10, tenant="light", tenant_weight=1)
-            clients["light"].append(await light.submit(light_request))
-            if number % 2:
-                heavy_request = make_request(f"h{number}", max_tokens=10, tenant="heavy", tenant_weight=4)
-                clients["heavy"].append(await heavy.submit(heavy_request))
-
-        def tokens(name: str) -> int:
-            return sum(len(client.tokens[0]) for client in clients[name])
-
-        begun = tokens("heavy"), tokens("light")
-        await until(lambda: tokens("heavy") + tokens("light") - sum(begun) >= 2000, 60.0)
-        share = (tokens("heavy") - begun[0]) / (tokens("heavy") + tokens("light") - sum(begun))
-        assert abs(share - 0.8) <= 0.02
