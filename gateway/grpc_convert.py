@@ -9,8 +9,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from gateway.tiers import tier_of
 from gateway.types import Delta, Done, Event, Finish, ModelInfo, Started, TokenLogprob
 from llmos.errors import InternalError
+from llmos.keys import Priority
+from llmos.v1 import fleet_pb2
 from llmos.v1 import inference_pb2 as pb
 
 _ROLES = {
@@ -24,6 +27,12 @@ _FINISH: dict[Finish | None, pb.FinishReason.ValueType] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
 }
+_CLASSES: dict[Priority, fleet_pb2.PriorityClass.ValueType] = {
+    "interactive": fleet_pb2.PRIORITY_CLASS_INTERACTIVE,
+    "standard": fleet_pb2.PRIORITY_CLASS_STANDARD,
+    "batch": fleet_pb2.PRIORITY_CLASS_BATCH,
+}
+_TIERS: dict[fleet_pb2.PriorityClass.ValueType, str] = {number: tier_of(name) for name, number in _CLASSES.items()}
 _SINGLE = (
     "max_tokens",
     "temperature",
@@ -77,6 +86,9 @@ def _params(params: pb.GenerationParams) -> dict[str, object]:
         body["stop_token_ids"] = list(params.stop_token_ids)
     if params.HasField("constraint"):
         body["structured_outputs"] = _constraint(params.constraint)
+    if params.service_tier:
+        # What is no class is no tier over HTTP either, and is refused alike.
+        body["service_tier"] = _TIERS.get(params.service_tier, f"class {int(params.service_tier)}")
     return body
 
 
@@ -128,6 +140,7 @@ def stream_event(event: Event, kind: type[EventT]) -> EventT:
                 model_version=event.model_version,
                 seed=event.seed,
                 created_unix_s=event.created_unix_s,
+                service_tier=_CLASSES[event.priority],
             )
             return kind(start=start)
         case Delta():
@@ -165,6 +178,7 @@ async def gather(events: AsyncIterator[Event], kind: type[ResponseT]) -> Respons
         model_version=started.model_version,
         created_unix_s=started.created_unix_s,
         seed=started.seed,
+        service_tier=_CLASSES[started.priority],
         choices=[_choice(index, gathered) for index, gathered in sorted(choices.items())],
         usage=_usage(done),
     )

@@ -22,6 +22,7 @@ from gateway.failure import for_client
 from gateway.leader import LeaderClient
 from gateway.prepare import Prompt, fit, fleet_request, new_transcript, tokenize
 from gateway.stream import Stream, StreamLimits, Uplink
+from gateway.tiers import granted
 from gateway.trace import RequestTrace, span_name, start_attributes
 from gateway.transcript import Verdict
 from gateway.types import GenerationRequest, Identity, ModelInfo, Started, TaskRequest, TraceHeaders
@@ -191,6 +192,10 @@ class Sessions:
 
     def on_frame(self, frame: requests_pb2.GatewayFrame) -> None:
         """See `Receiver`."""
+        for change in frame.class_changes:
+            stream = self._streams.get(change.request_id)
+            if stream is not None:
+                stream.reclassified(change.priority)
         for output in frame.outputs:
             self._deliver(output)
         for failure in frame.failures:
@@ -264,9 +269,10 @@ class Sessions:
         )
         wire.trace.traceparent, wire.trace.tracestate = trace_headers(span)
         created = self._clock.unix_ns() // 1_000_000_000
+        got = granted(identity.priority, request.priority)
         stream = Stream(
             wire,
-            Started(public_id, model.name, model.version, seed, created, len(prompt.token_ids)),
+            Started(public_id, model.name, model.version, seed, created, len(prompt.token_ids), got),
             new_transcript(request, rules, max_tokens, model),
             RequestTrace(self._telemetry, span, inner_id),
             uplink=self._link,

@@ -152,6 +152,10 @@ class Stream:
         self._asked = False
         return self.unfinished()
 
+    def reclassified(self, priority: request_pb2.PriorityClass.ValueType) -> None:
+        """A person moved the request to another class: it is submitted again in that one."""
+        self._request.priority = priority
+
     def fail(self, error: LlmosError, *, deliver: bool = True) -> None:
         """End with an error; `deliver` lets the reader have what is buffered first."""
         if self._ended:

@@ -172,6 +172,8 @@ class Started:
     seed: int
     created_unix_s: int
     prompt_tokens: int
+    priority: Priority = "standard"
+    """The class that it got."""
 
 
 @dataclass(slots=True)

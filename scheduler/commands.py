@@ -25,6 +25,14 @@ class SendFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class SendClass:
+    """Append to the next frame of a gateway's stream: a request is in another class than its gateway says."""
+
+    stream_id: int
+    change: requests_pb2.ClassChange
+
+
+@dataclass(frozen=True, slots=True)
 class SendCatalogue:
     """Replace a gateway's catalogue."""
 
@@ -143,6 +151,7 @@ class RequestOver:
 Command = (
     SendOutput
     | SendFailure
+    | SendClass
     | SendCatalogue
     | CloseStream
     | Dial

@@ -117,6 +117,13 @@ class GatewayDesk:
             stream.outflow.add_failure(failure)
             self._touched[stream] = None
 
+    def class_change(self, stream_id: int, change: requests_pb2.ClassChange) -> None:
+        """Collect a change of class for the next frame."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.outflow.add_class_change(change)
+            self._touched[stream] = None
+
     def catalogue(self, stream_id: int, catalogue: requests_pb2.Catalogue) -> None:
         """Replace a gateway's catalogue."""
         stream = self._streams.get(stream_id)

@@ -6,11 +6,12 @@ Every accepted request ends exactly once, in `_remove`; everything that ends one
 from __future__ import annotations
 
 from llmos.errors import DeadlineExceeded, FleetError, LlmosError, Unavailable
-from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from llmos.v1 import inference_pb2
 from scheduler import charges
-from scheduler.commands import AttemptOver, Order, Queued, RequestOver, SendFailure, SendOutput
+from scheduler.commands import AttemptOver, Order, Queued, RequestOver, SendClass, SendFailure, SendOutput
 from scheduler.events import RetryDue
+from scheduler.fairness import CLASSES
 from scheduler.requests import LENGTH, LiveRequest
 from scheduler.state import Outbox, State
 
@@ -39,6 +40,14 @@ def send(state: State, live: LiveRequest, output: request_pb2.Output, out: Outbo
     stream_id = state.stream_of(live)
     if stream_id is not None:
         out.append(SendOutput(stream_id, output))
+
+
+def send_class(state: State, live: LiveRequest, out: Outbox) -> None:
+    """Tell the gateway what class the request is in now: a later leader hears of it from the gateway alone."""
+    stream_id = state.stream_of(live)
+    if stream_id is not None:
+        change = requests_pb2.ClassChange(request_id=live.id, priority=CLASSES[live.rank])
+        out.append(SendClass(stream_id, change))
 
 
 def send_finish(

@@ -18,6 +18,7 @@ class Outflow:
         self._limit_bytes = limit_bytes
         self._outputs: list[request_pb2.Output] = []
         self._failures: list[request_pb2.Failure] = []
+        self._class_changes: dict[str, requests_pb2.ClassChange] = {}
         self._bytes = 0
         self._fold_at = _FOLD_PIECES
         self._sequence = 0
@@ -50,13 +51,19 @@ class Outflow:
         self._failures.append(failure)
         self._bytes += failure.ByteSize()
 
+    def add_class_change(self, change: requests_pb2.ClassChange) -> None:
+        """A request's class from now on; only the last one goes out."""
+        if change.request_id not in self._class_changes:
+            self._bytes += change.ByteSize()
+        self._class_changes[change.request_id] = change
+
     def acknowledge(self, sequence: int) -> None:
         """All frames up to `sequence` are received. What was never sent cannot be acknowledged."""
         self._acknowledged = max(self._acknowledged, min(sequence, self._sequence))
 
     def take(self) -> requests_pb2.GatewayFrame | None:
         """The next frame; None if there is nothing to say or the window is closed."""
-        if not (self._outputs or self._failures) or not self.open:
+        if not (self._outputs or self._failures or self._class_changes) or not self.open:
             return None
         self._sequence += 1
         frame = requests_pb2.GatewayFrame(sequence=self._sequence)
@@ -67,7 +74,9 @@ class Outflow:
             self._fill(frame)
         if not self._outputs:
             frame.failures.extend(self._failures)
+            frame.class_changes.extend(self._class_changes.values())
             self._failures = []
+            self._class_changes = {}
             self._bytes = 0
             self._fold_at = _FOLD_PIECES
         return frame
@@ -101,7 +110,8 @@ class Outflow:
                 last[key] = len(folded)
                 folded.append(output)
         self._outputs = folded
-        self._bytes = sum(o.ByteSize() for o in folded) + sum(f.ByteSize() for f in self._failures)
+        rest = (*self._failures, *self._class_changes.values())
+        self._bytes = sum(o.ByteSize() for o in folded) + sum(message.ByteSize() for message in rest)
         self._fold_at = max(_FOLD_PIECES, 2 * len(folded))
 
 

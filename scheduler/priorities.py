@@ -7,12 +7,12 @@ from llmos.v1 import fleet_pb2
 from scheduler import charges, events
 from scheduler.commands import Order
 from scheduler.fairness import CLASSES, rank_of
-from scheduler.lifecycle import wait
+from scheduler.lifecycle import send_class, wait
 from scheduler.state import Outbox, State
 
 
 def reprioritized(state: State, event: events.Reprioritized, now: float, out: Outbox) -> None:
-    """From now on the request waits, or runs, and is charged in that class. A new leader knows nothing of it."""
+    """From now on the request waits, or runs, and is charged in that class. Its gateway tells a new leader."""
     live = state.requests.get(event.request_id)
     rank = rank_of(event.priority)
     if live is None or live.rank == rank:
@@ -22,6 +22,7 @@ def reprioritized(state: State, event: events.Reprioritized, now: float, out: Ou
         charges.stopped(live)
     live.rank = rank
     state.meters.enter(live, now)
+    send_class(state, live, out)
     if waiting:
         wait(state, live)
     elif live.attempt is not None:

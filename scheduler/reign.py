@@ -24,6 +24,7 @@ from scheduler.commands import (
     HangUp,
     Order,
     SendCatalogue,
+    SendClass,
     SendFailure,
     SendOutput,
     StartAttempt,
@@ -156,6 +157,8 @@ class Reign:
                 self.workers.order(command.worker_id, command.command)
             case SendFailure():
                 self.gateways.failure(command.stream_id, command.failure)
+            case SendClass():
+                self.gateways.class_change(command.stream_id, command.change)
             case SendCatalogue():
                 self.gateways.catalogue(command.stream_id, command.catalogue)
             case CloseStream():

@@ -6,7 +6,8 @@ from llmos.errors import Conflict
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from scheduler.commands import Order
 from scheduler.events import Submitted
-from scheduler.lifecycle import complete, drop_attempt, enqueue, finish_exhausted, last_epoch, send
+from scheduler.fairness import rank_of
+from scheduler.lifecycle import complete, drop_attempt, enqueue, finish_exhausted, last_epoch, send, send_class
 from scheduler.requests import STOP, Choice, LiveRequest
 from scheduler.state import Outbox, State
 
@@ -19,6 +20,8 @@ def take_up(state: State, live: LiveRequest, event: Submitted, gateway_id: str, 
     if state.stream_of(live) is not None:
         raise Conflict("A request with this id is running.", param="request_id")
     _rebind(state, live, event.stream_id, gateway_id)
+    if rank_of(event.request.priority) != live.rank:
+        send_class(state, live, out)  # the gateway was away when the class changed
     resume = {entry.choice: entry for entry in event.request.resume}
     held = [resume.get(index, request_pb2.ChoiceResume(choice=index)) for index in range(len(live.choices))]
     if not all(_agrees(choice, said) for choice, said in zip(live.choices, held, strict=True)):

@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import llmos.v1.fleet_pb2
 import sys
 import typing
 
@@ -140,6 +141,7 @@ class GenerationParams(google.protobuf.message.Message):
     N_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     CONSTRAINT_FIELD_NUMBER: builtins.int
+    SERVICE_TIER_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
     """Most tokens to generate per choice; unset: what the context leaves."""
     temperature: builtins.float
@@ -166,6 +168,8 @@ class GenerationParams(google.protobuf.message.Message):
     """Number of choices, 1 to 16. Default 1."""
     logprobs: builtins.int
     """Set: report log-probabilities of the chosen token and of this many likeliest ones, 0 to 20."""
+    service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType
+    """Class of service that is asked for; a request never gets a better one than its key has. Not set: the key's."""
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
         """Added to logits, by token id; each -100 to 100, at most 1,024 entries."""
@@ -202,9 +206,10 @@ class GenerationParams(google.protobuf.message.Message):
         n: builtins.int | None = ...,
         logprobs: builtins.int | None = ...,
         constraint: global___Constraint | None = ...,
+        service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "constraint", b"constraint", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "service_tier", b"service_tier", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_frequency_penalty", b"_frequency_penalty"]) -> typing.Literal["frequency_penalty"] | None: ...
     @typing.overload
@@ -497,6 +502,7 @@ class StreamStart(google.protobuf.message.Message):
     MODEL_VERSION_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: builtins.int
+    SERVICE_TIER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request."""
     model: builtins.str
@@ -507,6 +513,8 @@ class StreamStart(google.protobuf.message.Message):
     """The seed in use."""
     created_unix_s: builtins.int
     """When the request was accepted, seconds since 1970."""
+    service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType
+    """Class of service that the request got."""
     def __init__(
         self,
         *,
@@ -515,8 +523,9 @@ class StreamStart(google.protobuf.message.Message):
         model_version: builtins.str = ...,
         seed: builtins.int = ...,
         created_unix_s: builtins.int = ...,
+        service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["created_unix_s", b"created_unix_s", "model", b"model", "model_version", b"model_version", "request_id", b"request_id", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created_unix_s", b"created_unix_s", "model", b"model", "model_version", b"model_version", "request_id", b"request_id", "seed", b"seed", "service_tier", b"service_tier"]) -> None: ...
 
 global___StreamStart = StreamStart
 
@@ -564,6 +573,7 @@ class ChatResponse(google.protobuf.message.Message):
     CHOICES_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    SERVICE_TIER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request."""
     model: builtins.str
@@ -574,6 +584,8 @@ class ChatResponse(google.protobuf.message.Message):
     """When the request was accepted, seconds since 1970."""
     seed: builtins.int
     """The seed that was used."""
+    service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType
+    """Class of service that the request got."""
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Choice]:
         """One per asked choice, in order."""
@@ -592,9 +604,10 @@ class ChatResponse(google.protobuf.message.Message):
         choices: collections.abc.Iterable[global___Choice] | None = ...,
         usage: global___Usage | None = ...,
         seed: builtins.int = ...,
+        service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choices", b"choices", "created_unix_s", b"created_unix_s", "model", b"model", "model_version", b"model_version", "request_id", b"request_id", "seed", b"seed", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choices", b"choices", "created_unix_s", b"created_unix_s", "model", b"model", "model_version", b"model_version", "request_id", b"request_id", "seed", b"seed", "service_tier", b"service_tier", "usage", b"usage"]) -> None: ...
 
 global___ChatResponse = ChatResponse
 
@@ -738,6 +751,7 @@ class CompleteResponse(google.protobuf.message.Message):
     CHOICES_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    SERVICE_TIER_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Id of the request."""
     model: builtins.str
@@ -748,6 +762,8 @@ class CompleteResponse(google.protobuf.message.Message):
     """When the request was accepted, seconds since 1970."""
     seed: builtins.int
     """The seed that was used."""
+    service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType
+    """Class of service that the request got."""
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Choice]:
         """One per asked choice, in order."""
@@ -766,9 +782,10 @@ class CompleteResponse(google.protobuf.message.Message):
         choices: collections.abc.Iterable[global___Choice] | None = ...,
         usage: global___Usage | None = ...,
         seed: builtins.int = ...,
+        service_tier: llmos.v1.fleet_pb2.PriorityClass.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["choices", b"choices", "created_unix_s", b"created_unix_s", "model", b"model", "model_version", b"model_version", "request_id", b"request_id", "seed", b"seed", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choices", b"choices", "created_unix_s", b"created_unix_s", "model", b"model", "model_version", b"model_version", "request_id", b"request_id", "seed", b"seed", "service_tier", b"service_tier", "usage", b"usage"]) -> None: ...
 
 global___CompleteResponse = CompleteResponse
 

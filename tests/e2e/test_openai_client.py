@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
-from openai.types import Completion
 
 from tests.fakes.fleet import Fleet, echo_fleet
 
@@ -34,23 +34,34 @@ def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
 
 
 def streamed_completion(client: openai.OpenAI, max_tokens: int) -> list[str]:
-    """Texts of a streamed completion; every event is valid by the client's own strict types but for one field.
+    """Texts of a streamed completion.
 
-    Those types demand a finish reason on every event, where OpenAI's API, and so ours, sends null before the last one:
-    a reason on each would end the loops of most clients at the first event.
+    The strict client's type demands a finish reason on every event, where OpenAI's API, and so ours, sends null before
+    the last one unless it is asked for more.
     """
-    lenient = openai.OpenAI(base_url=client.base_url, api_key="any", max_retries=0, timeout=30)
-    stream = lenient.completions.create(model="echo", prompt="Once", max_tokens=max_tokens, seed=1, stream=True)
-    texts, reasons = [], []
-    for event in stream:
-        (choice,) = event.to_dict()["choices"]  # type: ignore[misc, attr-defined]
-        reasons.append(choice["finish_reason"])
-        completed = event.to_dict() | {"choices": [choice | {"finish_reason": choice["finish_reason"] or "stop"}]}
-        Completion.model_validate(completed, strict=True)
-        texts.append(choice["text"])
-    lenient.close()
+    stream = client.completions.create(
+        model="echo",
+        prompt="Once",
+        max_tokens=max_tokens,
+        seed=1,
+        stream=True,
+        stream_options={"include_usage": True, "always_finish_reason": True},  # type: ignore[typeddict-unknown-key]
+    )
+    *events, last = list(stream)
+    assert last.usage is not None
+    assert last.usage.completion_tokens == max_tokens
+    choices = [choice for event in events for choice in event.choices]
+    assert [choice.finish_reason for choice in choices] == ["length"] * len(choices)
+    return [choice.text for choice in choices]
+
+
+def test_by_default_a_completion_has_no_reason_before_its_end(client: openai.OpenAI) -> None:
+    with client.completions.with_streaming_response.create(
+        model="echo", prompt="Once", max_tokens=3, seed=1, stream=True
+    ) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {")]
+    reasons = [json.loads(line)["choices"][0]["finish_reason"] for line in lines]
     assert reasons == [None] * (len(reasons) - 1) + ["length"]
-    return texts
 
 
 def test_chat_whole_and_streamed_agree(client: openai.OpenAI) -> None:

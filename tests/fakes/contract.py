@@ -239,6 +239,9 @@ class SimWorker:
         return output
 
 
+FromScheduler = request_pb2.Output | request_pb2.Failure | requests_pb2.ClassChange
+
+
 @dataclass
 class Client:
     """A request as its gateway knows it."""
@@ -261,13 +264,19 @@ class SimGateway:
 
     id: str
     stream_id: int = 0
-    inbox: deque[request_pb2.Output | request_pb2.Failure] = field(default_factory=deque)
+    inbox: deque[FromScheduler] = field(default_factory=deque)
     clients: dict[str, Client] = field(default_factory=dict)
     catalogue: requests_pb2.Catalogue | None = None
 
-    def take(self, message: request_pb2.Output | request_pb2.Failure) -> None:
+    def take(self, message: FromScheduler) -> None:
         client = self.clients[message.request_id]
         if client.cancelled:
+            return
+        if isinstance(message, requests_pb2.ClassChange):
+            moved = request_pb2.Request()
+            moved.CopyFrom(client.request)  # the scheduler under test may hold the message that was submitted
+            moved.priority = message.priority
+            client.request = moved
             return
         assert not client.error, "output or a second end after a failure"
         if isinstance(message, request_pb2.Failure):

@@ -174,7 +174,7 @@ class FakeGateway:
             else:
                 sequence += 1
                 assert answer.frame.sequence == sequence
-                for message in (*answer.frame.outputs, *answer.frame.failures):
+                for message in (*answer.frame.class_changes, *answer.frame.outputs, *answer.frame.failures):
                     self.sim.take(message)
                 if self.acknowledging:
                     await self._say(requests_pb2.ExchangeRequest(ack=requests_pb2.Ack(sequence=sequence)))

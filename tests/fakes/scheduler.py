@@ -124,11 +124,14 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
         self,
         *outputs: request_pb2.Output,
         failures: Sequence[request_pb2.Failure] = (),
+        class_changes: Sequence[requests_pb2.ClassChange] = (),
         sequence: int | None = None,
     ) -> None:
         """Send one frame; `sequence` repeats or skips numbers."""
         self._sequence = self._sequence + 1 if sequence is None else sequence
-        frame = requests_pb2.GatewayFrame(sequence=self._sequence, outputs=outputs, failures=failures)
+        frame = requests_pb2.GatewayFrame(
+            sequence=self._sequence, outputs=outputs, failures=failures, class_changes=class_changes
+        )
         self._put(requests_pb2.ExchangeResponse(frame=frame))
 
     def push_catalogue(self, revision: int, *models: requests_pb2.CatalogueModel) -> None:

@@ -383,6 +383,7 @@ class GatewayFrame(google.protobuf.message.Message):
     SEQUENCE_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
     FAILURES_FIELD_NUMBER: builtins.int
+    CLASS_CHANGES_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Counts this stream's frames from 1."""
     @property
@@ -393,16 +394,45 @@ class GatewayFrame(google.protobuf.message.Message):
     def failures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[llmos.internal.v1.request_pb2.Failure]:
         """Requests that ended without a result."""
 
+    @property
+    def class_changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ClassChange]:
+        """Requests that a person moved to another class."""
+
     def __init__(
         self,
         *,
         sequence: builtins.int = ...,
         outputs: collections.abc.Iterable[llmos.internal.v1.request_pb2.Output] | None = ...,
         failures: collections.abc.Iterable[llmos.internal.v1.request_pb2.Failure] | None = ...,
+        class_changes: collections.abc.Iterable[global___ClassChange] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["failures", b"failures", "outputs", b"outputs", "sequence", b"sequence"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["class_changes", b"class_changes", "failures", b"failures", "outputs", b"outputs", "sequence", b"sequence"]) -> None: ...
 
 global___GatewayFrame = GatewayFrame
+
+@typing.final
+class ClassChange(google.protobuf.message.Message):
+    """A request is in another class than its gateway submitted it in. Whenever the gateway submits it again, to this leader or
+    to a later one, it names this class.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The request."""
+    priority: llmos.internal.v1.request_pb2.PriorityClass.ValueType
+    """Its class now."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        priority: llmos.internal.v1.request_pb2.PriorityClass.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["priority", b"priority", "request_id", b"request_id"]) -> None: ...
+
+global___ClassChange = ClassChange
 
 @typing.final
 class FetchBlobRequest(google.protobuf.message.Message):

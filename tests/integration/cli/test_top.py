@@ -56,31 +56,22 @@ async def test_it_shows_everything_and_keeps_looking(gateway: ScriptedGateway, s
             assert table.region.bottom <= size[1]
 
 
-async def test_kill_asks_first(gateway: ScriptedGateway) -> None:
+async def test_kill_nice_and_drain_ask_first(gateway: ScriptedGateway) -> None:
     app = await opened(gateway)
     async with app.run_test(size=(100, 40)) as pilot:
         await pilot.press("k", "n")
         await pilot.press("k", "y")
         await until(lambda: asked(gateway, fleet_pb2.KillRequestRequest))
-    assert [request.request_id for request in asked(gateway, fleet_pb2.KillRequestRequest)] == ["r1"]  # type: ignore[attr-defined]
-
-
-async def test_nice_offers_the_classes(gateway: ScriptedGateway) -> None:
-    app = await opened(gateway)
-    async with app.run_test(size=(100, 40)) as pilot:
         await pilot.press("n", "down", "down", "enter")
         await until(lambda: asked(gateway, fleet_pb2.SetRequestPriorityRequest))
-    (request,) = asked(gateway, fleet_pb2.SetRequestPriorityRequest)
-    assert request.priority == fleet_pb2.PRIORITY_CLASS_BATCH  # type: ignore[attr-defined]
-
-
-async def test_drain_and_undrain(gateway: ScriptedGateway) -> None:
-    app = await opened(gateway)
-    async with app.run_test(size=(100, 40)) as pilot:
+        await pilot.press("d", "n")
         await pilot.press("d", "y")
         await until(lambda: asked(gateway, fleet_pb2.DrainNodeRequest))
         await pilot.press("u", "y")
         await until(lambda: len(asked(gateway, fleet_pb2.DrainNodeRequest)) == 2)
+    assert [request.request_id for request in asked(gateway, fleet_pb2.KillRequestRequest)] == ["r1"]  # type: ignore[attr-defined]
+    (moved,) = asked(gateway, fleet_pb2.SetRequestPriorityRequest)
+    assert moved.priority == fleet_pb2.PRIORITY_CLASS_BATCH  # type: ignore[attr-defined]
     requests = asked(gateway, fleet_pb2.DrainNodeRequest)
     assert [(r.node_id, r.undo) for r in requests] == [("w1", False), ("w1", True)]  # type: ignore[attr-defined]
 

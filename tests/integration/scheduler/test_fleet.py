@@ -1,4 +1,4 @@
-"""What people see: nodes, requests, kill, traces; and files of models for gateways."""
+"""What people see and order: nodes, requests, load, kill, nice, drain, traces; and files of models for gateways."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from llmos.clock import SystemClock
-from llmos.errors import LlmosError, NotFound, NotLeader, PermissionDenied
+from llmos.errors import InvalidRequest, LlmosError, NotFound, NotLeader, PermissionDenied
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2, requests_pb2, requests_pb2_grpc
 from llmos.rpc import error_from_rpc, open_channel
@@ -20,6 +20,16 @@ from tests.fakes.contract import make_request
 from tests.fakes.gateway import FakeGateway
 from tests.fakes.worker import FakeWorker, worker_in
 from tests.integration.scheduler.conftest import OpenScheduler, address, until
+
+INTERACTIVE, STANDARD, BATCH = (
+    fleet_pb2.PRIORITY_CLASS_INTERACTIVE,
+    fleet_pb2.PRIORITY_CLASS_STANDARD,
+    fleet_pb2.PRIORITY_CLASS_BATCH,
+)
+SERVICE = ()
+OWNER = (("llmos-tenant", "t"), ("llmos-role", "user"))
+STRANGER = (("llmos-tenant", "another"), ("llmos-role", "user"))
+OPERATOR = (("llmos-tenant", "another"), ("llmos-role", "operator"))
 
 
 def fleet(channel: grpc.aio.Channel) -> Any:
@@ -96,10 +106,8 @@ async def test_requests_are_listed_and_killed_by_who_may(scheduler: SchedulerPro
         assert row.tokens_in == 7
         assert row.tokens_out > 2
         kill = fleet_pb2.KillRequestRequest(request_id="r1")
-        stranger = (("llmos-tenant", "another"), ("llmos-role", "user"))
-        assert isinstance(await refusal(stub.KillRequest(kill, metadata=stranger)), PermissionDenied)
-        operator = (("llmos-tenant", "another"), ("llmos-role", "operator"))
-        assert (await stub.KillRequest(kill, metadata=operator)).was_running
+        assert isinstance(await refusal(stub.KillRequest(kill, metadata=STRANGER)), PermissionDenied)
+        assert (await stub.KillRequest(kill, metadata=OPERATOR)).was_running
         await gateway.ended(client)
         assert client.error == "cancelled"
         assert not (await stub.KillRequest(kill)).was_running
@@ -109,8 +117,15 @@ async def test_standby_answers_not_leader(open_scheduler: OpenScheduler) -> None
     async with open_scheduler("s1") as leader:
         await until(lambda: leader.seat.reign is not None)
         async with open_scheduler("s2") as standby, open_channel(address(standby)) as channel:
-            error = await refusal(fleet(channel).ListNodes(fleet_pb2.ListNodesRequest()))
-            assert error.code == NotLeader.code or "lead" in error.message
+            stub = fleet(channel)
+            for call in (
+                stub.ListNodes(fleet_pb2.ListNodesRequest()),
+                stub.GetLoad(fleet_pb2.GetLoadRequest()),
+                stub.DrainNode(fleet_pb2.DrainNodeRequest(node_id="w1")),
+                stub.SetRequestPriority(fleet_pb2.SetRequestPriorityRequest(request_id="r", priority=BATCH)),
+            ):
+                error = await refusal(call)
+                assert error.code == NotLeader.code or "lead" in error.message
 
 
 async def test_trace_of_a_migrated_request(scheduler: SchedulerProcess, etcd: EtcdClient) -> None:
@@ -185,3 +200,88 @@ async def test_blob_is_relayed_and_verified(scheduler: SchedulerProcess, etcd: E
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await fetch(wrong)
             assert error_from_rpc(caught.value).code == code
+
+
+async def test_a_request_changes_its_class_for_who_may(scheduler: SchedulerProcess, etcd: EtcdClient) -> None:
+    async with worker_in(etcd, "w1", step_s=0.01) as worker, FakeGateway("g1", [address(scheduler)]) as gateway:
+        await gateway.ready()
+        client = await gateway.submit(make_request("r1", max_tokens=1000))
+        await gateway.until(lambda: len(client.tokens[0]) > 2)
+        stub = fleet(gateway.channel)
+
+        def move(to: int, who: Any = SERVICE, name: str = "r1") -> Any:
+            request = fleet_pb2.SetRequestPriorityRequest(request_id=name, priority=to)  # type: ignore[arg-type]
+            return stub.SetRequestPriority(request, metadata=who)
+
+        assert isinstance(await refusal(move(BATCH, STRANGER)), PermissionDenied)
+        assert isinstance(await refusal(move(INTERACTIVE, OWNER)), PermissionDenied)
+        assert isinstance(await refusal(move(BATCH, OWNER, "r9")), NotFound)
+        assert isinstance(await refusal(move(0, OPERATOR)), InvalidRequest)
+        assert isinstance(await refusal(move(9, OPERATOR)), InvalidRequest)
+        assert not [command for command in worker.commands if command.WhichOneof("order") == "set_priority"]
+        assert (await move(BATCH, OWNER)).before == STANDARD
+        await until(lambda: worker.sim.running["r1"].request.priority == BATCH)
+        await gateway.until(lambda: client.request.priority == BATCH)
+        (row,) = (await stub.ListRequests(fleet_pb2.ListRequestsRequest())).requests
+        assert row.priority == BATCH
+        assert isinstance(await refusal(move(STANDARD, OWNER)), PermissionDenied)
+        assert (await move(INTERACTIVE, OPERATOR)).before == BATCH
+        assert (await move(STANDARD)).before == INTERACTIVE
+
+
+async def test_only_operators_drain_workers(scheduler: SchedulerProcess, etcd: EtcdClient) -> None:
+    async with (
+        worker_in(etcd, "w1", step_s=0.01) as first,
+        FakeGateway("g1", [address(scheduler)]) as gateway,
+    ):
+        await gateway.ready()
+        client = await gateway.submit(make_request("r1", max_tokens=900))
+        await gateway.until(lambda: len(client.tokens[0]) > 2)
+        async with worker_in(etcd, "w2") as second:
+            await until(lambda: bool(second.terms))
+            stub = fleet(gateway.channel)
+
+            def drain(node: str, who: Any = OPERATOR, *, undo: bool = False) -> Any:
+                return stub.DrainNode(fleet_pb2.DrainNodeRequest(node_id=node, undo=undo), metadata=who)
+
+            for who in (OWNER, STRANGER):
+                assert isinstance(await refusal(drain("w1", who)), PermissionDenied)
+                assert isinstance(await refusal(drain("w9", who)), PermissionDenied)
+                assert isinstance(await refusal(drain("w1", who, undo=True)), PermissionDenied)
+            assert isinstance(await refusal(drain("w9")), NotFound)
+            assert isinstance(await refusal(drain("s1")), NotFound), "no worker"
+            assert not first.sim.draining
+            assert (await drain("w1")).running == 1
+            await gateway.until(lambda: client.epoch[1] == 2)
+            assert [dispatch.request.request_id for dispatch in second.dispatches] == ["r1"]
+            assert (await stub.GetLoad(fleet_pb2.GetLoadRequest())).counters["migrations"] == 1
+            assert (await drain("w1", undo=True)).running == 0
+            await until(lambda: not first.sim.draining)
+
+
+async def test_load_shows_who_waits_and_who_runs(scheduler: SchedulerProcess, etcd: EtcdClient) -> None:
+    async with (
+        worker_in(etcd, "w1", step_s=0.01, blocks=16) as worker,
+        FakeGateway("g1", [address(scheduler)]) as gateway,
+    ):
+        await gateway.ready()
+        runs = await gateway.submit(make_request("r1", prompt=10, max_tokens=1000, tenant_weight=4))
+        await gateway.until(lambda: len(runs.tokens[0]) > 2)
+        await gateway.submit(make_request("r2", prompt=10, max_tokens=500, tenant="u", priority=BATCH))
+        stub = fleet(gateway.channel)
+        load = await stub.GetLoad(fleet_pb2.GetLoadRequest(), metadata=STRANGER)
+        while len(load.queues) < 2 or not load.workers[0].tokens_per_s:
+            load = await stub.GetLoad(fleet_pb2.GetLoadRequest(), metadata=STRANGER)
+        assert [(q.priority, q.tenant, q.waiting, q.running, q.weight) for q in load.queues] == [
+            (STANDARD, "t", 0, 1, 4),
+            (BATCH, "u", 1, 0, 1),
+        ]
+        assert load.queues[1].waiting_tokens == 510
+        assert load.queues[0].tokens_per_s > 0
+        (model,) = load.models
+        assert (model.name, model.replicas, model.waiting, model.running) == ("m", 1, 1, 1)
+        assert 0 < model.gap.p50_ms <= model.gap.p99_ms
+        assert [(w.node_id, w.running) for w in load.workers] == [("w1", 1)]
+        assert {node.id for node in load.nodes} == {"s1", "g1", "w1"}
+        assert load.term == gateway.term
+        assert len(worker.dispatches) == 1

@@ -199,6 +199,10 @@ class Arena:
             gateway = self._gateway(command.stream_id)
             if gateway is not None:
                 gateway.inbox.append(command.output if isinstance(command, commands.SendOutput) else command.failure)
+        elif isinstance(command, commands.SendClass):
+            gateway = self._gateway(command.stream_id)
+            if gateway is not None:
+                gateway.inbox.append(command.change)
         elif isinstance(command, commands.SendCatalogue):
             gateway = self._gateway(command.stream_id)
             if gateway is not None:

@@ -6,7 +6,10 @@ import pytest
 
 from llmos.internal.v1 import request_pb2
 from scheduler import commands, events
+from scheduler.fairness import rank_of
 from tests.unit.scheduler.arena import Arena, make_request, token
+
+BATCH = request_pb2.PRIORITY_CLASS_BATCH
 
 
 @pytest.fixture
@@ -115,6 +118,37 @@ def test_new_leader_gives_each_gateway_its_first_catalogue_when_it_knows_the_wor
     arena.add_worker("w1")
     assert gateway.catalogue is not None
     assert [model.name for model in gateway.catalogue.models] == ["m"]
+
+
+def move(arena: Arena, priority: request_pb2.PriorityClass.ValueType) -> None:
+    arena.post(events.Reprioritized("r1", priority))
+
+
+def test_a_new_leader_runs_a_request_in_the_class_that_it_was_moved_to(arena: Arena) -> None:
+    client = arena.submit(make_request("r1", max_tokens=20))
+    produce(arena, "w1", 3)
+    move(arena, BATCH)
+    arena.deliver_output()
+    arena.new_leader(term=9)
+    arena.connect()
+    arena.attach("w1")
+    assert arena.core.state.requests["r1"].rank == rank_of(BATCH)
+    assert last_dispatch(arena).dispatch.request.priority == BATCH
+    arena.run()
+    assert client.finished == [True]
+
+
+def test_a_gateway_that_was_away_is_told_of_the_class_when_it_returns(arena: Arena) -> None:
+    client = arena.submit(make_request("r1", max_tokens=20))
+    produce(arena, "w1", 3)
+    move(arena, BATCH)  # on its way when the stream breaks
+    arena.connect()
+    arena.deliver_output()
+    assert client.request.priority == BATCH
+    assert arena.core.state.requests["r1"].rank == rank_of(BATCH)
+    arena.connect()
+    arena.deliver_output()
+    assert len(arena.issued(commands.SendClass)) == 2, "nothing to say to a gateway that knows"
 
 
 def test_raised_term_keeps_what_runs(arena: Arena) -> None:

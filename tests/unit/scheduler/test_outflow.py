@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import request_pb2, requests_pb2
 from llmos.v1 import inference_pb2
 from scheduler.outflow import Outflow
 
@@ -25,6 +25,29 @@ def test_one_frame_holds_everything_collected() -> None:
     assert frame.sequence == 1
     assert [output.request_id for output in frame.outputs] == ["a", "b"]
     assert [failure.request_id for failure in frame.failures] == ["c"]
+    assert flow.take() is None
+
+
+def change(request_id: str, priority: request_pb2.PriorityClass.ValueType) -> requests_pb2.ClassChange:
+    return requests_pb2.ClassChange(request_id=request_id, priority=priority)
+
+
+def test_only_the_last_class_of_a_request_goes_out_and_only_once() -> None:
+    flow = Outflow(window=1)
+    flow.add(piece("a", 0, [1]))
+    flow.take()
+    flow.add_class_change(change("a", request_pb2.PRIORITY_CLASS_BATCH))
+    flow.add_class_change(change("b", request_pb2.PRIORITY_CLASS_BATCH))
+    flow.add_class_change(change("a", request_pb2.PRIORITY_CLASS_INTERACTIVE))
+    assert flow.take() is None
+    flow.acknowledge(1)
+    frame = flow.take()
+    assert frame is not None
+    assert list(frame.class_changes) == [
+        change("a", request_pb2.PRIORITY_CLASS_INTERACTIVE),
+        change("b", request_pb2.PRIORITY_CLASS_BATCH),
+    ]
+    flow.acknowledge(2)
     assert flow.take() is None
 
 

@@ -139,3 +139,23 @@ def test_draining_is_announced_once_and_refuses_new_attempts() -> None:
     rig.output(0, end=True)
     rig.send(acknowledged=rig.core.next_frame().sequence)
     assert rig.core.idle
+
+
+def test_a_worker_that_leaves_is_not_taken_back() -> None:
+    rig = Rig()
+    undo = work_pb2.Command(drain=work_pb2.Drain(undo=True))
+    rig.send(work_pb2.Command(drain=work_pb2.Drain()))
+    rig.core.drain()
+    rig.send(undo, dispatch("a"))
+    assert rig.core.draining
+    assert rig.core.next_frame().draining
+    assert "dispatch" not in rig.engine.orders
+
+
+def test_a_worker_that_was_emptied_by_order_is_taken_back() -> None:
+    rig = Rig()
+    rig.send(work_pb2.Command(drain=work_pb2.Drain()))
+    assert rig.core.next_frame().draining
+    rig.send(work_pb2.Command(drain=work_pb2.Drain(undo=True)), dispatch("a"))
+    assert not rig.core.next_frame().draining
+    assert rig.engine.orders[-1] == "dispatch"
