@@ -203,7 +203,7 @@ async def test_blob_is_relayed_and_verified(scheduler: SchedulerProcess, etcd: E
 
 
 async def test_a_request_changes_its_class_for_who_may(scheduler: SchedulerProcess, etcd: EtcdClient) -> None:
-    async with worker_in(etcd, "w1", step_s=0.01) as worker, FakeGateway("g1", [address(scheduler)]) as gateway:
+    async with worker_in(etcd, "w1", step_s=0.05) as worker, FakeGateway("g1", [address(scheduler)]) as gateway:
         await gateway.ready()
         client = await gateway.submit(make_request("r1", max_tokens=1000))
         await gateway.until(lambda: len(client.tokens[0]) > 2)
@@ -231,7 +231,7 @@ async def test_a_request_changes_its_class_for_who_may(scheduler: SchedulerProce
 
 async def test_only_operators_drain_workers(scheduler: SchedulerProcess, etcd: EtcdClient) -> None:
     async with (
-        worker_in(etcd, "w1", step_s=0.01) as first,
+        worker_in(etcd, "w1", step_s=0.05) as first,
         FakeGateway("g1", [address(scheduler)]) as gateway,
     ):
         await gateway.ready()
@@ -261,7 +261,7 @@ async def test_only_operators_drain_workers(scheduler: SchedulerProcess, etcd: E
 
 async def test_load_shows_who_waits_and_who_runs(scheduler: SchedulerProcess, etcd: EtcdClient) -> None:
     async with (
-        worker_in(etcd, "w1", step_s=0.01, blocks=16) as worker,
+        worker_in(etcd, "w1", step_s=0.05, blocks=16) as worker,
         FakeGateway("g1", [address(scheduler)]) as gateway,
     ):
         await gateway.ready()

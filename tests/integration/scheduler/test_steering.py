@@ -29,12 +29,14 @@ DENIED, MISSING, INVALID = (
     (grpc.StatusCode.NOT_FOUND, "not_found"),
     (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request"),
 )
+_LONG_S = 100.0
+"""A deadline that no test here is to meet."""
 
 
 @pytest.fixture
 async def worker(etcd: EtcdClient) -> AsyncIterator[FakeWorker]:
     """A worker whose model a gateway can tokenize for."""
-    worker = FakeWorker("w1", step_s=0.01)
+    worker = FakeWorker("w1", step_s=0.05)
     record = worker.record
 
     def complete() -> registry_pb2.WorkerRecord:
@@ -51,9 +53,9 @@ async def worker(etcd: EtcdClient) -> AsyncIterator[FakeWorker]:
 
 @contextlib.asynccontextmanager
 async def asking(gateway: Gateway, name: str, metadata: Any = ALICE) -> AsyncIterator[Any]:
-    """A long stream that has begun."""
+    """A stream that has begun and goes on for 50 s."""
     request = pb.StreamCompleteRequest(model="m", text="hi", params=pb.GenerationParams(max_tokens=1000))
-    call = gateway.inference.StreamComplete(request, metadata=(*metadata, ("x-request-id", name)), timeout=WAIT_S)
+    call = gateway.inference.StreamComplete(request, metadata=(*metadata, ("x-request-id", name)), timeout=_LONG_S)
     for _ in range(2):
         await call.read()
     try:
