@@ -14,8 +14,8 @@ from bench.simulated.fleet import Fleet
 from bench.simulated.traffic import Fate, Workload
 from bench.simulated.workloads import Chat, bursty, documents, percentile, shared_prompts
 
-KV_BLOCKS = 384
-"""Of every worker: 24,576 tokens."""
+KV_BLOCKS = 1024
+"""Of every worker: 65,536 tokens, about 1.5 GiB of the default model."""
 WARM = 0.25
 """Share of a run that is not counted: caches and estimates begin empty."""
 WORST_S = 120.0
