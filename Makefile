@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover scheduler stack fairness overload
+BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover scheduler stack fairness overload ledger
 ORDER := tests/unit tests/architecture tests/sim tests/integration tests/e2e tests/faults
 SEEDS ?= 2000
 

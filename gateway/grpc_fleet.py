@@ -6,17 +6,17 @@ from typing import Any
 
 from gateway import request_id as request_ids
 from gateway.grpc_edge import Caller
+from gateway.grpc_ledger import LedgerServicer
 from gateway.leader import LeaderClient
 from gateway.types import Authenticator, Identity
 from llmos.errors import InvalidRequest, NotFound, PermissionDenied
 from llmos.v1 import fleet_pb2 as pb
-from llmos.v1 import fleet_pb2_grpc
 
 _ALL_REQUESTS = 100_000
 _CLASSES = frozenset(pb.PriorityClass.values()) - {pb.PRIORITY_CLASS_UNSPECIFIED}
 
 
-class FleetServicer(fleet_pb2_grpc.FleetServicer):
+class FleetServicer(LedgerServicer):
     """Stateless. Reading needs any key, steering what is not the tenant's own an operator's."""
 
     def __init__(self, leader: LeaderClient, authenticator: Authenticator) -> None:

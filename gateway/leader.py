@@ -120,5 +120,10 @@ class LeaderClient:
             )
         return list(answer.spans)
 
+    async def call(self, method: str, request: Any) -> Any:
+        """Any other method of the leader's Fleet service."""
+        with _typed_errors():
+            return await getattr(self._fleet(), method)(request, timeout=_CALL_TIMEOUT_S)
+
     def _fleet(self) -> Any:
         return fleet_pb2_grpc.FleetStub(self._channel())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from llmos.internal.v1 import requests_pb2
 from scheduler.workers import HOPELESS, LOADED, WorkerView
@@ -23,12 +23,20 @@ class Catalogue:
         """What `name` points at."""
         return self._models.get(name)
 
-    def refresh(self, workers: Iterable[WorkerView], now: float, grace_s: float) -> bool:
+    def refresh(
+        self,
+        workers: Iterable[WorkerView],
+        now: float,
+        grace_s: float,
+        promised: Callable[[str, str], object] = lambda model, pool: None,
+    ) -> bool:
         """Take the workers' models into account; whether anything changed for gateways.
+
+        `promised` says whether a pool will load a model on request: then it is offered while it is loaded nowhere.
 
         A name keeps its version as long as any worker has that loaded; then the newest loaded one takes its place.
         """
-        loaded, possible = _offered(workers)
+        loaded, possible = _offered(workers, promised)
         changed = False
         for name, versions in loaded.items():
             known = self._models.get(name)
@@ -53,7 +61,7 @@ class Catalogue:
 
 
 def _offered(
-    workers: Iterable[WorkerView],
+    workers: Iterable[WorkerView], promised: Callable[[str, str], object]
 ) -> tuple[dict[str, dict[str, requests_pb2.CatalogueModel]], set[str]]:
     """Loaded versions by name, and names that a connected worker serves or may come to serve."""
     loaded: dict[str, dict[str, requests_pb2.CatalogueModel]] = {}
@@ -63,9 +71,11 @@ def _offered(
             continue
         for slot in worker.slots.values():
             name, version = slot.key
-            if slot.state not in HOPELESS:
-                possible.add(name)
+            if slot.state in HOPELESS:
+                continue
+            possible.add(name)
             base = worker.slots.get(slot.base)
-            if slot.state == LOADED or (slot.state not in HOPELESS and base is not None and base.state == LOADED):
+            ready = slot.state == LOADED or (base is not None and base.state == LOADED)
+            if ready or promised(slot.base or name, worker.record.pool):
                 loaded.setdefault(name, {})[version] = slot.record.model
     return loaded, possible

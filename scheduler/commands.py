@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
+from llmos.internal.v1 import registry_pb2, request_pb2, requests_pb2, work_pb2
 
 
 @dataclass(slots=True)
@@ -148,6 +148,13 @@ class RequestOver:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class WriteAssignment:
+    """Intent: what a worker ought to hold, for etcd. An empty record: the worker is gone, take its record out."""
+
+    record: registry_pb2.AssignmentRecord
+
+
 Command = (
     SendOutput
     | SendFailure
@@ -162,4 +169,5 @@ Command = (
     | FirstToken
     | AttemptOver
     | RequestOver
+    | WriteAssignment
 )

@@ -43,6 +43,14 @@ class SchedulerConfig:
     """Seconds that a request waits while no connected worker could ever serve its model."""
     gateway_grace_s: float = 1.5
     """Seconds that requests outlive their gateway's stream, for it to come back and take them up."""
+    replica_up_s: float = 1.0
+    """Seconds of need before a model with an allocation gets another replica."""
+    replica_down_s: float = 30.0
+    """Seconds without need before a replica goes; at least twice the time that loading it takes."""
+    replica_idle_s: float = 300.0
+    """Seconds without a request before a model's last replica goes, if its allocation lets it."""
+    unload_drain_s: float = 10.0
+    """Seconds that requests have to finish on a replica that goes; then they move to another."""
     gateway_buffer_bytes: int = 16 * 1024 * 1024
     """Most output that waits for a gateway which does not take it; past it its stream is closed."""
     worker_silence_s: float = 1.75
@@ -72,7 +80,8 @@ class SchedulerConfig:
         for name in ("queue_limit", "queue_token_limit", "lease_ttl_s", "gateway_buffer_bytes", "worker_silence_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive", param=name)
-        for name in ("no_worker_grace_s", "gateway_grace_s"):
+        waits = ("replica_up_s", "replica_down_s", "replica_idle_s", "unload_drain_s")
+        for name in ("no_worker_grace_s", "gateway_grace_s", *waits):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative", param=name)
         for name in ("class_shares", "ttft_bounds_s"):
@@ -105,6 +114,11 @@ class SchedulerConfig:
             ttft_bounds_s=(bounds[0], bounds[1], bounds[2]),
             no_worker_grace_s=self.no_worker_grace_s,
             gateway_grace_s=self.gateway_grace_s,
+            await_promises=True,
+            replica_up_s=self.replica_up_s,
+            replica_down_s=self.replica_down_s,
+            replica_idle_s=self.replica_idle_s,
+            unload_drain_s=self.unload_drain_s,
         )
 
     def links(self) -> LinkConfig:

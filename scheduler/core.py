@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scheduler import admission, dispatch, draining, events, frames, learning, lifecycle, members, overload, priorities
+from scheduler.allocation import control
 from scheduler.commands import Command
 from scheduler.policy import Policy
 from scheduler.state import Outbox, State
@@ -25,6 +26,7 @@ class Core:
         self.state = State(scheduler_id, term, policy, elected_at=now)
         self.state.timers.at(now + policy.settle_s, events.Settled())
         self.state.timers.at(now + dispatch.SWEEP_S, events.Sweep())
+        self.state.timers.at(now + policy.ledger_s, events.Rebalance())
 
     def handle(self, event: events.Event, now: float) -> list[Command]:
         """Take in one event. `now` is monotonic seconds and never decreases from call to call."""
@@ -34,6 +36,8 @@ class Core:
         for due in state.timers.due(now):
             _HANDLERS[type(due)](state, due, now, out)
         _HANDLERS[type(event)](state, event, now, out)
+        if state.book.due:
+            control.keep(state, now, out)
         dispatch.place_waiting(state, now, out)
         return out
 
@@ -89,4 +93,7 @@ _HANDLERS: dict[type, Handler] = {
     events.WorkerSettled: members.worker_settled,
     events.Settled: members.settle,
     events.Sweep: dispatch.sweep,
+    events.PromisesListed: control.listed,
+    events.PromiseChanged: control.changed,
+    events.Rebalance: control.rebalance,
 }

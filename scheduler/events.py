@@ -182,6 +182,29 @@ class Sweep:
     """Timer, periodic: look for requests and models that no worker is left for."""
 
 
+@dataclass(frozen=True, slots=True)
+class PromisesListed:
+    """Allocations and assignments as they stand; others are gone."""
+
+    allocations: tuple[fleet_pb2.Allocation, ...]
+    assignments: tuple[registry_pb2.AssignmentRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromiseChanged:
+    """An allocation was made, changed, or taken back (None)."""
+
+    name: str
+    allocation: fleet_pb2.Allocation | None
+    revision: int = 0
+    """Of etcd, at which that was so; older news than what is known is ignored. 0: whatever is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalance:
+    """Timer, periodic: see that promises are kept."""
+
+
 Event = (
     Tick
     | TermRaised
@@ -207,4 +230,7 @@ Event = (
     | WorkerSettled
     | Settled
     | Sweep
+    | PromisesListed
+    | PromiseChanged
+    | Rebalance
 )

@@ -10,8 +10,9 @@ from typing import Any
 from llmos.clock import Clock
 from llmos.errors import InvalidRequest, NotFound, PermissionDenied
 from llmos.internal.v1 import registry_pb2, request_pb2
-from llmos.v1 import fleet_pb2, fleet_pb2_grpc
+from llmos.v1 import fleet_pb2
 from scheduler import events, load_view, views
+from scheduler.allocation.service import LedgerService
 from scheduler.callers import FleetCaller
 from scheduler.directory import SchedulerDirectory
 from scheduler.seat import ReignSeat
@@ -21,7 +22,7 @@ _DEFAULT_ROWS = 1000
 _CLASSES = frozenset(fleet_pb2.PriorityClass.values()) - {fleet_pb2.PRIORITY_CLASS_UNSPECIFIED}
 
 
-class FleetService(fleet_pb2_grpc.FleetServicer):
+class FleetService(LedgerService):
     """Implements `llmos.v1.Fleet`. Every method raises NotLeader where this scheduler does not lead."""
 
     def __init__(

@@ -6,7 +6,7 @@ The plan is a pure function of the record, so that a new leader comes to the sam
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmos.internal.v1 import registry_pb2
@@ -35,6 +35,8 @@ class Allocation:
     version: str
     device_id: str
     budget_bytes: int
+    beside_bytes: int = 0
+    """Of the device, kept free for the model's adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +48,47 @@ class Unfit:
     reason: str
 
 
-def demand(record: registry_pb2.ModelRecord, min_kv_tokens: int) -> Demand:
-    """What the record says, with KV cache for `min_kv_tokens` or one whole context, whichever is less."""
+def demand(record: registry_pb2.ModelRecord, min_kv_tokens: int, fixed: int | None = None) -> Demand:
+    """What the record says, with KV cache for `min_kv_tokens` or one whole context, whichever is less.
+
+    `fixed`: weights and workspace as measured, in place of what is declared.
+    """
+    workspace = record.workspace_bytes if fixed is None else min(record.workspace_bytes, fixed)
+    weights = record.weight_bytes if fixed is None else fixed - workspace
     tokens = min(min_kv_tokens, record.model.context_length or min_kv_tokens)
-    return Demand(record.weight_bytes, record.workspace_bytes, tokens * record.kv_bytes_per_token)
+    return Demand(weights, workspace, tokens * record.kv_bytes_per_token)
 
 
-def plan(record: registry_pb2.WorkerRecord, min_kv_tokens: int, adapter_slots: int = 0) -> list[Allocation | Unfit]:
+def plan(
+    record: registry_pb2.WorkerRecord,
+    min_kv_tokens: int,
+    adapter_slots: int = 0,
+    *,
+    fixed: Callable[[registry_pb2.ModelRecord], int] | None = None,
+    withheld: Mapping[str, int] | None = None,
+) -> list[Allocation | Unfit]:
     """Place a worker's models in the order it names them, and adapters with their base.
 
     Beside a model, the bytes of its `adapter_slots` largest adapters are kept free. What is left on a device afterwards
     is divided evenly among its models that have a KV cache. No device is ever promised more than its memory.
+    `fixed` gives weights and workspace as measured; `withheld` are bytes of devices that are not for models.
     """
-    left = {device.id: device.memory_bytes for device in record.capacity.devices}
+    kept = withheld or {}
+    left = {device.id: max(0, device.memory_bytes - kept.get(device.id, 0)) for device in record.capacity.devices}
     placed: list[tuple[registry_pb2.ModelRecord, str, int]] = []
     unfit: list[Allocation | Unfit] = []
     roomy: dict[str, str] = {}
+    kept_free: dict[str, int] = {}
     for model in record.models:
         if model.model.base_model:
             continue
-        need, beside = demand(model, min_kv_tokens).total, _adapters_bytes(record, model.model.name, adapter_slots)
+        measured = None if fixed is None else fixed(model)
+        need = demand(model, min_kv_tokens, measured).total
+        beside = adapters_bytes(record, model.model.name, adapter_slots)
         device = _device_for(need + beside, left, record.capacity.devices)
         if device is not None:
             roomy[model.model.name] = device
+            kept_free[model.model.name] = beside
             left[device] -= beside
         else:
             device = _device_for(need, left, record.capacity.devices)
@@ -78,7 +98,13 @@ def plan(record: registry_pb2.WorkerRecord, min_kv_tokens: int, adapter_slots: i
         left[device] -= need
         placed.append((model, device, need))
     models: list[Allocation | Unfit] = [
-        Allocation(m.model.name, m.model.version, device, need + _share(m, device, placed, left[device]))
+        Allocation(
+            m.model.name,
+            m.model.version,
+            device,
+            need + _share(m, device, placed, left[device]),
+            kept_free.get(m.model.name, 0),
+        )
         for m, device, need in placed
     ]
     return unfit + models + [_beside(model, roomy) for model in record.models if model.model.base_model]
@@ -96,7 +122,8 @@ def _share(
     return left // len(growing) if model in growing else 0
 
 
-def _adapters_bytes(record: registry_pb2.WorkerRecord, base: str, slots: int) -> int:
+def adapters_bytes(record: registry_pb2.WorkerRecord, base: str, slots: int) -> int:
+    """Bytes of the largest adapters of a model that may be loaded together."""
     sizes = (model.weight_bytes for model in record.models if model.model.base_model == base)
     return sum(heapq.nlargest(slots, sizes))
 

@@ -27,6 +27,7 @@ def enqueue(state: State, live: LiveRequest, out: Outbox) -> None:
 def wait(state: State, live: LiveRequest) -> None:
     """Enter the queue, and see to it that a request that may be placed now is looked at."""
     state.waiting.push(live, state.now)
+    state.book.arrived(live.key[0])
     if state.waiting.short(live.key):
         state.looking.add(live.key)
         state.leading.discard(live.key)
@@ -192,6 +193,7 @@ def _remove(state: State, live: LiveRequest, error: str, out: Outbox) -> None:
     del state.requests[live.id]
     charges.ended(live)
     state.meters.leave(live)
+    state.book.departures[live.key[0]] += 1
     if live.attempts:
         state.last_attempts.put(live.id, live.attempts, state.now)
     siblings = state.by_stream.get(live.stream_id)

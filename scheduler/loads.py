@@ -7,26 +7,97 @@ from collections.abc import Set
 
 from llmos.internal.v1 import work_pb2
 from llmos.v1 import fleet_pb2
+from scheduler.allocation.book import EXTRA, SPARE, claim_rank
+from scheduler.allocation.holdings import jobs_on, memory_of, need_of, room
 from scheduler.commands import Order
-from scheduler.ledger import Allocation, plan
+from scheduler.ledger import Allocation, Unfit, adapters_bytes, plan
 from scheduler.requests import LiveRequest, ModelKey
 from scheduler.state import Outbox, State
 from scheduler.workers import AVAILABLE, HOPELESS, LOADED, ModelSlot, WorkerView
 
 
 def order_loads(state: State, worker: WorkerView, out: Outbox) -> None:
-    """Load models that are available and fit. The plan depends on the record alone: every leader makes the same one."""
-    if all(slot.state != AVAILABLE for slot in worker.slots.values() if not slot.base):
+    """Load models that are available and fit; but for those whose replicas a promise counts (`allocation/control.py`).
+
+    The plan depends on the record, and what was measured and promised: every leader comes to the same one.
+    """
+    _keep_free(state, worker)
+    if not state.book.listed or all(slot.state != AVAILABLE for slot in worker.slots.values() if not slot.base):
         return
-    for decision in plan(worker.record, state.policy.min_kv_tokens, state.policy.adapter_slots):
+    for decision in _plan(state, worker):
         slot = worker.slots[decision.model]
         if slot.state != AVAILABLE or slot.ordered:
             continue
-        if not isinstance(decision, Allocation):
-            slot.state = fleet_pb2.MODEL_STATE_UNFIT
+        governed = not slot.base and state.book.of(decision.model, worker.record.pool) is not None
+        if isinstance(decision, Unfit) and not governed:
+            slot.state, slot.unfit = fleet_pb2.MODEL_STATE_UNFIT, True
             slot.detail = decision.reason
-        elif not slot.base:
-            _load(worker, slot, decision, out)
+        elif isinstance(decision, Allocation) and not slot.base and not governed:
+            _displace_spare(state, worker, slot, decision.device_id)
+            load_model(state, worker, slot, decision.device_id, EXTRA, "", out)
+
+
+def _displace_spare(state: State, worker: WorkerView, slot: ModelSlot, device_id: str) -> None:
+    """Jobs that were given what was idle go at once when a model needs it, if that is enough."""
+    short = need_of(state.book, slot.record, state.policy) - room(state.book, worker, device_id, EXTRA, "")
+    spare = [job for job in jobs_on(state.book, worker.id) if job.device_id == device_id and _is_spare(state, job.name)]
+    if short <= 0 or sum(job.memory_bytes for job in spare) < short:
+        return
+    for job in sorted(spare, key=lambda job: (-job.memory_bytes, job.name)):
+        if short > 0:
+            short -= job.memory_bytes
+            del state.book.jobs[job.name]
+            state.counters["evictions"] += 1
+
+
+def _is_spare(state: State, job: str) -> bool:
+    promise = state.book.promises.get(job)
+    return promise is None or claim_rank(promise) == SPARE
+
+
+def load_model(
+    state: State, worker: WorkerView, slot: ModelSlot, device_id: str, rank: int, claim: str, out: Outbox
+) -> bool:
+    """Order a load within what a claim of that rank and name may take of the device; whether there was room.
+
+    The budget is the model's part in a worker that has all its models loaded, so that each finds its place again.
+    """
+    lot = next((lot for lot in _plan(state, worker) if lot.model == slot.key[0]), None)
+    most = room(state.book, worker, device_id, rank, claim)
+    need = need_of(state.book, slot.record, state.policy)
+    if most < need:
+        slot.detail = f"needs {need / 2**30:.1f} GiB, {max(0, most) / 2**30:.1f} GiB of {device_id} are free"
+        return False
+    planned = isinstance(lot, Allocation) and lot.device_id == device_id
+    wanted = lot.budget_bytes if planned and isinstance(lot, Allocation) else most
+    slot.device, slot.budget = device_id, max(need, min(wanted, most))
+    if planned and isinstance(lot, Allocation):
+        slot.beside = min(lot.beside_bytes, most - slot.budget)
+    state.book.touched.add(worker.id)
+    _load(worker, slot, Allocation(*slot.key, device_id, slot.budget), out)
+    return True
+
+
+def _plan(state: State, worker: WorkerView) -> list[Allocation | Unfit]:
+    """Each model's place if all were loaded beside the jobs that are set aside."""
+    withheld: dict[str, int] = {}
+    for job in jobs_on(state.book, worker.id):
+        if not _is_spare(state, job.name):
+            withheld[job.device_id] = withheld.get(job.device_id, 0) + job.memory_bytes
+    policy = state.policy
+    fixed = state.book.fixed_of
+    return plan(worker.record, policy.min_kv_tokens, policy.adapter_slots, fixed=fixed, withheld=withheld)
+
+
+def _keep_free(state: State, worker: WorkerView) -> None:
+    """A new leader finds models loaded: what was kept free for their adapters still is."""
+    if not any(slot.base for slot in worker.slots.values()):
+        return
+    for slot in worker.slots.values():
+        if slot.holds and not slot.beside:
+            wanted = adapters_bytes(worker.record, slot.key[0], state.policy.adapter_slots)
+            left = room(state.book, worker, slot.device, EXTRA, "")
+            slot.beside = max(0, min(wanted, left)) if memory_of(worker, slot.device) else 0
 
 
 def want_adapter(
@@ -81,7 +152,7 @@ def _make_room(state: State, worker: WorkerView, base: str, kept: Set[ModelKey],
 
 
 def _load_adapter(state: State, worker: WorkerView, slot: ModelSlot, out: Outbox) -> None:
-    for decision in plan(worker.record, state.policy.min_kv_tokens, state.policy.adapter_slots):
+    for decision in _plan(state, worker):
         if decision.model != slot.key[0]:
             continue
         if isinstance(decision, Allocation):

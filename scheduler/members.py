@@ -72,7 +72,7 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     worker.fingerprint = event.report.numerics_fingerprint
     state.standing_changed(worker)
     for slot in worker.slots.values():
-        slot.ordered = False
+        slot.ordered = slot.unload_sent = False
     models_changed(state, worker, event.report.models, now, out)
     order_loads(state, worker, out)
     refresh_catalogue(state, now, out)
@@ -110,6 +110,7 @@ def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
     del state.workers[worker.id]
     state.prefixes.forget(worker.id)
     state.standing_changed(worker)
+    state.book.touched.add(worker.id)
     out.append(HangUp(worker.id))
 
 
@@ -149,7 +150,12 @@ def models_changed(
             continue
         if (slot.state, slot.total_blocks) != (model.state, model.total_blocks):
             changed = True
+        before = slot.budget
         slot.report(model)
+        state.book.learn(slot.record, model)
+        if slot.budget != before:
+            state.book.touched.add(worker.id)
+            state.book.due = True
         state.room_changed(worker, slot)
     if changed:
         state.standing_changed(worker)
@@ -159,7 +165,8 @@ def models_changed(
 
 def refresh_catalogue(state: State, now: float, out: Outbox) -> None:
     """Tell gateways if the models that can be asked for have changed, and look at requests that wait for one."""
-    changed = state.catalogue.refresh(state.workers.values(), now, state.policy.no_worker_grace_s)
+    promised = state.book.of
+    changed = state.catalogue.refresh(state.workers.values(), now, state.policy.no_worker_grace_s, promised)
     if changed and state.settled:
         _publish(state, out)
     if changed and state.parked:

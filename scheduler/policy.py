@@ -94,5 +94,21 @@ class Policy:
     """Most adapters that are loaded beside one model on a worker; the one used longest ago gives way to another."""
     adapter_wanted_s: float = 0.1
     """Pause before another worker is looked for that could load an adapter."""
+    await_promises: bool = False
+    """Load nothing before the allocations that stand at the election are known."""
+    replica_up_s: float = 1.0
+    """Seconds of need before a model gets another replica."""
+    replica_down_s: float = 30.0
+    """Seconds without need before a replica goes; at least twice the time that loading it takes."""
+    replica_idle_s: float = 300.0
+    """Seconds without a request before a model's last replica goes, if its allocation lets it."""
+    replica_requests: int = 16
+    """Requests that a replica is meant to run at a time, unless its allocation says otherwise."""
+    unload_drain_s: float = 10.0
+    """Seconds that requests have to finish on a replica that goes; then they move to another."""
+    load_bytes_per_s: float = 2e8
+    """How fast weights are thought to be loaded, until it was measured."""
+    ledger_s: float = 0.5
+    """Between two looks at replicas and jobs."""
     max_choices: int = 16
     """Most choices of one request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
@@ -15,6 +16,10 @@ WORKERS = "/llmos/v1/workers/"
 SCHEDULERS = "/llmos/v1/schedulers/"
 LEADER = "/llmos/v1/leader"
 SERVICE = "/llmos/v1/service"
+ALLOCATIONS = "/llmos/v1/allocations/"
+ASSIGNMENTS = "/llmos/v1/assignments/"
+
+_M = TypeVar("_M", bound=Message)
 
 
 def worker_record(key: str, value: bytes) -> registry_pb2.WorkerRecord | None:
@@ -51,6 +56,16 @@ def service_record(value: bytes) -> registry_pb2.ServiceRecord:
         log.warning("the record of service cannot be read; it is ignored")
         return registry_pb2.ServiceRecord()
     return record
+
+
+def read(key: str, value: bytes, into: _M) -> _M | None:
+    """A record of any kind; None, and a line in the log, if it cannot be read."""
+    try:
+        json_format.Parse(value, into, ignore_unknown_fields=True)
+    except (json_format.ParseError, UnicodeDecodeError):
+        log.warning("the record at %s cannot be read; it is ignored", key)
+        return None
+    return into
 
 
 def to_bytes(record: Message) -> bytes:

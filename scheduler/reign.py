@@ -17,6 +17,7 @@ from llmos.internal.v1 import requests_pb2
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2
 from scheduler import events
+from scheduler.allocation.intent import Intent
 from scheduler.commands import (
     CloseStream,
     Command,
@@ -28,6 +29,7 @@ from scheduler.commands import (
     SendFailure,
     SendOutput,
     StartAttempt,
+    WriteAssignment,
 )
 from scheduler.core import Core
 from scheduler.gateways import GatewayDesk
@@ -73,6 +75,7 @@ class Reign:
         """Who leads next, once that is known; gateways are told at the end."""
         self._context = context
         self._spans = StageSpans(context.telemetry)
+        self.intent = Intent(context.etcd, self.loop.post_now, lambda: self.term)
         self._membership = Membership(context.etcd, self.loop.post_now, context.rng)
         self.service = ServiceLog(context.etcd, lambda: self.term, self.core.state.waiting.service, self.loop.post_now)
 
@@ -101,6 +104,8 @@ class Reign:
         yield "members", self._watch_members()
         yield "acknowledge", self._acknowledge()
         yield "service", self.service.run()
+        yield "promises", self._watch_promises()
+        yield "assignments", self.intent.write()
 
     async def _end(self) -> None:
         await self.gateways.leave(requests_pb2.NotLeader(leader_address=self.leader_address))
@@ -114,6 +119,15 @@ class Reign:
                 await self._membership.run()
             except EtcdError as error:
                 log.error("members cannot be watched: %s", error.message)
+            await asyncio.sleep(backoff.next_s())
+
+    async def _watch_promises(self) -> None:
+        backoff = self._context.etcd.backoff()
+        while True:
+            try:
+                await self.intent.watch()
+            except EtcdError as error:
+                log.error("allocations cannot be watched: %s", error.message)
             await asyncio.sleep(backoff.next_s())
 
     async def _acknowledge(self) -> None:
@@ -167,6 +181,8 @@ class Reign:
                 self.workers.dial(command.worker_id, command.address)
             case HangUp():
                 self.workers.hang_up(command.worker_id)
+            case WriteAssignment():
+                self.intent.assign(command.record)
 
     def flush(self) -> None:
         """See `Carrier`."""

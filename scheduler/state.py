@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmos.v1 import fleet_pb2
+from scheduler.allocation.book import Book
+from scheduler.allocation.shares import Reserved
 from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
 from scheduler.forecast import DrainRate
@@ -81,6 +83,8 @@ class State:
     rota: Iterator[WorkerView] = field(default_factory=lambda: iter(()))
     """Workers whose predictions are to be looked at again, a few each tick."""
     catalogue: Catalogue = field(default_factory=Catalogue)
+    book: Book = field(default_factory=Book)
+    """Promises of resources, and what they come to."""
     timers: Timers = field(default_factory=Timers)
     quotas: Quotas = field(default_factory=Quotas)
     drain: DrainRate = field(default_factory=DrainRate)
@@ -96,11 +100,14 @@ class State:
 
     def __post_init__(self) -> None:
         policy = self.policy
+        self.book.listed = not policy.await_promises
         self.waiting = WaitingRoom(policy)
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
         indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims)
-        self.placement = default_placement(indices, policy.candidates, policy.weights)
+        placement = default_placement(indices, policy.candidates, policy.weights)
+        reserved = Reserved(self.book, self.requests)
+        self.placement = replace(placement, filters=(*placement.filters, reserved))
 
     def stream_of(self, live: LiveRequest) -> int | None:
         """Where its output goes now; None while its gateway is away or has not taken it up again."""

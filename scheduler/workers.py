@@ -13,6 +13,7 @@ from scheduler.timing import Times
 LOADED = fleet_pb2.MODEL_STATE_LOADED
 AVAILABLE = fleet_pb2.MODEL_STATE_AVAILABLE
 HOPELESS = frozenset({fleet_pb2.MODEL_STATE_FAILED, fleet_pb2.MODEL_STATE_UNFIT})
+_IN_MEMORY = frozenset({LOADED, fleet_pb2.MODEL_STATE_LOADING, fleet_pb2.MODEL_STATE_UNLOADING})
 
 
 @dataclass(slots=True)
@@ -44,6 +45,20 @@ class ModelSlot:
     """Predicted seconds between tokens, with one sequence more than now."""
     times: Times = field(default_factory=Times)
     """What is learned of the worker's speed with this model."""
+    device: str = ""
+    """Models: the device that it is, or is to be, loaded on."""
+    budget: int = 0
+    """Models: bytes of that device that are given to it, from the order to load it until they are free again."""
+    beside: int = 0
+    """Models: bytes of that device that are kept free for its adapters."""
+    leaving: bool = False
+    """Models: it takes nothing new and is unloaded once it is empty."""
+    leave_by: float = 0.0
+    """When what still runs on it moves on."""
+    unload_sent: bool = False
+    """The order to unload is on its way."""
+    unfit: bool = False
+    """The state is unfit by the scheduler's word, not the worker's: it may come to fit."""
     key: ModelKey = field(init=False)
     """Name and version."""
 
@@ -62,16 +77,42 @@ class ModelSlot:
 
     def fits(self, blocks: int, credit: int) -> bool:
         """Whether `blocks` can be set aside; `credit` of them are freed by the attempt that they replace."""
+        if self.leaving:
+            return False
         return self.total_blocks - self.held >= blocks and self.free_blocks - self.promised + credit >= blocks
 
     def report(self, said: fleet_pb2.NodeModel) -> None:
         """Take over the worker's word."""
         if said.state != AVAILABLE:
             self.ordered = False
+            self.unfit = False
+        elif self.unfit:
+            return
         self.state = said.state
         self.detail = said.detail
+        self._account(said)
         self.total_blocks = said.total_blocks
         self.free_blocks = said.free_blocks
+
+    @property
+    def holds(self) -> bool:
+        """A model that has a part of a device."""
+        return self.budget > 0
+
+    def _account(self, said: fleet_pb2.NodeModel) -> None:
+        """Memory is given out until the worker says that it is free."""
+        if said.state in _IN_MEMORY:
+            self.device = said.device_id or self.device
+            self.budget = said.budget_bytes or self.budget or max(1, said.measured_bytes, self.record.weight_bytes)
+        elif not self.ordered:
+            self.budget = self.beside = 0
+            self.leaving = self.unload_sent = False
+        if self.base:
+            self.budget = 0
+        if self.leaving and said.state == LOADED:
+            self.state = fleet_pb2.MODEL_STATE_UNLOADING
+        elif said.state == fleet_pb2.MODEL_STATE_UNLOADING and not self.base:
+            self.leaving = True
 
 
 @dataclass(slots=True)

@@ -179,6 +179,7 @@ def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
         backend=config.backend,
         threads=config.threads or cgroups.whole_cores(cgroups.read()),
         tokens_per_second=config.echo_tokens_per_second,
+        load_s=config.echo_load_s,
         models=tuple(model.engine for model in held),
         log_level=config.log_level,
         precision=config.precision,

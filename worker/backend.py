@@ -218,6 +218,16 @@ class Blocks:
     block_tokens: int = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that a loaded model takes. Nothing: not known."""
+
+    fixed: int = 0
+    """Weights, as measured, and what is set aside for the workspace of a step."""
+    per_block: int = 0
+    """Of one KV block."""
+
+
 class Backend(Protocol):
     """Owned and called by one thread of the engine process; nothing here may block longer than one step."""
 
@@ -229,7 +239,14 @@ class Backend(Protocol):
         ...
 
     def unload(self, name: str) -> None:
-        """Forget a model with its adapters, or an adapter; its attempts are cancelled. An unknown name is ignored."""
+        """Forget a model with its adapters, or an adapter; its attempts are cancelled. An unknown name is ignored.
+
+        Its memory is free when this returns.
+        """
+        ...
+
+    def footprint(self, name: str) -> Footprint:
+        """What a loaded model takes; nothing for an adapter or an unknown name."""
         ...
 
     def blocks(self) -> Mapping[str, Blocks]:

@@ -44,6 +44,8 @@ class WorkerConfig:
     """Placement pool that it belongs to; empty: the default one."""
     echo_tokens_per_second: float = 0.0
     """Speed of one echo stream; 0: as fast as possible."""
+    echo_load_s: float = 0.0
+    """Seconds that loading an echo model takes."""
     lease_ttl_s: float = 5.0
     """Seconds after which its record vanishes from etcd once it no longer renews it."""
     drain_s: float = 10.0
@@ -76,7 +78,7 @@ class WorkerConfig:
         for name in ("lease_ttl_s", "orphan_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive", param=name)
-        for name in ("drain_s", "echo_tokens_per_second", "memory_limit", "threads"):
+        for name in ("drain_s", "echo_tokens_per_second", "echo_load_s", "memory_limit", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative", param=name)
         if not 0 <= self.port <= 65_535:

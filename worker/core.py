@@ -323,7 +323,7 @@ class WorkerCore:
 
     def _unload(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
         name = command.unload.model
-        self._shelf.unload(name)
+        self._shelf.unload(name, in_engine=self._state.ready)
         self._cache.forget(name)
         error = AttemptLost(f"The model {name} was unloaded.")
         for running in [running for running in self._table.running if running.uses(name)]:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from llmos.store.precision import Precision, PrecisionPlan
 from llmos.v1 import fleet_pb2
 from worker import backends, pipe, wire
 from worker.adapter_spec import adapter_spec
-from worker.backend import Backend, Blocks, Failure, ModelSpec, StepResult
+from worker.backend import Backend, Blocks, Failure, Footprint, ModelSpec, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +69,20 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     threads: int
     tokens_per_second: float
+    load_s: float = 0.0
     models: tuple[EngineModel, ...]
     log_level: str = "info"
     precision: Precision = "auto"
     store: str = ""
     """Folder of the model store; empty: the user's."""
+
+
+class _Loaded(msgspec.Struct, frozen=True):
+    """A model that is loaded, and what that took."""
+
+    spec: ModelSpec
+    taken: Footprint
+    load_ms: int
 
 
 class Transmit:
@@ -96,7 +106,7 @@ class Engine:
         self._store = store
         self._send = send
         self._steps = 0
-        self._loaded: dict[str, ModelSpec] = {}
+        self._loaded: dict[str, _Loaded] = {}
         self._shown: dict[str, Blocks] = {}
         self._failures: list[request_pb2.Failure] = []
         self._states: list[fleet_pb2.NodeModel] = []
@@ -123,8 +133,7 @@ class Engine:
                 case "load":
                     self._load(command.load)
                 case "unload":
-                    self._backend.unload(command.unload.model)
-                    self._loaded.pop(command.unload.model, None)
+                    self._unload(command.unload.model)
 
     def step(self) -> None:
         """Advance the batch if there is one, and send what came of it."""
@@ -142,7 +151,14 @@ class Engine:
             failure = Failure(attempt.request_id, attempt.epoch, error.code, error.message, error.param or "")
             self._failures.append(wire.failure_to_wire(failure))
 
+    def _unload(self, name: str) -> None:
+        """Say so only when its memory is free: until then nothing else may be loaded in its place."""
+        self._backend.unload(name)
+        self._loaded.pop(name, None)
+        self._states.append(fleet_pb2.NodeModel(name=name, state=fleet_pb2.MODEL_STATE_AVAILABLE))
+
     def _load(self, order: work_pb2.LoadModel) -> None:
+        began = time.monotonic()
         try:
             spec = self._models.get(order.model) or adapter_spec(self._store, self._models.values(), order)
             if spec is None or order.version not in ("", spec.version):
@@ -155,7 +171,8 @@ class Engine:
             log.exception("loading %s failed", order.model)
             self._failed(order, f"Loading failed: {type(error).__name__}.")
         else:
-            self._loaded[order.model] = spec
+            load_ms = max(1, round(1000 * (time.monotonic() - began)))
+            self._loaded[order.model] = _Loaded(spec, self._backend.footprint(order.model), load_ms)
             self._shown.pop(order.model, None)
 
     def _failed(self, order: work_pb2.LoadModel, detail: str) -> None:
@@ -183,7 +200,8 @@ class Engine:
         for name, blocks in self._backend.blocks().items():
             if name in self._loaded and self._shown.get(name) != blocks:
                 self._shown[name] = blocks
-                yield wire.loaded_to_wire(self._loaded[name], blocks)
+                loaded = self._loaded[name]
+                yield wire.loaded_to_wire(loaded.spec, blocks, loaded.taken, loaded.load_ms)
 
 
 class CommandReader(threading.Thread):
@@ -238,6 +256,7 @@ def serve(sock: socket.socket) -> int:
             setup.backend,
             threads=setup.threads,
             tokens_per_second=setup.tokens_per_second,
+            load_s=setup.load_s,
             precision=setup.precision,
         )
     except SetupError as error:

@@ -118,7 +118,8 @@ def _stored_model(name: str, store: Store, precision: Precision, kernels_availab
         blobs[manifest.tokenizer_hash] = store.blob_path(manifest.tokenizer_hash)
     if manifest.chat_template_hash:
         blobs[manifest.chat_template_hash] = manifest.chat_template.encode()
-    record = _record(name, manifest, planned, _demand(manifest, planned, precision, kernels_available))
+    need = demand_of(manifest, folder, planned.plan if planned is not None else None, precision, kernels_available)
+    record = _record(name, manifest, planned, need)
     engine = EngineModel(
         name=record.model.name,
         version=record.model.version,
@@ -142,23 +143,24 @@ def _plan(store: Store, manifest: Manifest, precision: Precision) -> PlanRecord 
         return None
 
 
-def _demand(
-    manifest: Manifest, planned: PlanRecord | None, precision: Precision, kernels_available: Callable[[], bool]
-) -> tuple[int, int]:
-    """Bytes of weights, and of KV per token, in what the engine will choose."""
-    plan = planned.plan if planned is not None else None
+def demand_of(
+    manifest: Manifest,
+    folder: Path,
+    plan: PrecisionPlan | None,
+    precision: Precision,
+    kernels_available: Callable[[], bool] = preferred,
+) -> demand.Need:
+    """What a version takes in what the engine will choose. `folder` holds its files, `plan` is the version's own."""
+    tensors = demand.tensors_of(folder)
     if precision in ("fp16", "int8"):
         plan = PrecisionPlan.uniform(precision, manifest.layers)
     wanted = precision != "fp32" and plannable(manifest)
     if plan is not None and not plan.exact and wanted and kernels_available():
-        return demand.by_kernels(manifest, plan, planned)
-    return demand.in_fp32(manifest)
+        return demand.by_kernels(manifest, tensors, plan)
+    return demand.in_fp32(manifest, tensors)
 
 
-def _record(
-    name: str, manifest: Manifest, planned: PlanRecord | None, needs: tuple[int, int]
-) -> registry_pb2.ModelRecord:
-    weight_bytes, kv_bytes_per_token = needs
+def _record(name: str, manifest: Manifest, planned: PlanRecord | None, need: demand.Need) -> registry_pb2.ModelRecord:
     chat = ["chat"] if manifest.chat_template else []
     return registry_pb2.ModelRecord(
         model=requests_pb2.CatalogueModel(
@@ -175,9 +177,9 @@ def _record(
             dimensions=manifest.dimensions,
             created_unix_s=manifest.created_unix_s,
         ),
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=kv_bytes_per_token,
-        workspace_bytes=demand.WORKSPACE_BYTES,
+        weight_bytes=need.weights,
+        kv_bytes_per_token=need.kv_per_token,
+        workspace_bytes=need.workspace,
     )
 
 

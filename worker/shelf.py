@@ -11,6 +11,7 @@ from worker.models import HeldModel
 
 AVAILABLE, LOADING = fleet_pb2.MODEL_STATE_AVAILABLE, fleet_pb2.MODEL_STATE_LOADING
 LOADED, FAILED, UNFIT = fleet_pb2.MODEL_STATE_LOADED, fleet_pb2.MODEL_STATE_FAILED, fleet_pb2.MODEL_STATE_UNFIT
+UNLOADING = fleet_pb2.MODEL_STATE_UNLOADING
 _ENGINES_PER_LOAD = 3
 """Engine processes that may end while they load a model. It is then given up, or the others would never be served."""
 
@@ -85,18 +86,25 @@ class Shelf:
         self._set(order.model, LOADING)
         return complete
 
-    def unload(self, name: str) -> None:
-        """Take an order to unload a model, and its adapters with it."""
+    def unload(self, name: str, *, in_engine: bool = True) -> None:
+        """Take an order to unload a model with its adapters. Its memory is free once the engine says so."""
         adapters = [model.name for model in self._held.values() if model.engine.base == name]
         for gone in (name, *(adapter for adapter in adapters if adapter in self._orders)):
-            self._orders.pop(gone, None)
-            if gone in self._states and self._states[gone].state != UNFIT:
-                self._set(gone, AVAILABLE)
+            order = self._orders.pop(gone, None)
+            state = self._states.get(gone)
+            if state is None or state.state in (UNFIT, UNLOADING):
+                continue
+            in_memory = in_engine and order is not None and not self._held[gone].engine.base
+            self._set(gone, UNLOADING if in_memory else AVAILABLE, order=order if in_memory else None)
 
     def engine_said(self, model: fleet_pb2.NodeModel) -> None:
         """Take the engine's word on a model that it was ordered to load."""
         if model.name not in self._orders:
+            if model.state == AVAILABLE and self._unloading(model.name):
+                self._set(model.name, AVAILABLE)
             return
+        if model.state == AVAILABLE:
+            return  # unloaded, and ordered again meanwhile
         self._ended.pop(model.name, None)
         if model.state == FAILED:
             del self._orders[model.name]
@@ -106,8 +114,12 @@ class Shelf:
             model.state,
             version=version,
             detail=model.detail,
-            blocks=(model.total_blocks, model.free_blocks),
+            said=model,
         )
+
+    def _unloading(self, name: str) -> bool:
+        state = self._states.get(name)
+        return state is not None and state.state == UNLOADING
 
     def engine_lost(self, *, ready: bool) -> None:
         """Models that were loaded, or about to be, are loaded again, but for one that ends every engine.
@@ -122,6 +134,8 @@ class Shelf:
                 self._set(loading, FAILED, detail=f"The engine ended {_ENGINES_PER_LOAD} times while it loaded this.")
         for name in self._orders:
             self._set(name, LOADING)
+        for name in [name for name in self._states if self._unloading(name)]:
+            self._set(name, AVAILABLE)
 
     def _initial(self, model: HeldModel) -> fleet_pb2.NodeModel:
         need = model.record.weight_bytes + model.record.workspace_bytes
@@ -138,14 +152,19 @@ class Shelf:
         *,
         version: str = "",
         detail: str = "",
-        blocks: tuple[int, int] = (0, 0),
+        order: work_pb2.LoadModel | None = None,
+        said: fleet_pb2.NodeModel | None = None,
     ) -> None:
-        self._states[name] = fleet_pb2.NodeModel(
-            name=name,
-            version=version or self._held[name].engine.version,
-            state=state,
-            detail=detail,
-            total_blocks=blocks[0],
-            free_blocks=blocks[1],
+        """`order` is the one to load it, where it is not kept any more; `said` is the engine's word."""
+        shown = fleet_pb2.NodeModel(
+            name=name, version=version or self._held[name].engine.version, state=state, detail=detail
         )
+        order = order or self._orders.get(name)
+        if order is not None:
+            shown.device_id, shown.budget_bytes = order.device_id, order.memory_budget_bytes
+        if said is not None:
+            shown.total_blocks, shown.free_blocks = said.total_blocks, said.free_blocks
+            shown.measured_bytes, shown.measured_fixed_bytes = said.measured_bytes, said.measured_fixed_bytes
+            shown.load_ms = said.load_ms
+        self._states[name] = shown
         self._changed.add(name)

@@ -13,6 +13,7 @@ from worker.backend import (
     Epoch,
     Failure,
     FinishReason,
+    Footprint,
     ModelSpec,
     Output,
     Sampling,
@@ -30,6 +31,7 @@ _FINISH = {
 }
 
 
+_UNKNOWN = Footprint()
 _STANDARD = 1
 _PRIORITY = {
     request_pb2.PRIORITY_CLASS_INTERACTIVE: 0,
@@ -174,12 +176,17 @@ def stage_epoch(span: fleet_pb2.Span) -> tuple[str, Epoch]:
     return attributes[REQUEST_ID], Epoch(int(attributes[TERM]), int(attributes[ATTEMPT]))
 
 
-def loaded_to_wire(spec: ModelSpec, blocks: Blocks) -> fleet_pb2.NodeModel:
-    """A loaded model's state."""
+def loaded_to_wire(
+    spec: ModelSpec, blocks: Blocks, taken: Footprint = _UNKNOWN, load_ms: int = 0
+) -> fleet_pb2.NodeModel:
+    """A loaded model's state, and what it takes."""
     return fleet_pb2.NodeModel(
         name=spec.name,
         version=spec.version,
         state=fleet_pb2.MODEL_STATE_LOADED,
         total_blocks=blocks.total,
         free_blocks=blocks.free,
+        measured_fixed_bytes=taken.fixed,
+        measured_bytes=taken.fixed + blocks.total * taken.per_block,
+        load_ms=load_ms,
     )

@@ -29,6 +29,23 @@ def stored_models(incomplete: str) -> list[str]:
     return _quietly(_stored_models, incomplete)
 
 
+def allocation_names(incomplete: str) -> list[str]:
+    """Names of allocations in the fleet started last."""
+    return _quietly(_allocation_names, incomplete)
+
+
+def explainable(incomplete: str) -> list[str]:
+    """What `llmos explain` takes: requests, models and allocations."""
+    return [name for offer in (request_ids, served_models, allocation_names) for name in offer(incomplete)]
+
+
+async def _allocation_names() -> list[str]:
+    from llmos.cli.allocations import list_allocations
+    from llmos.cli.connection import find_target
+
+    return [status.allocation.name for status in await list_allocations(find_target(None), _TIMEOUT_S)]
+
+
 async def _request_ids() -> list[str]:
     from llmos.cli.connection import find_target
     from llmos.cli.ps import list_requests

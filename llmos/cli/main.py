@@ -8,11 +8,13 @@ from importlib import metadata
 import typer
 
 from llmos.cli import (
+    allocations,
     certs,
     chat,
     down,
     drain,
     embed,
+    explain,
     generate,
     keys,
     kill,
@@ -49,8 +51,10 @@ app.command("kill")(kill.kill)
 app.command("nice")(nice.nice)
 app.command("drain")(drain.drain)
 app.command("trace")(trace.trace)
+app.command("explain")(explain.explain)
 app.command("certs")(certs.certs)
 app.add_typer(models.app, name="models", help="The model store: list, show, import, remove.")
+app.add_typer(allocations.app, name="allocations", help="Promises of resources to models and jobs: list, set, remove.")
 app.add_typer(keys.app, name="keys", help="API keys: make, list, limit, remove.")
 
 

@@ -309,6 +309,7 @@ class NodeModel(google.protobuf.message.Message):
     MEASURED_BYTES_FIELD_NUMBER: builtins.int
     MEASURED_FIXED_BYTES_FIELD_NUMBER: builtins.int
     LOAD_MS_FIELD_NUMBER: builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     version: builtins.str
@@ -329,6 +330,8 @@ class NodeModel(google.protobuf.message.Message):
     """Bytes of them that do not hold KV blocks: weights and workspace, measured; 0: not measured."""
     load_ms: builtins.int
     """Milliseconds that loading took; 0: not loaded yet."""
+    budget_bytes: builtins.int
+    """Bytes of the device that it was allowed when it was ordered to load; 0: not ordered."""
     def __init__(
         self,
         *,
@@ -342,8 +345,9 @@ class NodeModel(google.protobuf.message.Message):
         measured_bytes: builtins.int = ...,
         measured_fixed_bytes: builtins.int = ...,
         load_ms: builtins.int = ...,
+        budget_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["detail", b"detail", "device_id", b"device_id", "free_blocks", b"free_blocks", "load_ms", b"load_ms", "measured_bytes", b"measured_bytes", "measured_fixed_bytes", b"measured_fixed_bytes", "name", b"name", "state", b"state", "total_blocks", b"total_blocks", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["budget_bytes", b"budget_bytes", "detail", b"detail", "device_id", b"device_id", "free_blocks", b"free_blocks", "load_ms", b"load_ms", "measured_bytes", b"measured_bytes", "measured_fixed_bytes", b"measured_fixed_bytes", "name", b"name", "state", b"state", "total_blocks", b"total_blocks", "version", b"version"]) -> None: ...
 
 global___NodeModel = NodeModel
 
@@ -1126,19 +1130,22 @@ class ModelReplicas(google.protobuf.message.Message):
     MAX_REPLICAS_FIELD_NUMBER: builtins.int
     PINNED_WORKERS_FIELD_NUMBER: builtins.int
     RESERVED_FIELD_NUMBER: builtins.int
+    TARGET_REQUESTS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of the model."""
     min_replicas: builtins.int
     """Fewest replicas; 0: may be unloaded when nobody asks for it, and is loaded again on request."""
     max_replicas: builtins.int
     """Most replicas; 0: as many as there is room for."""
+    target_requests: builtins.int
+    """Requests that one replica is meant to run at a time: more of them call for another replica; 0: 16."""
     @property
     def pinned_workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Workers that must have it, by id or `host`; static."""
 
     @property
     def reserved(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReservedShare]:
-        """Share of each such worker's KV blocks that is set aside for a tenant or class, in percent."""
+        """Share of each worker's KV blocks that is set aside for a tenant or class, in percent."""
 
     def __init__(
         self,
@@ -1148,8 +1155,9 @@ class ModelReplicas(google.protobuf.message.Message):
         max_replicas: builtins.int = ...,
         pinned_workers: collections.abc.Iterable[builtins.str] | None = ...,
         reserved: collections.abc.Iterable[global___ReservedShare] | None = ...,
+        target_requests: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "model", b"model", "pinned_workers", b"pinned_workers", "reserved", b"reserved"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "model", b"model", "pinned_workers", b"pinned_workers", "reserved", b"reserved", "target_requests", b"target_requests"]) -> None: ...
 
 global___ModelReplicas = ModelReplicas
 

@@ -14,12 +14,14 @@ USES_GPUS: dict[BackendName, bool] = {"echo": True, "torch": False}
 """Whether models go to a graphics processor by default, where there is one."""
 
 
-def create(name: str, *, threads: int, tokens_per_second: float, precision: Precision = "auto") -> tuple[Backend, str]:
+def create(
+    name: str, *, threads: int, tokens_per_second: float, precision: Precision = "auto", load_s: float = 0.0
+) -> tuple[Backend, str]:
     """Make a backend and its numerics fingerprint. Raises MissingExtra without the `worker` extra for `torch`."""
     if name == "echo":
         from worker.backends import echo
 
-        return echo.EchoBackend(tokens_per_second=tokens_per_second), echo.FINGERPRINT
+        return echo.EchoBackend(tokens_per_second=tokens_per_second, load_s=load_s), echo.FINGERPRINT
     if name == "torch":
         return _torch(threads, precision)
     raise ConfigError(f"unknown backend '{name}'; known: echo, torch", param="backend")

@@ -19,6 +19,7 @@ from worker.backend import (
     Attempt,
     Blocks,
     FinishReason,
+    Footprint,
     ModelSpec,
     Output,
     Stage,
@@ -106,17 +107,19 @@ class _Pool:
 class EchoBackend:
     """Implements `worker.backend.Backend`. One tick gives each running choice one token.
 
-    `tokens_per_second` is the speed of one stream; 0: as fast as possible.
+    `tokens_per_second` is the speed of one stream; 0: as fast as possible. `load_s` is how long loading a model takes.
     """
 
     def __init__(
         self,
         *,
         tokens_per_second: float = 0.0,
+        load_s: float = 0.0,
         clock: Clock | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._period_s = 1.0 / tokens_per_second if tokens_per_second > 0 else 0.0
+        self._load_s = load_s
         self._clock = clock or SystemClock()
         self._sleep = sleep
         self._pools: dict[str, _Pool] = {}
@@ -128,12 +131,21 @@ class EchoBackend:
         total = (memory_budget - spec.weight_bytes) // bytes_per_block
         if total < 1:
             raise Unavailable(f"{spec.name} needs {spec.weight_bytes + bytes_per_block} bytes, not {memory_budget}.")
+        if self._load_s:
+            self._sleep(self._load_s)
         self._pools[spec.name] = _Pool(spec, total, total, spec.context_length or CONTEXT_LENGTH)
         return Blocks(total, total, BLOCK_TOKENS)
 
     def unload(self, name: str) -> None:
         """See `Backend`."""
         self._pools.pop(name, None)
+
+    def footprint(self, name: str) -> Footprint:
+        """See `Backend`: what is declared, as nothing is really taken."""
+        pool = self._pools.get(name)
+        if pool is None:
+            return Footprint()
+        return Footprint(pool.spec.weight_bytes, BLOCK_TOKENS * (pool.spec.kv_bytes_per_token or KV_BYTES_PER_TOKEN))
 
     def blocks(self) -> Mapping[str, Blocks]:
         """See `Backend`."""

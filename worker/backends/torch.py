@@ -12,7 +12,8 @@ from llmos.clock import Clock, SystemClock
 from llmos.errors import SourceError, Unavailable, UnsupportedFeature
 from llmos.store.precision import Precision
 from worker import kernels
-from worker.backend import Attempt, Blocks, CacheChange, Failure, ModelSpec, Output, StageDone, StepResult
+from worker.backend import Attempt, Blocks, CacheChange, Failure, Footprint, ModelSpec, Output, StageDone, StepResult
+from worker.engine import footprint
 from worker.engine.device import select_device
 from worker.engine.encoder import load_encoder
 from worker.engine.engine import Engine, EngineOptions, kv_blocks
@@ -58,6 +59,7 @@ class TorchBackend:
         self._options = options
         self._guard = guard
         self._engines: dict[str, Engine | TextEngine] = {}
+        self._footprints: dict[str, Footprint] = {}
         self._adapters: dict[str, str] = {}
         """Loaded adapters and their base."""
 
@@ -68,37 +70,49 @@ class TorchBackend:
         self.unload(spec.name)
         if spec.base:
             return self._load_adapter(spec, spec.folder)
-        encoder = load_encoder(spec.folder, self._device, spec.context_length)
+        own = footprint.settled()
+        engine = self._open(spec, spec.folder, memory_budget)
+        self._engines[spec.name] = engine
+        self._footprints[spec.name] = engine.footprint(footprint.settled() - own if own else 0)
+        return engine.blocks()
+
+    def _open(self, spec: ModelSpec, folder: Path, memory_budget: int) -> Engine | TextEngine:
+        encoder = load_encoder(folder, self._device, spec.context_length)
         if encoder is not None:
             encoder_fits(encoder, memory_budget)
-            self._engines[spec.name] = texts = TextEngine(encoder, self._clock)
-            return texts.blocks()
+            return TextEngine(encoder, self._clock)
         decoder = load(
-            spec.folder,
+            folder,
             self._device,
             spec.context_length,
             precision=self.precision,
             plan=spec.plan,
             kernels=self.kernels,
         )
-        self._engines[spec.name] = engine = Engine(
+        return Engine(
             decoder,
             kv_blocks(decoder, memory_budget),
             self._clock,
             name=spec.name,
             options=self._options,
-            grammars=self._open_grammars(spec.folder, decoder),
+            grammars=self._open_grammars(folder, decoder),
         )
-        return engine.blocks()
+
+    def footprint(self, name: str) -> Footprint:
+        """See `Backend`."""
+        return self._footprints.get(name, Footprint())
 
     def unload(self, name: str) -> None:
         """See `Backend`."""
         engine = self._engines.pop(name, None)
+        self._footprints.pop(name, None)
         if engine is not None:
             engine.close()
+            del engine
+            footprint.settled()
         base = self._adapters.pop(name, None)
-        if base is not None and isinstance(engine := self._engines[base], Engine):
-            engine.drop_adapter(name)
+        if base is not None and isinstance(holder := self._engines[base], Engine):
+            holder.drop_adapter(name)
         self._adapters = {adapter: base for adapter, base in self._adapters.items() if base in self._engines}
 
     def _load_adapter(self, spec: ModelSpec, folder: Path) -> Blocks:

@@ -14,9 +14,6 @@ from worker.engine.sequence import SequenceKV
 PREFILL_TOKENS = 128
 """Most prefill rows of a step: a long prompt does not hold up running streams for longer than that."""
 
-LOGIT_ROWS = 64
-"""Rows of a step whose logits are wanted, guessed ones included, that memory is set aside for."""
-
 Drafter = Callable[[Run, Choice], Sequence[int]]
 """Guesses tokens that follow those of a choice."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from worker.engine.batch import LOGIT_ROWS
+from worker.demand import LOGIT_ROWS
 from worker.engine.lookup import Lookup, followers
 from worker.engine.run import Choice, Run
 

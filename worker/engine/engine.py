@@ -18,11 +18,13 @@ from llmos.errors import (
     Unavailable,
     UnsupportedFeature,
 )
-from worker.backend import Attempt, Blocks, CacheChange, Stage, StepResult, Task
+from worker.backend import Attempt, Blocks, CacheChange, Footprint, Stage, StepResult, Task
+from worker.demand import workspace_bytes
 from worker.engine.attention import KVRow
-from worker.engine.batch import LOGIT_ROWS, PREFILL_TOKENS, Batch, Picker, plan
+from worker.engine.batch import PREFILL_TOKENS, Batch, Picker, plan
 from worker.engine.blocks import BlockManager
 from worker.engine.draft import Drafting
+from worker.engine.footprint import fixed_bytes
 from worker.engine.grammar.grammars import Grammars
 from worker.engine.kv import BLOCK_TOKENS, block_bytes
 from worker.engine.lora import Adapter, Adapters
@@ -33,8 +35,6 @@ from worker.engine.roster import Roster
 from worker.engine.run import Run
 from worker.engine.sampling import Pick, SamplingRow, sample
 
-_WORKSPACE_BYTES = 32 << 20
-"""Set aside for the activations of a step, besides its logits."""
 _VERDICT_S = 0.01
 """How long a step that has nothing to compute waits for a constraint."""
 
@@ -42,7 +42,7 @@ _VERDICT_S = 0.01
 def kv_blocks(decoder: Servable, memory_budget: int) -> int:
     """KV blocks that fit beside weights and workspace in `memory_budget` bytes. Raises Unavailable if none does."""
     per_block = block_bytes(decoder.layers, decoder.kv_dtype)
-    fixed = decoder.weight_bytes + _WORKSPACE_BYTES + LOGIT_ROWS * decoder.vocabulary * 4
+    fixed = decoder.weight_bytes + workspace_bytes(decoder.vocabulary)
     count = (memory_budget - fixed) // per_block
     if count < 1:
         raise Unavailable(f"The model needs at least {fixed + per_block} bytes of memory, not {memory_budget}.")
@@ -105,6 +105,12 @@ class Engine:
             if run.attempt.adapter == name:
                 self._forget(run)
         self._adapters.drop(name)
+
+    def footprint(self, grown: int) -> Footprint:
+        """What it takes, if loading it made the process larger by `grown` bytes."""
+        decoder = self._decoder
+        weights = fixed_bytes(getattr(decoder, "model", None), decoder.weight_bytes, grown)
+        return Footprint(weights + workspace_bytes(decoder.vocabulary), block_bytes(decoder.layers, decoder.kv_dtype))
 
     def blocks(self) -> Blocks:
         """KV blocks, as of now. Those that only the prefix cache keeps are free."""

@@ -9,8 +9,10 @@ import torch
 
 from llmos.clock import Clock
 from llmos.errors import InternalError, InvalidRequest, PromptTooLong, Unavailable, UnsupportedFeature
-from worker.backend import Attempt, Blocks, Failure, FinishReason, Output, Stage, StageDone, StepResult
+from worker.backend import Attempt, Blocks, Failure, FinishReason, Footprint, Output, Stage, StageDone, StepResult
+from worker.demand import workspace_bytes
 from worker.engine.encoder import Encoder, Text
+from worker.engine.footprint import fixed_bytes
 from worker.engine.kv import BLOCK_TOKENS
 
 STEP_TOKENS = 512
@@ -18,7 +20,6 @@ STEP_TOKENS = 512
 QUEUE_BLOCKS = 128
 """Blocks of 64 tokens that may wait here. An encoder keeps nothing per token: this bounds what a worker is handed, so
 that the rest waits in the scheduler, in its order."""
-_WORKSPACE_BYTES = 32 << 20
 
 
 class TextEngine:
@@ -35,6 +36,10 @@ class TextEngine:
 
     def close(self) -> None:
         """Nothing outside of this process is held."""
+
+    def footprint(self, grown: int) -> Footprint:
+        """What it takes, if loading it made the process larger by `grown` bytes."""
+        return Footprint(fixed_bytes(self._encoder.base, self._encoder.weight_bytes, grown) + workspace_bytes(0))
 
     def blocks(self) -> Blocks:
         """Room for texts, as of now."""
@@ -116,7 +121,7 @@ class TextEngine:
 
 def encoder_fits(encoder: Encoder, memory_budget: int) -> None:
     """Raises Unavailable if weights and workspace do not fit in `memory_budget` bytes."""
-    needed = encoder.weight_bytes + _WORKSPACE_BYTES
+    needed = encoder.weight_bytes + workspace_bytes(0)
     if needed > memory_budget:
         raise Unavailable(f"The model needs at least {needed} bytes of memory, not {memory_budget}.")
 

@@ -26,7 +26,7 @@ from llmos.internal.v1 import requests_pb2 as llmos_dot_internal_dot_v1_dot_requ
 from llmos.v1 import fleet_pb2 as llmos_dot_v1_dot_fleet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llmos/internal/v1/registry.proto\x12\x11llmos.internal.v1\x1a llmos/internal/v1/requests.proto\x1a\x14llmos/v1/fleet.proto\"\xda\x01\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\x12$\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x12.llmos.v1.Capacity\x12.\n\x06models\x18\x07 \x03(\x0b\x32\x1e.llmos.internal.v1.ModelRecord\x12\x0c\n\x04pool\x18\x08 \x01(\t\x12\x16\n\x0estarted_unix_s\x18\t \x01(\x03\"\x8a\x01\n\x0bModelRecord\x12\x30\n\x05model\x18\x01 \x01(\x0b\x32!.llmos.internal.v1.CatalogueModel\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\"S\n\x0fSchedulerRecord\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"J\n\x10\x41llocationRecord\x12(\n\nallocation\x18\x01 \x01(\x0b\x32\x14.llmos.v1.Allocation\x12\x0c\n\x04term\x18\x02 \x01(\x04\"g\n\x10\x41ssignmentRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x32\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32\x1d.llmos.internal.v1.Assignment\x12\x0c\n\x04term\x18\x03 \x01(\x04\"i\n\nAssignment\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nallocation\x18\x03 \x01(\t\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\"P\n\rServiceRecord\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x31\n\x07tenants\x18\x02 \x03(\x0b\x32 .llmos.internal.v1.TenantService\"q\n\rTenantService\x12)\n\x08priority\x18\x01 \x01(\x0e\x32\x17.llmos.v1.PriorityClass\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x16\n\x0evirtual_tokens\x18\x03 \x01(\x01\x12\r\n\x05model\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llmos/internal/v1/registry.proto\x12\x11llmos.internal.v1\x1a llmos/internal/v1/requests.proto\x1a\x14llmos/v1/fleet.proto\"\xda\x01\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\x12$\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x12.llmos.v1.Capacity\x12.\n\x06models\x18\x07 \x03(\x0b\x32\x1e.llmos.internal.v1.ModelRecord\x12\x0c\n\x04pool\x18\x08 \x01(\t\x12\x16\n\x0estarted_unix_s\x18\t \x01(\x03\"\x8a\x01\n\x0bModelRecord\x12\x30\n\x05model\x18\x01 \x01(\x0b\x32!.llmos.internal.v1.CatalogueModel\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\"S\n\x0fSchedulerRecord\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"J\n\x10\x41llocationRecord\x12(\n\nallocation\x18\x01 \x01(\x0b\x32\x14.llmos.v1.Allocation\x12\x0c\n\x04term\x18\x02 \x01(\x04\"g\n\x10\x41ssignmentRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x32\n\x0b\x61ssignments\x18\x02 \x03(\x0b\x32\x1d.llmos.internal.v1.Assignment\x12\x0c\n\x04term\x18\x03 \x01(\x04\"\x90\x01\n\nAssignment\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nallocation\x18\x03 \x01(\t\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x05 \x01(\x04\x12\x11\n\tcpu_cores\x18\x06 \x01(\x01\x12\x12\n\ndisk_bytes\x18\x07 \x01(\x04\"P\n\rServiceRecord\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x31\n\x07tenants\x18\x02 \x03(\x0b\x32 .llmos.internal.v1.TenantService\"q\n\rTenantService\x12)\n\x08priority\x18\x01 \x01(\x0e\x32\x17.llmos.v1.PriorityClass\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x16\n\x0evirtual_tokens\x18\x03 \x01(\x01\x12\r\n\x05model\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,10 +43,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ALLOCATIONRECORD']._serialized_end=632
   _globals['_ASSIGNMENTRECORD']._serialized_start=634
   _globals['_ASSIGNMENTRECORD']._serialized_end=737
-  _globals['_ASSIGNMENT']._serialized_start=739
-  _globals['_ASSIGNMENT']._serialized_end=844
-  _globals['_SERVICERECORD']._serialized_start=846
-  _globals['_SERVICERECORD']._serialized_end=926
-  _globals['_TENANTSERVICE']._serialized_start=928
-  _globals['_TENANTSERVICE']._serialized_end=1041
+  _globals['_ASSIGNMENT']._serialized_start=740
+  _globals['_ASSIGNMENT']._serialized_end=884
+  _globals['_SERVICERECORD']._serialized_start=886
+  _globals['_SERVICERECORD']._serialized_end=966
+  _globals['_TENANTSERVICE']._serialized_start=968
+  _globals['_TENANTSERVICE']._serialized_end=1081
 # @@protoc_insertion_point(module_scope)

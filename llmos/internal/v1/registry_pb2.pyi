@@ -204,6 +204,8 @@ class Assignment(google.protobuf.message.Message):
     ALLOCATION_FIELD_NUMBER: builtins.int
     DEVICE_ID_FIELD_NUMBER: builtins.int
     BUDGET_BYTES_FIELD_NUMBER: builtins.int
+    CPU_CORES_FIELD_NUMBER: builtins.int
+    DISK_BYTES_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name of the model; empty for a job."""
     version: builtins.str
@@ -214,6 +216,10 @@ class Assignment(google.protobuf.message.Message):
     """Device."""
     budget_bytes: builtins.int
     """Bytes of device memory that it may take."""
+    cpu_cores: builtins.float
+    """Jobs: processors."""
+    disk_bytes: builtins.int
+    """Jobs: disk in bytes."""
     def __init__(
         self,
         *,
@@ -222,8 +228,10 @@ class Assignment(google.protobuf.message.Message):
         allocation: builtins.str = ...,
         device_id: builtins.str = ...,
         budget_bytes: builtins.int = ...,
+        cpu_cores: builtins.float = ...,
+        disk_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["allocation", b"allocation", "budget_bytes", b"budget_bytes", "device_id", b"device_id", "model", b"model", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allocation", b"allocation", "budget_bytes", b"budget_bytes", "cpu_cores", b"cpu_cores", "device_id", b"device_id", "disk_bytes", b"disk_bytes", "model", b"model", "version", b"version"]) -> None: ...
 
 global___Assignment = Assignment
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.fakes.kv import NotedMemory
 from worker.backend import Attempt, Epoch
-from worker.engine.batch import LOGIT_ROWS, plan
+from worker.demand import LOGIT_ROWS
+from worker.engine.batch import plan
 from worker.engine.blocks import BlockManager
 from worker.engine.draft import Drafting, StepCost
 from worker.engine.lookup import LONGEST, Lookup, followers

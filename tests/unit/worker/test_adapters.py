@@ -133,7 +133,7 @@ def test_an_adapter_is_loaded_after_its_base_and_goes_with_it() -> None:
         held.engine_said(said(name, LOADED))
     assert [order.model for order in held.orders] == ["echo", "style"]
     held.unload("echo")
-    assert states(held) == {"echo": AVAILABLE, "style": AVAILABLE, "tone": FAILED}
+    assert states(held) == {"echo": fleet_pb2.MODEL_STATE_UNLOADING, "style": AVAILABLE, "tone": FAILED}
     assert not list(held.orders)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from llmos.v1 import fleet_pb2
-from tests.unit.worker.rig import LOADING, PARENT, Rig, batch, cancel, dispatch, hello, load, piece
+from tests.unit.worker.rig import LOADED, LOADING, PARENT, Rig, batch, cancel, dispatch, hello, load, piece
 from worker.models import echo_model
 
 
@@ -213,7 +213,42 @@ def test_unload_fails_its_attempts() -> None:
     rig.send(dispatch(), work_pb2.Command(unload=work_pb2.UnloadModel(model="echo")))
     frame = rig.core.next_frame()
     assert [failure.code for failure in frame.failures] == ["attempt_lost"]
-    assert [model.state for model in frame.models] == [fleet_pb2.MODEL_STATE_AVAILABLE]
+    assert [model.state for model in frame.models] == [fleet_pb2.MODEL_STATE_UNLOADING]
+    rig.loaded()
+    assert not rig.core.next_frame().models, "what the engine said before it unloaded is no news"
+    gone = fleet_pb2.NodeModel(name="echo", state=fleet_pb2.MODEL_STATE_AVAILABLE)
+    rig.core.engine_frame(work_pb2.WorkFrame(models=[gone]))
+    (model,) = rig.core.next_frame().models
+    assert (model.state, model.budget_bytes) == (fleet_pb2.MODEL_STATE_AVAILABLE, 0)
+
+
+def test_memory_that_is_being_freed_is_free_once_the_engine_is_gone() -> None:
+    rig = Rig()
+    rig.send(work_pb2.Command(unload=work_pb2.UnloadModel(model="echo")))
+    rig.core.engine_lost("signal 9")
+    assert [model.state for model in rig.core.next_frame().models] == [fleet_pb2.MODEL_STATE_AVAILABLE]
+
+
+def test_a_model_ordered_again_while_it_is_unloaded_is_loaded_again() -> None:
+    rig = Rig()
+    rig.send(work_pb2.Command(unload=work_pb2.UnloadModel(model="echo")), load())
+    assert rig.engine.orders[-2:] == ["unload", "load"]
+    gone = fleet_pb2.NodeModel(name="echo", state=fleet_pb2.MODEL_STATE_AVAILABLE)
+    rig.core.engine_frame(work_pb2.WorkFrame(models=[gone]))
+    assert [model.state for model in rig.core.next_frame().models] == [LOADING]
+    rig.loaded()
+    assert [model.state for model in rig.core.next_frame().models] == [LOADED]
+
+
+def test_what_a_model_takes_is_told() -> None:
+    rig = Rig()
+    said = fleet_pb2.NodeModel(
+        name="echo", state=LOADED, total_blocks=10, measured_bytes=700, measured_fixed_bytes=60, load_ms=5
+    )
+    rig.core.engine_frame(work_pb2.WorkFrame(models=[said]))
+    (model,) = rig.core.next_frame().models
+    assert (model.measured_bytes, model.measured_fixed_bytes, model.load_ms) == (700, 60, 5)
+    assert model.budget_bytes == 2**30
 
 
 def test_finish_of_the_last_choice_ends_the_attempt() -> None:

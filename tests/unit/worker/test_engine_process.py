@@ -13,7 +13,7 @@ from llmos.errors import InvalidRequest, Unavailable
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from llmos.v1 import fleet_pb2
 from worker import pipe
-from worker.backend import Attempt, Blocks, Epoch, Failure, ModelSpec, Output, Stage, StageDone, StepResult
+from worker.backend import Attempt, Blocks, Epoch, Failure, Footprint, ModelSpec, Output, Stage, StageDone, StepResult
 from worker.engine_process import Engine as EngineLoop
 from worker.engine_process import EngineModel, EngineSetup, Transmit, serve
 
@@ -36,6 +36,9 @@ class ScriptedBackend:
 
     def unload(self, name: str) -> None:
         self._call("unload", name)
+
+    def footprint(self, name: str) -> Footprint:
+        return Footprint(1000, 64)
 
     def blocks(self) -> Mapping[str, Blocks]:
         return {"m": Blocks(10, self.free)}
@@ -145,10 +148,22 @@ def test_blocks_are_told_when_they_change(engine: EngineLoop, backend: ScriptedB
     backend.free = 4
     engine.step()
     assert [[model.free_blocks for model in frame.models] for frame in sent.frames] == [[], [10], [], [4]]
+    (first,) = sent.frames[1].models
+    assert (first.measured_fixed_bytes, first.measured_bytes) == (1000, 1000 + 10 * 64)
+    assert first.load_ms > 0
     # Loaded anew, it is told anew, even if the numbers are the same.
     engine.obey([load()])
     engine.step()
     assert [model.state for model in sent.frames[-1].models] == [fleet_pb2.MODEL_STATE_LOADED]
+
+
+def test_an_unloaded_model_is_told_once_its_memory_is_free(
+    engine: EngineLoop, backend: ScriptedBackend, sent: Sent
+) -> None:
+    engine.obey([load(), work_pb2.Command(unload=work_pb2.UnloadModel(model="m"))])
+    engine.step()
+    assert backend.calls[-1] == ("unload", "m")
+    assert [(model.name, model.state) for model in sent.frames[-1].models] == [("m", fleet_pb2.MODEL_STATE_AVAILABLE)]
 
 
 @pytest.mark.parametrize(

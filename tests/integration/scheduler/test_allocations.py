@@ -1,0 +1,198 @@
+"""The ledger with real processes: promises in a real etcd, real workers that take their time to load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmos.errors import Conflict, LlmosError, ModelNotFound, NotFound, Unavailable
+from llmos.etcd import EtcdClient, Put
+from llmos.internal.v1 import registry_pb2
+from llmos.rpc import error_from_rpc, open_channel
+from llmos.v1 import fleet_pb2, fleet_pb2_grpc
+from scheduler import registry
+from scheduler.process import SchedulerProcess
+from tests.fakes.etcd_server import EtcdServer
+from tests.integration.scheduler.conftest import OpenScheduler, until
+
+pytestmark = pytest.mark.timeout(240)
+GIB = 2**30
+LOADED = fleet_pb2.MODEL_STATE_LOADED
+
+
+class EchoWorkers:
+    """Worker processes with the echo backend, killed at the end."""
+
+    def __init__(self, folder: Path, etcd: str, undo: ExitStack) -> None:
+        self._folder, self._etcd, self._undo = folder, etcd, undo
+
+    def start(self, name: str, *models: str, memory: int = 4 * GIB, load_s: float = 0.2) -> None:
+        command = [
+            *(sys.executable, "-m", "worker", "--backend", "echo", "--id", name, "--etcd-endpoints", self._etcd),
+            *(
+                "--echo-load-s",
+                str(load_s),
+                "--memory-limit",
+                str(memory),
+                "--drain-s",
+                "0.1",
+                "--model",
+                ",".join(models),
+            ),
+        ]
+        log = (self._folder / f"{name}.log").open("wb")
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ))
+        self._undo.callback(log.close)
+        self._undo.callback(process.wait, timeout=10)
+        self._undo.callback(process.kill)
+
+
+@pytest.fixture
+def workers(tmp_path: Path, etcd_server: EtcdServer) -> Iterator[EchoWorkers]:
+    with ExitStack() as undo:
+        yield EchoWorkers(tmp_path, etcd_server.address, undo)
+
+
+@pytest.fixture
+async def quick(open_scheduler: OpenScheduler) -> AsyncIterator[SchedulerProcess]:
+    """A scheduler that is in a hurry to unload."""
+    async with open_scheduler("s1", replica_down_s=1.0, replica_idle_s=1.0, unload_drain_s=1.0) as process:
+        await until(lambda: process.seat.reign is not None)
+        yield process
+
+
+class Fleet:
+    """The Fleet API as a gateway calls it."""
+
+    def __init__(self, stub: Any) -> None:
+        self._stub = stub
+
+    async def call(self, method: str, request: Any) -> Any:
+        try:
+            return await getattr(self._stub, method)(request, timeout=10)
+        except Exception as error:
+            typed: LlmosError = error_from_rpc(error)  # type: ignore[arg-type]
+            raise typed from error
+
+    async def promise(self, allocation: fleet_pb2.Allocation) -> fleet_pb2.Allocation:
+        answer = await self.call("SetAllocation", fleet_pb2.SetAllocationRequest(allocation=allocation))
+        written: fleet_pb2.Allocation = answer.allocation
+        return written
+
+    async def loaded(self, model: str) -> list[str]:
+        nodes = (await self.call("ListNodes", fleet_pb2.ListNodesRequest())).nodes
+        return sorted(node.id for node in nodes for held in node.models if (held.name, held.state) == (model, LOADED))
+
+    async def workers_of(self, name: str) -> list[str]:
+        answer = await self.call("ListAllocations", fleet_pb2.ListAllocationsRequest())
+        return [worker for one in answer.allocations if one.allocation.name == name for worker in one.workers]
+
+
+@pytest.fixture
+async def fleet(quick: SchedulerProcess) -> AsyncIterator[Fleet]:
+    channel = open_channel(f"127.0.0.1:{quick.port}")
+    yield Fleet(fleet_pb2_grpc.FleetStub(channel))
+    await channel.close()
+
+
+async def eventually(what: Callable[[], Any], expected: object) -> None:
+    """Wait until the awaited value is the expected one."""
+    async with asyncio.timeout(100):
+        while await what() != expected:  # noqa: ASYNC110 - processes are waited for
+            await asyncio.sleep(0.05)
+
+
+def replicas(name: str, model: str, least: int, most: int, **more: Any) -> fleet_pb2.Allocation:
+    spec = fleet_pb2.ModelReplicas(model=model, min_replicas=least, max_replicas=most)
+    return fleet_pb2.Allocation(name=name, model=spec, **more)
+
+
+async def test_a_best_effort_job_gives_way_to_a_guaranteed_model(
+    fleet: Fleet, workers: EchoWorkers, etcd: EtcdClient
+) -> None:
+    await fleet.promise(replicas("later", "b", 0, 1))
+    workers.start("w1", "a=1GiB", "b=1GiB")
+    await eventually(lambda: fleet.loaded("a"), ["w1"])
+    job = fleet_pb2.JobResources(memory_bytes=GIB)
+    spare = fleet_pb2.Allocation(name="soak", job=job, resource_class=fleet_pb2.RESOURCE_CLASS_BEST_EFFORT)
+    await fleet.promise(spare)
+    await eventually(lambda: fleet.workers_of("soak"), ["w1"])
+    await until_written(etcd, lambda held: ("", "soak") in held)
+    firm = replicas("later", "b", 1, 1, resource_class=fleet_pb2.RESOURCE_CLASS_GUARANTEED)
+    await fleet.promise(firm)
+    await eventually(lambda: fleet.loaded("b"), ["w1"])
+    assert await fleet.workers_of("soak") == []
+    assert await fleet.loaded("a") == ["w1"]
+    await until_written(etcd, lambda held: ("b", "later") in held and ("", "soak") not in held)
+
+
+async def until_written(etcd: EtcdClient, holds: Callable[[set[tuple[str, str]]], bool]) -> None:
+    async def held() -> bool:
+        row = await etcd.get(registry.ASSIGNMENTS + "w1")
+        record = registry.read("", row.value, registry_pb2.AssignmentRecord()) if row is not None else None
+        return record is not None and holds({(one.model, one.allocation) for one in record.assignments})
+
+    await eventually(held, True)
+
+
+async def test_replicas_come_and_go_with_their_promise(fleet: Fleet, workers: EchoWorkers) -> None:
+    for name in ("w1", "w2"):
+        workers.start(name, "a=1GiB", load_s=0.5)
+    await eventually(lambda: fleet.loaded("a"), ["w1", "w2"])
+    written = await fleet.promise(replicas("p", "a", 1, 1))
+    await eventually(lambda: fleet.workers_of("p"), ["w1"])
+    answer = await fleet.call("Explain", fleet_pb2.ExplainRequest(id="a"))
+    assert (answer.kind, {found.subject: found.code for found in answer.findings}["w1"]) == ("model", "running")
+    await fleet.promise(replicas("p", "a", 2, 2, revision=written.revision))
+    await eventually(lambda: fleet.loaded("a"), ["w1", "w2"])
+    with pytest.raises(Conflict, match="changed meanwhile"):
+        await fleet.promise(replicas("p", "a", 1, 2, revision=written.revision))
+    with pytest.raises(Conflict, match="could never stand"):
+        await fleet.promise(replicas("p", "a", 3, 3))
+    with pytest.raises(ModelNotFound):
+        await fleet.promise(replicas("q", "nobody", 1, 1))
+    with pytest.raises(NotFound):
+        await fleet.call("Explain", fleet_pb2.ExplainRequest(id="nobody"))
+    assert (await fleet.call("DeleteAllocation", fleet_pb2.DeleteAllocationRequest(name="p"))).was_there
+    assert not (await fleet.call("DeleteAllocation", fleet_pb2.DeleteAllocationRequest(name="p"))).was_there
+
+
+async def test_the_next_leader_keeps_what_was_promised_and_the_last_one_writes_nothing(
+    fleet: Fleet, quick: SchedulerProcess, open_scheduler: OpenScheduler, etcd: EtcdClient
+) -> None:
+    await fleet.promise(replicas("p", "a", 1, 1, pool="later"))
+    before = await etcd.get(registry.ALLOCATIONS + "p")
+    assert before is not None
+    assert json.loads(before.value)["allocation"]["pool"] == "later"
+    assert quick.seat.reign is not None
+    intent = quick.seat.reign.intent
+    # Another leader, of which this one has not heard yet.
+    await etcd.delete(registry.LEADER)
+    await etcd.txn([], [Put(registry.LEADER, b"{}")])
+    intent.assign(registry_pb2.AssignmentRecord(worker_id="w9", assignments=[registry_pb2.Assignment(model="a")]))
+    await until(lambda: intent.refused > 0 and not intent.waiting)
+    assert await etcd.get(registry.ASSIGNMENTS + "w9") is None
+    await etcd.delete(registry.LEADER)
+    async with open_scheduler("s2"):
+        await until(lambda: quick.seat.reign is not None and "p" in quick.seat.reign.core.state.book.promises)
+
+
+async def test_without_etcd_nothing_is_promised_and_models_stay(
+    fleet: Fleet, workers: EchoWorkers, etcd_server: EtcdServer
+) -> None:
+    workers.start("w1", "a=1GiB")
+    await eventually(lambda: fleet.loaded("a"), ["w1"])
+    await asyncio.to_thread(etcd_server.stop)
+    with pytest.raises(Unavailable, match="etcd"):
+        await fleet.promise(replicas("p", "a", 1, 1))
+    assert await fleet.loaded("a") == ["w1"]
+    await asyncio.to_thread(etcd_server.start)
