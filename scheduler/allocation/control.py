@@ -216,6 +216,7 @@ def _send_away(
 ) -> None:
     """Take the emptiest replicas away, but none that is pinned."""
     free = [(worker, slot) for worker, slot in there if not is_pinned(promise, worker.record)]
-    free.sort(key=lambda pair: (pair[1].held, pair[0].id))
+    free.sort(key=lambda pair: pair[0].id, reverse=True)
+    free.sort(key=lambda pair: pair[1].held)
     for worker, slot in free[: max(0, surplus)]:
         retire(look.state, worker, slot, look.state.policy.unload_drain_s, look.now)

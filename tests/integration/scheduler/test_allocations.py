@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from llmos.errors import Conflict, LlmosError, ModelNotFound, NotFound, Unavailable
-from llmos.etcd import EtcdClient, Put
+from llmos.errors import Conflict, LlmosError, ModelNotFound, NotFound, NotLeader, Unavailable
+from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2
 from llmos.rpc import error_from_rpc, open_channel
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 from scheduler import registry
+from scheduler.allocation.intent import Intent
 from scheduler.process import SchedulerProcess
 from tests.fakes.etcd_server import EtcdServer
 from tests.integration.scheduler.conftest import OpenScheduler, until
@@ -166,24 +167,26 @@ async def test_replicas_come_and_go_with_their_promise(fleet: Fleet, workers: Ec
     assert not (await fleet.call("DeleteAllocation", fleet_pb2.DeleteAllocationRequest(name="p"))).was_there
 
 
-async def test_the_next_leader_keeps_what_was_promised_and_the_last_one_writes_nothing(
-    fleet: Fleet, quick: SchedulerProcess, open_scheduler: OpenScheduler, etcd: EtcdClient
+async def test_what_a_deposed_leader_still_writes_is_refused(
+    fleet: Fleet, quick: SchedulerProcess, etcd: EtcdClient
 ) -> None:
     await fleet.promise(replicas("p", "a", 1, 1, pool="later"))
-    before = await etcd.get(registry.ALLOCATIONS + "p")
-    assert before is not None
-    assert json.loads(before.value)["allocation"]["pool"] == "later"
-    assert quick.seat.reign is not None
-    intent = quick.seat.reign.intent
-    # Another leader, of which this one has not heard yet.
-    await etcd.delete(registry.LEADER)
-    await etcd.txn([], [Put(registry.LEADER, b"{}")])
-    intent.assign(registry_pb2.AssignmentRecord(worker_id="w9", assignments=[registry_pb2.Assignment(model="a")]))
-    await until(lambda: intent.refused > 0 and not intent.waiting)
-    assert await etcd.get(registry.ASSIGNMENTS + "w9") is None
-    await etcd.delete(registry.LEADER)
-    async with open_scheduler("s2"):
-        await until(lambda: quick.seat.reign is not None and "p" in quick.seat.reign.core.state.book.promises)
+    row = await etcd.get(registry.ALLOCATIONS + "p")
+    assert row is not None
+    assert json.loads(row.value)["allocation"]["pool"] == "later"
+    leader = await etcd.get(registry.LEADER)
+    assert leader is not None
+    late, now = (Intent(etcd, lambda event: None, lambda term=term: term) for term in (1, leader.create_revision))
+    record = registry_pb2.AssignmentRecord(worker_id="w9", assignments=[registry_pb2.Assignment(model="a")])
+    for intent, written in ((late, False), (now, True)):
+        intent.assign(record)
+        writer = asyncio.create_task(intent.write())
+        await until(lambda intent=intent: not intent.waiting)  # type: ignore[misc]
+        writer.cancel()
+        assert (await etcd.get(registry.ASSIGNMENTS + "w9") is not None) == written
+    assert (late.refused, now.refused) == (1, 0)
+    with pytest.raises(NotLeader):
+        await late.delete("p")
 
 
 async def test_without_etcd_nothing_is_promised_and_models_stay(
