@@ -176,7 +176,8 @@ async def test_what_a_deposed_leader_still_writes_is_refused(
     assert json.loads(row.value)["allocation"]["pool"] == "later"
     leader = await etcd.get(registry.LEADER)
     assert leader is not None
-    late, now = (Intent(etcd, lambda event: None, lambda term=term: term) for term in (1, leader.create_revision))
+    late = Intent(etcd, lambda event: None, lambda: 1)
+    now = Intent(etcd, lambda event: None, lambda: leader.create_revision)
     record = registry_pb2.AssignmentRecord(worker_id="w9", assignments=[registry_pb2.Assignment(model="a")])
     for intent, written in ((late, False), (now, True)):
         intent.assign(record)
