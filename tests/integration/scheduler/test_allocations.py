@@ -167,6 +167,11 @@ async def test_replicas_come_and_go_with_their_promise(fleet: Fleet, workers: Ec
     assert not (await fleet.call("DeleteAllocation", fleet_pb2.DeleteAllocationRequest(name="p"))).was_there
 
 
+async def _written(intent: Intent) -> None:
+    while intent.waiting:  # noqa: ASYNC110 - etcd is waited for
+        await asyncio.sleep(0.01)
+
+
 async def test_what_a_deposed_leader_still_writes_is_refused(
     fleet: Fleet, quick: SchedulerProcess, etcd: EtcdClient
 ) -> None:
@@ -177,12 +182,13 @@ async def test_what_a_deposed_leader_still_writes_is_refused(
     leader = await etcd.get(registry.LEADER)
     assert leader is not None
     late = Intent(etcd, lambda event: None, lambda: 1)
-    now = Intent(etcd, lambda event: None, lambda: leader.create_revision)
+    term = leader.create_revision
+    now = Intent(etcd, lambda event: None, lambda: term)
     record = registry_pb2.AssignmentRecord(worker_id="w9", assignments=[registry_pb2.Assignment(model="a")])
     for intent, written in ((late, False), (now, True)):
         intent.assign(record)
         writer = asyncio.create_task(intent.write())
-        await until(lambda intent=intent: not intent.waiting)  # type: ignore[misc]
+        await asyncio.wait_for(_written(intent), 20)
         writer.cancel()
         assert (await etcd.get(registry.ASSIGNMENTS + "w9") is not None) == written
     assert (late.refused, now.refused) == (1, 0)
