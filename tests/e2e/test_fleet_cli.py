@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from llmos.fleet.identity import ProcessIdentity, descendants, is_alive, send_signal, wait_gone
 from llmos.fleet.state import FleetState, read_state
+from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 from tests.fakes.fleet import wait_for
 
 NODE_KEYS = ["id", "role", "pid", "host", "address", "backend", "models", "state", "capacity"]
@@ -74,6 +76,13 @@ class Shell:
 def family(state: FleetState) -> list[ProcessIdentity]:
     """Every process of the fleet, the engines of its workers included."""
     return [state.supervisor, *descendants(state.supervisor)]
+
+
+def requests(state: FleetState) -> list[fleet_pb2.RequestInfo]:
+    """What waits or runs, asked at once."""
+    with grpc.insecure_channel(state.grpc_address) as channel:
+        stub: Any = fleet_pb2_grpc.FleetStub(channel)
+        return list(stub.ListRequests(fleet_pb2.ListRequestsRequest(), timeout=30).requests)
 
 
 @pytest.fixture
@@ -187,8 +196,9 @@ def test_a_stream_outlives_its_worker(shell: Shell) -> None:
     flags = ("--max-tokens", "60", "--seed", "3", "--data-dir", str(shell.data))
     whole = shell.ok("generate", "Hello", *flags)
     asking = shell.start("generate", "Hello", *flags)
-    (row,) = wait_for(lambda: [row for row in shell.json("ps") if row["tokens_out"] > 0], "a running request")
-    victim = next(member for member in state.members if member.id == row["worker"])
+    # Not by the command, which may take longer to start than the stream takes to end.
+    (row,) = wait_for(lambda: [row for row in requests(state) if row.tokens_out > 0], "a running request")
+    victim = next(member for member in state.members if member.id == row.worker)
     send_signal(victim.process, signal.SIGKILL)
     out, err = asking.communicate(timeout=60)
     assert asking.returncode == 0, err
