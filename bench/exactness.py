@@ -104,15 +104,14 @@ KINDS = (
 def measure(
     bench: Bench, kind: Kind, text: Prompts, runs: int, requests: int = REQUESTS
 ) -> Iterator[tuple[str, int, int]]:
-    """Per disturbance: how many runs were exact, and how many there were, about `runs`."""
+    """Per disturbance: how many runs were exact, and how many there were, `runs` at least."""
     attempts = kind.attempts(text, min(runs, REQUESTS), random.Random(kind.name))
     expected = bench.undisturbed(attempts)
     for name, disturb in DISTURBANCES.items():
-        exact = total = 0
-        for number in range(-(-runs // len(attempts))):
-            found, disturbed = disturb(bench, attempts, expected, random.Random(number))
-            exact += found
-            total += disturbed
+        exact = total = rounds = 0
+        while total < runs and rounds < 2 * runs:  # a round may leave some undisturbed: they had ended before
+            found, disturbed = disturb(bench, attempts, expected, random.Random(rounds))
+            exact, total, rounds = exact + found, total + disturbed, rounds + 1
         yield name, exact, total
 
 
