@@ -3,7 +3,7 @@
     python -m bench.fairness
 
 Shares: one scheduler, two gateways and two echo workers whose streams run at a fixed speed, all saturated for a minute.
-A tenant of weight 4 and one of weight 1; the light one sends nine times as many requests, and of its requests nine in
+A tenant of weight 4 and one of weight 1; the light one has three times as many clients, and of its requests nine in
 ten come through the first gateway, of the heavy one's one in ten. A tenant's share is that of the tokens that it gets
 after the first seconds.
 
@@ -31,8 +31,8 @@ from llmos.keys import LimitsChange, add_key
 
 HEAVY, LIGHT = "heavy", "light"
 WEIGHTS = {HEAVY: 4, LIGHT: 1}
-OUTSTANDING = {HEAVY: 60, LIGHT: 540}
-"""Clients of each tenant: the heavy one alone could fill the fleet."""
+OUTSTANDING = {HEAVY: 150, LIGHT: 450}
+"""Clients of each tenant: either could fill the fleet alone, so that both always wait."""
 SKEW = {HEAVY: 0.1, LIGHT: 0.9}
 """Part of a tenant's clients that the first gateway has."""
 SLOTS, SPEED, OUTPUT = 32, 10.0, 20
@@ -124,14 +124,14 @@ def _throughput(order: str, seconds: float) -> float:
 
 def _measure(only: str, *, quick: bool) -> Iterator[Row]:
     if only in "shares":
-        yield from shares(12.0 if quick else 60.0, 4.0 if quick else 8.0)
+        yield from shares(15.0 if quick else 60.0, 12.0)
     if only in "throughput":
         yield from throughput(2 if quick else 6, 3.0 if quick else 8.0)
 
 
 def main() -> int:
     """See `bench.command`."""
-    options = command.parser("fairness", __doc__, "a quarter of a minute, and two short pairs").parse_args()
+    options = command.parser("fairness", __doc__, "a quarter of a minute of shares, and two short pairs").parse_args()
     return command.run("fairness", options, lambda _: _measure(options.only, quick=options.quick))
 
 
