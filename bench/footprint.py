@@ -1,7 +1,7 @@
 """One model in one process: what it was predicted to take, and what it really takes. A child of `bench.ledger`.
 
 Measured are the pages of the process's own (RssAnon, swap included) and the tensors that stay in mapped files, at their
-most during a load of prompts and answers, less the KV blocks that the load touched: the ledger counts those apart.
+most during a load of prompts and answers, less the KV blocks (all touched before), which the ledger counts apart.
 """
 
 from __future__ import annotations
@@ -31,23 +31,30 @@ def measured(name: str, precision: str) -> dict[str, float]:
     spec = ModelSpec(manifest.name, manifest.version, folder, context_length=manifest.context_length, plan=plan)
     budget = need.weights + need.workspace + 4096 * max(1, need.kv_per_token)
     blocks = backend.load(spec, budget * 5 // 4)
+    _touch_all(backend, manifest.name, blocks.total)
     loaded = footprint.settled()
     kept = backend.footprint(manifest.name)
-    mapped = kept.fixed - need.workspace - (loaded - before)
-    peak, least_free = loaded, blocks.free
+    cache = blocks.total * kept.per_block
+    mapped = kept.fixed - need.workspace - (loaded - before - cache)
+    peak = loaded
     for attempt in _attempts(manifest.name, "embed" in manifest.capabilities, manifest.vocab_size):
         backend.admit(attempt)
     while backend.busy():
         backend.step()
         peak = max(peak, footprint.own_bytes())
-        least_free = min(least_free, backend.blocks()[manifest.name].free)
-    touched = 0 if manifest.capabilities else (blocks.total - least_free) * kept.per_block
     return {
         "predicted": need.weights + need.workspace,
         "predicted_weights": need.weights,
         "weights": kept.fixed - need.workspace,
-        "under_load": peak - before + mapped - touched,
+        "under_load": peak - before + mapped - cache,
     }
+
+
+def _touch_all(backend: TorchBackend, name: str, blocks: int) -> None:
+    """Write to every KV block: in huge pages, one that is touched counts for many that are not."""
+    paged = getattr(backend._engines[name], "_paged", None)
+    for block in range(blocks if paged is not None else 0):
+        paged.memory.copy_block((block + 1) % blocks, block)
 
 
 def _attempts(name: str, embeds: bool, vocabulary: int) -> list[Attempt]:

@@ -14,7 +14,7 @@ from llmos.store.planning import GROUP
 from llmos.store.precision import HEAD, Kind, PrecisionPlan
 from llmos.store.tensors import Tensor, read_header
 
-_STEP_BYTES = 32 << 20
+_STEP_BYTES = 8 << 20
 """Activations of a step."""
 LOGIT_ROWS = 64
 """Rows of a step whose logits are wanted, guessed ones included, that memory is set aside for."""

@@ -70,6 +70,7 @@ class TorchBackend:
         self.unload(spec.name)
         if spec.base:
             return self._load_adapter(spec, spec.folder)
+        footprint.warm(spec.folder)
         own = footprint.settled()
         engine = self._open(spec, spec.folder, memory_budget)
         self._engines[spec.name] = engine

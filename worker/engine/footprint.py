@@ -6,6 +6,7 @@ mapped files: such pages are shared with the page cache, but a step reads them a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import re
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import transformers
 from torch import Tensor, nn
 
 _STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
@@ -47,6 +49,14 @@ def mapped_bytes(tensors: Iterable[Tensor]) -> int:
     ]
     places = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.device.type == "cpu"}
     return sum(size for place, size in places.items() if any(low <= place < high for low, high in files))
+
+
+def warm(folder: Path) -> None:
+    """Import the code of a model's class, which stays whatever is unloaded: it is no part of what the model takes."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, ImportError):  # loading says what is wrong with it
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for name in config.architectures or ():
+            getattr(transformers, name)
 
 
 def settled() -> int:
