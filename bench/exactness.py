@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench import command
 from bench.disturbance import DISTURBANCES, Bench
 from bench.rows import Row
-from bench.subject import Prompts, default_model, plan_of, prompts_of
+from bench.subject import Prompts, default_model, plan_of, prompts_of, small_model
 from llmos.clock import SystemClock
 from llmos.store.precision import Precision
 from worker.backend import Attempt, Constraint, Epoch, Sampling
@@ -128,8 +129,8 @@ def random_adapter(decoder: Servable, hidden: int, seed: int = 1) -> Adapter:
     return make_adapter(pairs, 1.0)
 
 
-def tables(folder: Path, modes: Sequence[Precision], only: str, runs: int) -> Iterator[Row]:
-    """A row per mode, kind of request and disturbance."""
+def tables(folder: Path, modes: Sequence[Precision], only: str, runs: int, label: str = "") -> Iterator[Row]:
+    """A row per mode, kind of request and disturbance; `label` precedes their names."""
     disable_progress_bar()
     text = prompts_of(folder)
     for mode in modes:
@@ -137,7 +138,7 @@ def tables(folder: Path, modes: Sequence[Precision], only: str, runs: int) -> It
             for kind in KINDS:
                 if only in f"{mode}, {kind.name}":
                     for name, exact, total in measure(bench, kind, text, runs):
-                        yield _row(mode, f"{mode}, {kind.name}, {name}", exact, total)
+                        yield _row(mode, f"{label}{mode}, {kind.name}, {name}", exact, total)
 
 
 def _row(mode: str, case: str, exact: int, total: int) -> Row:
@@ -166,14 +167,16 @@ def main() -> int:
     """See `bench.command`."""
     parser = command.parser("exactness", __doc__, "10 runs of each, in the default mode")
     parser.add_argument("--model", type=Path, help="folder of a model; by default the store's default model")
+    parser.add_argument("--small", action="store_true", help="a small random model: for modes that compute slowly")
     parser.add_argument("--runs", type=int, default=200, help="of each kind of request and disturbance")
     parser.add_argument("--mode", action="append", choices=MODES, help="may be given again; by default all")
     options = parser.parse_args()
     modes = options.mode or ([DEFAULT_MODE] if options.quick else MODES)
     runs = min(options.runs, 10) if options.quick else options.runs
-    return command.run(
-        "exactness", options, lambda _: tables(options.model or default_model(), modes, options.only, runs)
-    )
+    with tempfile.TemporaryDirectory() as made:
+        folder = small_model(Path(made)) if options.small else options.model or default_model()
+        label = "small model, " if options.small else ""
+        return command.run("exactness", options, lambda _: tables(folder, modes, options.only, runs, label))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,11 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench import command
 from bench.exactness import SCHEMA
 from bench.rows import Row, bounded, reported
-from bench.subject import Prompts, default_model, prompts_of
+from bench.subject import Prompts, prompts_of, small_model
 from gateway.text.prefix import prefix_hashes
 from llmos.clock import SystemClock
 from llmos.internal.v1 import request_pb2, work_pb2
@@ -226,34 +225,13 @@ def _run(folder: Path | None, seconds: float) -> Iterator[Row]:
     backend = TorchBackend(threads=torch.get_num_threads(), precision="int8", options=options, guard=guard)
     with tempfile.TemporaryDirectory() as made:
         try:
-            used = folder or _small(Path(made))
+            used = folder or small_model(Path(made))
             memory = _MEMORY if folder else _SMALL_MEMORY
             soak = start(backend, ModelSpec(MODEL, "1", used), memory, prompts_of(used), seed=1)
             yield from measure(soak, seconds)
         finally:
             backend.unload(MODEL)
             guard.close()
-
-
-def _small(folder: Path) -> Path:
-    """Two random layers under the default model's tokenizer: many requests a second, logits of the usual size."""
-    original = default_model()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((original / name).read_bytes())
-    config = AutoConfig.from_pretrained(original)
-    config.update(
-        {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 1,
-            "num_key_value_heads": 1,
-            "head_dim": 64,
-        }
-    )
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def main() -> int:

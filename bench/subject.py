@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmos.store import Store, default_store_path, ensure_default
 from llmos.store.planning import ensure_plan
@@ -40,3 +41,27 @@ def prompts_of(folder: Path) -> Prompts:
         return ids[first : first + length]
 
     return text
+
+
+def small_model(folder: Path) -> Path:
+    """Two random layers under the default model's tokenizer, written to `folder`, which it returns.
+
+    Many requests a second, and logits of the usual size.
+    """
+    original = default_model()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((original / name).read_bytes())
+    config = AutoConfig.from_pretrained(original)
+    config.update(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+        }
+    )
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
