@@ -138,13 +138,15 @@ class TopApp(App[None]):
         try:
             self._snapshot = await self._fleet.look()
         except CapacityError as error:
-            self._say(f"reconnecting: {error.message}")
+            if not self._paused:
+                self._say(f"reconnecting: {error.message}")
             return
         except LlmosError as error:
             self.failure = error
             self.exit()
             return
-        self._draw(self._snapshot)
+        if not self._paused:  # it may have been paused while this look was on its way
+            self._draw(self._snapshot)
 
     def _draw(self, snapshot: Snapshot) -> None:
         self.looks += 1
