@@ -16,7 +16,7 @@ from worker.backends.torch import TorchBackend
 from worker.engine import footprint
 from worker.models import demand_of
 
-_SEQUENCES, _PROMPT, _ANSWER = 24, 96, 6
+_SEQUENCES, _PROMPT, _ANSWER = 12, 96, 4
 
 
 def measured(name: str, precision: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from bench.command import parser, run
-from bench.rows import Row
+from bench.rows import Row, reported
 from bench.sides.side import SideError
 from llmos.errors import LlmosError
 from llmos.store import Store, ensure_default, import_model
@@ -74,7 +74,8 @@ def _rows(quick: bool, only: str) -> Iterator[Row]:
     for model, precision in wanted:
         found = _measure(model, precision)
         yield within(f"{model} {precision}: weights and workspace", found["predicted"], found["under_load"])
-        yield within(f"{model} {precision}: weights", found["predicted_weights"], found["weights"])
+        weights = found["predicted_weights"] / _MEGABYTE, found["weights"] / _MEGABYTE
+        yield reported(f"{model} {precision}: weights alone, at load", "MB", *weights)
 
 
 def main() -> int:

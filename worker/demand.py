@@ -14,8 +14,8 @@ from llmos.store.planning import GROUP
 from llmos.store.precision import HEAD, Kind, PrecisionPlan
 from llmos.store.tensors import Tensor, read_header
 
-_STEP_BYTES = 8 << 20
-"""Activations of a step."""
+_STEP_BYTES = 16 << 20
+"""Activations of a step, and what the libraries take when they first compute."""
 LOGIT_ROWS = 64
 """Rows of a step whose logits are wanted, guessed ones included, that memory is set aside for."""
 _FLOAT32_BYTES, _FLOAT16_BYTES = 4, 2

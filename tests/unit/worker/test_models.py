@@ -65,7 +65,7 @@ def test_a_stored_model_shows_what_it_takes_and_serves_its_files(tmp_path: Path)
     assert held.record.kv_bytes_per_token == 2 * 2 * 2 * 4 * 4
     # The embedding is packed once more as the output layer.
     assert held.record.weight_bytes == (2 * 32 * 16 + 16) * 4
-    assert held.record.workspace_bytes == (8 << 20) + 64 * 32 * 4
+    assert held.record.workspace_bytes == (16 << 20) + 64 * 32 * 4
     assert Path(held.engine.folder, "config.json").exists()
     tokenizer = b"".join(chunks(find_blob([held], model.tokenizer_hash)))
     template = b"".join(chunks(find_blob([held], model.chat_template_hash)))
