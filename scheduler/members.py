@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import fleet_pb2
 from scheduler import admission, events
+from scheduler.allocation.holdings import restore_jobs
 from scheduler.commands import Dial, HangUp, Order, SendCatalogue
 from scheduler.lifecycle import forget_claim, migrate
 from scheduler.loads import order_loads
@@ -157,6 +158,8 @@ def models_changed(
             state.book.touched.add(worker.id)
             state.book.due = True
         state.room_changed(worker, slot)
+    if state.book.restored:
+        restore_jobs(state.book, worker)
     if changed:
         state.standing_changed(worker)
         order_loads(state, worker, out)

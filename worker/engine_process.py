@@ -15,12 +15,12 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 
+from llmos.clock import Clock, SystemClock
 from llmos.errors import LlmosError, ModelNotFound, SetupError
 from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.store.precision import Precision, PrecisionPlan
@@ -99,8 +99,14 @@ class Engine:
     """Runs a backend: commands between steps, one frame per step. Everything happens in the calling thread."""
 
     def __init__(
-        self, backend: Backend, models: Mapping[str, ModelSpec], send: Transmit, store: Path | None = None
+        self,
+        backend: Backend,
+        models: Mapping[str, ModelSpec],
+        send: Transmit,
+        store: Path | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or SystemClock()
         self._backend = backend
         self._models = models
         self._store = store
@@ -158,7 +164,7 @@ class Engine:
         self._states.append(fleet_pb2.NodeModel(name=name, state=fleet_pb2.MODEL_STATE_AVAILABLE))
 
     def _load(self, order: work_pb2.LoadModel) -> None:
-        began = time.monotonic()
+        began = self._clock.monotonic()
         try:
             spec = self._models.get(order.model) or adapter_spec(self._store, self._models.values(), order)
             if spec is None or order.version not in ("", spec.version):
@@ -171,7 +177,7 @@ class Engine:
             log.exception("loading %s failed", order.model)
             self._failed(order, f"Loading failed: {type(error).__name__}.")
         else:
-            load_ms = max(1, round(1000 * (time.monotonic() - began)))
+            load_ms = max(1, round(1000 * (self._clock.monotonic() - began)))
             self._loaded[order.model] = _Loaded(spec, self._backend.footprint(order.model), load_ms)
             self._shown.pop(order.model, None)
 

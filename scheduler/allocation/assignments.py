@@ -13,13 +13,13 @@ from scheduler.workers import WorkerView
 
 
 def restore(book: Book, records: Iterable[registry_pb2.AssignmentRecord]) -> None:
-    """Jobs stay where they were. What models are where, workers say themselves."""
+    """Jobs stay where they were, if there is room. What models are where, workers say themselves."""
     for record in records:
         book.written[record.worker_id] = record
         book.touched.add(record.worker_id)
         for held in record.assignments:
             if not held.model and held.allocation in book.promises:
-                book.jobs[held.allocation] = JobHolding(
+                book.restored[held.allocation] = JobHolding(
                     held.allocation,
                     record.worker_id,
                     held.device_id,

@@ -52,6 +52,8 @@ class Book:
     """All promises and assignments that were there at the election are known."""
     jobs: dict[str, JobHolding] = field(default_factory=dict)
     """By name of the allocation: where each job is, if it is anywhere."""
+    restored: dict[str, JobHolding] = field(default_factory=dict)
+    """Where an earlier leader had written that jobs are, until that worker says what it holds."""
     replicas: dict[str, Replicas] = field(default_factory=dict)
     """By name of the allocation: how many replicas are wanted now."""
     reserved: dict[str, Reservation] = field(default_factory=dict)

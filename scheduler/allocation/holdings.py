@@ -59,6 +59,21 @@ def room(book: Book, worker: WorkerView, device_id: str, rank: int, claim: str) 
     return memory_of(worker, device_id) - taken(book, worker, device_id) - waiting
 
 
+def restore_jobs(book: Book, worker: WorkerView) -> None:
+    """A worker has said what it holds: jobs that an earlier leader had placed there stay if there is room. What it
+    wrote may be older than what it did last."""
+    for job in [job for job in book.restored.values() if job.worker_id == worker.id]:
+        del book.restored[job.name]
+        free = memory_of(worker, job.device_id) - taken(book, worker, job.device_id)
+        others = list(jobs_on(book, worker.id))
+        cores = worker.record.capacity.cpu_cores - sum(other.cpu_cores for other in others)
+        disk = worker.record.capacity.disk_bytes - sum(other.disk_bytes for other in others)
+        fits = job.memory_bytes <= free and job.cpu_cores <= cores and job.disk_bytes <= disk
+        if fits and job.name not in book.jobs and job.name in book.promises:
+            book.jobs[job.name] = job
+        book.touched.add(worker.id)
+
+
 def coming(worker: WorkerView, device_id: str) -> int:
     """Bytes of a device that are being freed."""
     going = (slot for slot in worker.slots.values() if slot.device == device_id and slot.leaving)

@@ -190,7 +190,7 @@ class SimEngine:
             checks.stepped(self._name, message.frame)
             core.engine_frame(message.frame)
 
-        engine = Engine(backend, {spec.name: spec}, transmit)  # type: ignore[arg-type]
+        engine = Engine(backend, {spec.name: spec}, transmit, clock=VirtualClock(loop))  # type: ignore[arg-type]
         self._up = True
         core.engine_ready(work_pb2.WorkerReport(numerics_fingerprint=echo.FINGERPRINT))
         while True:
