@@ -17,6 +17,8 @@ from worker.engine.footprint import settled
 from worker.engine.loading import load
 
 CPU = torch.device("cpu")
+VOCABULARY = 200_000
+"""Large: what other tests left in this process's heap must not count beside it."""
 
 
 def saved(family: str, folder: Path) -> Manifest:
@@ -65,19 +67,19 @@ def test_by_kernels_it_is_near(family: str, kind: Kind, tmp_path: Path) -> None:
 
 def test_a_loaded_model_is_measured_and_gives_its_memory_back(tmp_path: Path) -> None:
     wide = tiny.config("llama")
-    wide.vocab_size = 40_000
+    wide.vocab_size = VOCABULARY
     model = tiny.transformers.LlamaForCausalLM(wide)
     model.save_pretrained(tmp_path)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     del model
     backend = TorchBackend(threads=1, precision="fp32")
     spec = ModelSpec("m", "v", tmp_path)
-    backend.load(spec, 1 << 28)
+    backend.load(spec, 1 << 29)
     backend.unload("m")
     before = settled()
-    backend.load(spec, 1 << 28)
+    backend.load(spec, 1 << 29)
     taken = backend.footprint("m")
-    assert taken.fixed - demand.workspace_bytes(40_000) == pytest.approx(weights, rel=0.1)
+    assert taken.fixed - demand.workspace_bytes(VOCABULARY) == pytest.approx(weights, rel=0.1)
     backend.unload("m")
     assert backend.footprint("m").fixed == 0
     assert settled() - before < weights // 4
