@@ -40,7 +40,7 @@ class ServerError(SideError):
 @contextmanager
 def serving(name: str, model: Model) -> Iterator[Target]:
     """A server that has answered once; ended afterwards with all its processes. Raises MissingPeer, ServerError."""
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         command, fields = _command(name, model, port, Path(scratch))
         target = Target(port, {"model": model.name, **_SAMPLING, **fields})
@@ -52,7 +52,7 @@ def serving(name: str, model: Model) -> Iterator[Target]:
                 _await(name, process, target, Path(scratch) / "log")
                 yield target
             finally:
-                _end(process)
+                end(process)
 
 
 def require(model: Model, peers: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def require(model: Model, peers: Sequence[str]) -> None:
 def _command(name: str, model: Model, port: int, scratch: Path) -> tuple[list[str], Mapping[str, object]]:
     """How it is started, and the fields that its requests need besides everybody's."""
     if name == OURS:
-        options = ["--http-port", str(port), "--grpc-port", str(_free_port()), "--data-dir", str(scratch / "fleet")]
+        options = ["--http-port", str(port), "--grpc-port", str(free_port()), "--data-dir", str(scratch / "fleet")]
         return [sys.executable, "-m", "llmos.cli.main", "up", "--model", model.name, *options], {}
     if name == LLAMA:
         size = ["--parallel", str(SLOTS), "--ctx-size", str(SLOTS * CONTEXT)]
@@ -97,7 +97,7 @@ def _await(name: str, process: subprocess.Popen[bytes], target: Target, log: Pat
     raise ServerError(f"{name} did not start: {' / '.join(log.read_text(errors='replace').splitlines()[-5:])[-1000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """As from the terminal; what is left of its process group then is killed."""
     process.send_signal(signal.SIGINT)
     try:
@@ -111,7 +111,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import grpc
 import psutil
 
 from bench.peers.places import ROOT
+from bench.servers import end, free_port
 from bench.sides.side import SideError
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -130,7 +130,7 @@ def running(
                 time.sleep(0.1)
             yield process
         finally:
-            _end(process)
+            end(process)
 
 
 def _answers(port: int, path: str) -> bool:
@@ -162,23 +162,3 @@ def _run(arguments: Sequence[str], given: str = "") -> str:
 
 def _environ(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

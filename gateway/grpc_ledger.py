@@ -28,9 +28,12 @@ class LedgerServicer(fleet_pb2_grpc.FleetServicer):
             raise InvalidRequest("Name a request, a model or an allocation.", param="id")
         try:
             answer: pb.ExplainResponse = await self._leader.call("Explain", request)
-        except NotFound:
-            inside = request_ids.inside(request.id, identity.tenant)
-            answer = await self._leader.call("Explain", pb.ExplainRequest(id=inside))
+        except NotFound as unknown:
+            inside = pb.ExplainRequest(id=request_ids.inside(request.id, identity.tenant))
+            try:
+                answer = await self._leader.call("Explain", inside)
+            except NotFound:
+                raise unknown from None  # in the words of who asked
         return answer
 
     async def ListAllocations(  # noqa: N802

@@ -22,42 +22,6 @@ ASSIGNMENTS = "/llmos/v1/assignments/"
 _M = TypeVar("_M", bound=Message)
 
 
-def worker_record(key: str, value: bytes) -> registry_pb2.WorkerRecord | None:
-    """A worker's record; None, and a line in the log, if it is none."""
-    record = registry_pb2.WorkerRecord()
-    try:
-        json_format.Parse(value, record, ignore_unknown_fields=True)
-    except (json_format.ParseError, UnicodeDecodeError):
-        log.warning("the record at %s cannot be read; it is ignored", key)
-        return None
-    if record.worker_id != key.removeprefix(WORKERS) or not record.address:
-        log.warning("the record at %s names another worker or no address; it is ignored", key)
-        return None
-    return record
-
-
-def scheduler_record(value: bytes) -> registry_pb2.SchedulerRecord:
-    """A scheduler's record; an empty one if it cannot be read."""
-    record = registry_pb2.SchedulerRecord()
-    try:
-        json_format.Parse(value, record, ignore_unknown_fields=True)
-    except (json_format.ParseError, UnicodeDecodeError):
-        log.warning("a scheduler's record cannot be read; it is ignored")
-        return registry_pb2.SchedulerRecord()
-    return record
-
-
-def service_record(value: bytes) -> registry_pb2.ServiceRecord:
-    """What an earlier leader wrote of service; an empty one if it cannot be read."""
-    record = registry_pb2.ServiceRecord()
-    try:
-        json_format.Parse(value, record, ignore_unknown_fields=True)
-    except (json_format.ParseError, UnicodeDecodeError):
-        log.warning("the record of service cannot be read; it is ignored")
-        return registry_pb2.ServiceRecord()
-    return record
-
-
 def read(key: str, value: bytes, into: _M) -> _M | None:
     """A record of any kind; None, and a line in the log, if it cannot be read."""
     try:
@@ -66,6 +30,25 @@ def read(key: str, value: bytes, into: _M) -> _M | None:
         log.warning("the record at %s cannot be read; it is ignored", key)
         return None
     return into
+
+
+def worker_record(key: str, value: bytes) -> registry_pb2.WorkerRecord | None:
+    """A worker's record; None, and a line in the log, if it is none."""
+    record = read(key, value, registry_pb2.WorkerRecord())
+    if record is not None and (record.worker_id != key.removeprefix(WORKERS) or not record.address):
+        log.warning("the record at %s names another worker or no address; it is ignored", key)
+        return None
+    return record
+
+
+def scheduler_record(value: bytes) -> registry_pb2.SchedulerRecord:
+    """A scheduler's record, of those that run or of the leader; an empty one if it cannot be read."""
+    return read(SCHEDULERS, value, registry_pb2.SchedulerRecord()) or registry_pb2.SchedulerRecord()
+
+
+def service_record(value: bytes) -> registry_pb2.ServiceRecord:
+    """What an earlier leader wrote of service; an empty one if it cannot be read."""
+    return read(SERVICE, value, registry_pb2.ServiceRecord()) or registry_pb2.ServiceRecord()
 
 
 def to_bytes(record: Message) -> bytes:

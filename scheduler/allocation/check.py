@@ -55,7 +55,7 @@ def _check_model(state: State, allocation: fleet_pb2.Allocation, workers: list[W
     _check_shares(spec.reserved)
     holders = [worker for worker in workers if spec.model in worker.slots]
     if workers and not holders:
-        raise ModelNotFound(f"No worker of the pool '{allocation.pool}' holds a model '{spec.model}'.", param="model")
+        raise ModelNotFound(f"No worker of {_pool(allocation)} holds a model '{spec.model}'.", param="model")
     if any(worker.slots[spec.model].base for worker in holders):
         raise InvalidRequest(
             f"'{spec.model}' is an adapter, which is loaded on request beside its base: promise that.", param="model"
@@ -167,6 +167,10 @@ def _least_bytes(state: State, promise: fleet_pb2.Allocation, workers: list[Work
     model = promise.model.model
     needs = [need_of(state.book, w.slots[model].record, state.policy) for w in workers if model in w.slots]
     return minimum(promise) * min(needs, default=0)
+
+
+def _pool(allocation: fleet_pb2.Allocation) -> str:
+    return f"the pool '{allocation.pool}'" if allocation.pool else "the default pool"
 
 
 def _fits(job: fleet_pb2.JobResources, worker: WorkerView) -> bool:

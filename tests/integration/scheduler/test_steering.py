@@ -139,3 +139,41 @@ async def test_a_changed_class_outlives_the_leader(
         assert await classes(gateway) == {"alice/moved": BATCH, "alice/other": STANDARD}
         await until(lambda: worker.sim.running["alice/moved"].epoch[0] > term)
         assert worker.sim.running["alice/moved"].request.priority == BATCH
+
+
+async def test_only_operators_promise_and_anybody_may_ask_why(scheduler: SchedulerProcess, worker: FakeWorker) -> None:
+    spec = fleet_pb2.Allocation(name="p", model=fleet_pb2.ModelReplicas(model="m", min_replicas=1))
+
+    def promise(who: Any) -> Any:
+        request = fleet_pb2.SetAllocationRequest(allocation=spec)
+        return gateway.fleet.SetAllocation(request, metadata=who, timeout=WAIT_S)
+
+    def withdraw(who: Any) -> Any:
+        return gateway.fleet.DeleteAllocation(fleet_pb2.DeleteAllocationRequest(name="p"), metadata=who, timeout=WAIT_S)
+
+    def promises(who: Any) -> Any:
+        return gateway.fleet.ListAllocations(fleet_pb2.ListAllocationsRequest(), metadata=who, timeout=WAIT_S)
+
+    def explain(name: str, who: Any) -> Any:
+        return gateway.fleet.Explain(fleet_pb2.ExplainRequest(id=name), metadata=who, timeout=WAIT_S)
+
+    nobody = (grpc.StatusCode.UNAUTHENTICATED, "invalid_api_key")
+    async with running(address(scheduler)) as gateway:
+        await gateway.ready()
+        for call in (promise(()), withdraw(()), promises(()), explain("m", ())):
+            assert await refused(call) == nobody
+        assert await refused(promise(ALICE)) == DENIED
+        assert (await promise(OPERATOR)).allocation.revision
+        assert await refused(withdraw(ALICE)) == DENIED
+        assert [status.allocation.name for status in (await promises(ALICE)).allocations] == ["p"]
+        assert (await explain("p", ALICE)).kind == "allocation"
+        assert (await explain("m", BOB)).kind == "model"
+        async with asking(gateway, "mine"):
+            assert (await explain("mine", ALICE)).kind == "request"
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await explain("nothing", ALICE)
+        assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+        assert "'nothing'" in str(unknown.value.details())
+        assert await refused(explain("", ALICE)) == INVALID
+        assert (await withdraw(OPERATOR)).was_there
+        assert not (await withdraw(OPERATOR)).was_there

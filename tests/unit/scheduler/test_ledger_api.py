@@ -31,7 +31,7 @@ def arena() -> LedgerArena:
         (replicas("bad name", "a"), InvalidRequest, "name"),
         (replicas("x" * 64, "a"), InvalidRequest, "name"),
         (replicas("x", ""), InvalidRequest, "Name the model"),
-        (replicas("x", "nobody"), ModelNotFound, "nobody"),
+        (replicas("x", "nobody"), ModelNotFound, "the default pool holds a model 'nobody'"),
         (replicas("x", "a", 3, 2), InvalidRequest, "contradict"),
         (replicas("x", "a", 3), Conflict, "could never stand"),
         (replicas("x", "a", 20_000), InvalidRequest, "10000"),
