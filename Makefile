@@ -11,7 +11,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover scheduler stack fairness overload ledger
-ORDER := tests/unit tests/architecture tests/sim tests/integration tests/e2e tests/faults
+# Two processes for two cores: only one half has to import torch.
+UNIT_LIGHT := $(addprefix tests/unit/, scheduler worker etcd kernel cli)
+UNIT_TORCH := $(filter-out $(UNIT_LIGHT) %__pycache__, $(patsubst %/,%,$(wildcard tests/unit/*/)))
+# The slowest files first, three at a time: they mostly wait for processes.
+SLOW := tests/e2e tests/faults tests/integration tests/sim tests/architecture
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 SEEDS ?= 2000
 
 # Handed over in the environment, so that quotes in a prompt stay what they are.
@@ -34,11 +39,12 @@ install: $(INSTALLED) ## make the virtual environment
 run: $(INSTALLED) ## start a fleet and serve until Ctrl-C; PROMPT="..." asks it, ONCE=1 then stops it
 	@$(BIN)/llmos up $(if $(ONCE),--once) $(if $(PROMPT),--prompt "$$PROMPT") $(UP)
 
-test: lint ## every check and every test
-	$(BIN)/python -m pytest -q $(ORDER)
+test: lint unit ## every check and every test
+	$(BIN)/python -m pytest -q $(TOGETHER) $(SLOW)
 
 unit: $(INSTALLED) ## the tests that take milliseconds
-	$(BIN)/python -m pytest -q tests/unit
+	@$(BIN)/python -m pytest -q $(UNIT_LIGHT) & other=$$!; status=0; \
+	$(BIN)/python -m pytest -q $(UNIT_TORCH) || status=$$?; wait $$other || status=$$?; exit $$status
 
 fairness: $(INSTALLED) ## the bounds of fair service in 10,000 random runs
 	LLMOS_TEST_FAIR_RUNS=10000 $(BIN)/python -m pytest -q tests/unit/scheduler/test_fairness.py -k bounds_hold

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,9 @@ import openai
 import pydantic
 import pytest
 
+from llmos.v1 import fleet_pb2
 from llmos.v1 import inference_pb2 as api
+from llmos.v1.fleet_pb2_grpc import FleetStub
 from llmos.v1.inference_pb2_grpc import InferenceStub
 from tests.e2e.default_model import default_model
 from tests.fakes.fleet import Fleet, Process, running_fleet, wait_for
@@ -154,7 +155,9 @@ def test_a_seeded_request_is_the_same_alone_and_among_fifteen(client: Client) ->
 
 def workers_in_use(fleet: Fleet) -> list[str]:
     """The worker of each running request."""
-    return [row["worker"] for row in json.loads(fleet.cli("ps", "--json").stdout) if row["worker"]]
+    with grpc.insecure_channel(fleet.grpc) as channel:
+        rows = FleetStub(channel).ListRequests(fleet_pb2.ListRequestsRequest(), timeout=30).requests
+    return [row.worker for row in rows if row.worker]
 
 
 def worker_of_most(fleet: Fleet) -> str:

@@ -14,7 +14,7 @@ from scheduler.waiting import WaitingRoom
 from tests.unit.scheduler.arena import MODEL, VERSION, Arena, make_request
 from tests.unit.scheduler.fair_runs import Run
 
-RUNS = int(os.environ.get("LLMOS_TEST_FAIR_RUNS", "200"))
+RUNS = int(os.environ.get("LLMOS_TEST_FAIR_RUNS", "60"))
 FIRST = int(os.environ.get("LLMOS_TEST_FAIR_SEED", "0"))
 KEY = (MODEL, VERSION)
 

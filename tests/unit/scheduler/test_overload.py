@@ -209,7 +209,7 @@ def test_refusals_leave_nothing_behind() -> None:
     arena = busy(Policy(queue_limit=20), waiting=20)
     state = arena.core.state
     before = (len(state.timers), len(state.tombstones), len(state.last_attempts), len(state.requests))
-    for number in range(1000):
+    for number in range(300):
         assert refusal(arena, make_request(f"r/{number}", deadline_ms=60_000)) is not None
         assert refusal(arena, quota(f"q/{number}", tokens=600, deadline_ms=60_000)) is not None
     assert (len(state.timers), len(state.tombstones), len(state.last_attempts), len(state.requests)) == before

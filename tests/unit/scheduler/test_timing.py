@@ -51,7 +51,7 @@ def test_the_margin_keeps_its_word_whatever_the_noise() -> None:
         bench = Bench([1.0, 3.0], seed=2)
         for number in range(500):
             bench.serve(number % 2, spread)
-        missed = [bench.serve(number % 2, spread)[1] for number in range(4000)]
+        missed = [bench.serve(number % 2, spread)[1] for number in range(2000)]
         assert 0.03 <= statistics.mean(missed) <= 0.07
 
 

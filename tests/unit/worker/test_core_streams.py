@@ -71,7 +71,7 @@ def test_what_one_frame_cannot_hold_goes_with_the_next_at_once() -> None:
     rig = Rig()
     rig.send(dispatch(choices=2))
     rig.core.detach(rig.stream)
-    long = [65] * (5 * 1024 * 1024)
+    long = [2**31] * (1024 * 1024)  # five bytes each on the wire
     for choice in (0, 1):
         epoch = request_pb2.Epoch(term=1, attempt=1)
         vast = request_pb2.Output(request_id="a", epoch=epoch, choice=choice, token_ids=long)
