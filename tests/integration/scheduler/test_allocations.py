@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +25,7 @@ from scheduler import registry
 from scheduler.allocation.intent import Intent
 from scheduler.process import SchedulerProcess
 from tests.fakes.etcd_server import EtcdServer
+from tests.integration.gateway_grpc.gateway import Gateway, running
 from tests.integration.scheduler.conftest import OpenScheduler, until
 
 pytestmark = pytest.mark.timeout(240)
@@ -36,12 +39,14 @@ class EchoWorkers:
     def __init__(self, folder: Path, etcd: str, undo: ExitStack) -> None:
         self._folder, self._etcd, self._undo = folder, etcd, undo
 
-    def start(self, name: str, *models: str, memory: int = 4 * GIB, load_s: float = 0.2) -> None:
+    def start(self, name: str, *models: str, memory: int = 4 * GIB, load_s: float = 0.2, speed: float = 0) -> None:
         command = [
             *(sys.executable, "-m", "worker", "--backend", "echo", "--id", name, "--etcd-endpoints", self._etcd),
             *(
                 "--echo-load-s",
                 str(load_s),
+                "--echo-tokens-per-second",
+                str(speed),
                 "--memory-limit",
                 str(memory),
                 "--drain-s",
@@ -112,8 +117,10 @@ async def eventually(what: Callable[[], Any], expected: object) -> None:
             await asyncio.sleep(0.05)
 
 
-def replicas(name: str, model: str, least: int, most: int, **more: Any) -> fleet_pb2.Allocation:
-    spec = fleet_pb2.ModelReplicas(model=model, min_replicas=least, max_replicas=most)
+def replicas(
+    name: str, model: str, least: int, most: int, target_requests: int = 0, **more: Any
+) -> fleet_pb2.Allocation:
+    spec = fleet_pb2.ModelReplicas(model=model, min_replicas=least, max_replicas=most, target_requests=target_requests)
     return fleet_pb2.Allocation(name=name, model=spec, **more)
 
 
@@ -165,6 +172,67 @@ async def test_replicas_come_and_go_with_their_promise(fleet: Fleet, workers: Ec
         await fleet.call("Explain", fleet_pb2.ExplainRequest(id="nobody"))
     assert (await fleet.call("DeleteAllocation", fleet_pb2.DeleteAllocationRequest(name="p"))).was_there
     assert not (await fleet.call("DeleteAllocation", fleet_pb2.DeleteAllocationRequest(name="p"))).was_there
+
+
+async def keep_asking(gateway: Gateway, requests: int) -> None:
+    """So many at a time: as one ends the next one comes. Fails if one of them does."""
+
+    async def one_after_another() -> None:
+        while True:
+            stream = await gateway.chat(max_tokens=20)
+            async with asyncio.timeout(60):
+                async for _ in stream.events():
+                    pass
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(requests):
+            group.create_task(one_after_another())
+
+
+async def test_replicas_follow_a_step_of_load_without_flapping(
+    quick: SchedulerProcess, fleet: Fleet, workers: EchoWorkers
+) -> None:
+    """From one request at a time to 32, with four workers that are meant to run eight each, and back to one."""
+    counts: list[int] = []
+
+    async def loaded() -> int:
+        now = len(await fleet.loaded("echo"))
+        if not counts or now != counts[-1]:
+            counts.append(now)
+        return now
+
+    await fleet.promise(replicas("p", "echo", 1, 4, target_requests=8))
+    for name in ("w1", "w2", "w3", "w4"):
+        workers.start(name, "echo=1GiB", load_s=2.0, speed=10)
+    await eventually(loaded, 1)
+    await eventually(lambda: _connected(fleet), 4)
+    async with running(f"127.0.0.1:{quick.port}") as gateway:
+        await gateway.ready()
+        for requests, wanted, longer_s in ((32, 4, 8.0), (1, 1, 4.0)):
+            began = time.monotonic()
+            asking = asyncio.create_task(keep_asking(gateway, requests))
+            await eventually(loaded, wanted)
+            logging.getLogger(__name__).info("%d replicas after %.2f s", wanted, time.monotonic() - began)
+            end = time.monotonic() + longer_s
+            while time.monotonic() < end:
+                assert await loaded() == wanted
+                await asyncio.sleep(0.05)
+            assert not asking.done()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+    rise, fall = counts[: counts.index(4) + 1], counts[counts.index(4) :]
+    assert rise == sorted(rise), f"replicas went while load rose: {counts}"
+    assert fall == sorted(fall, reverse=True), f"replicas came while load fell: {counts}"
+
+
+async def _connected(fleet: Fleet) -> int:
+    return len(
+        [
+            node
+            for node in (await fleet.call("ListNodes", fleet_pb2.ListNodesRequest())).nodes
+            if node.role == fleet_pb2.NODE_ROLE_WORKER
+        ]
+    )
 
 
 async def _written(intent: Intent) -> None:
