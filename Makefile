@@ -14,7 +14,7 @@ BENCHES := engine quality serving kernels lora prefix constrained exactness rest
 # Two processes for two cores: only one half has to import torch.
 UNIT_LIGHT := $(addprefix tests/unit/, scheduler worker etcd kernel cli)
 UNIT_TORCH := $(filter-out $(UNIT_LIGHT) %__pycache__, $(patsubst %/,%,$(wildcard tests/unit/*/)))
-# The slowest files first, three at a time: they mostly wait for processes.
+# The slowest files first, three at a time: they mostly wait for processes. Threads that wait must not spin then.
 SLOW := tests/e2e tests/faults tests/integration tests/sim tests/architecture
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 SEEDS ?= 2000
@@ -40,7 +40,7 @@ run: $(INSTALLED) ## start a fleet and serve until Ctrl-C; PROMPT="..." asks it,
 	@$(BIN)/llmos up $(if $(ONCE),--once) $(if $(PROMPT),--prompt "$$PROMPT") $(UP)
 
 test: lint unit ## every check and every test
-	$(BIN)/python -m pytest -q $(TOGETHER) $(SLOW)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(TOGETHER) $(SLOW)
 
 unit: $(INSTALLED) ## the tests that take milliseconds
 	@$(BIN)/python -m pytest -q $(UNIT_LIGHT) & other=$$!; status=0; \
