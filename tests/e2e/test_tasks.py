@@ -45,6 +45,7 @@ def fleet(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     with running_fleet(tmp_path_factory.mktemp("fleet")) as fleet:
         fleet.scheduler()
         flags = ["--etcd-endpoints", fleet.etcd.address, "--backend", "torch", "--threads", "1", "--store", str(root)]
+        flags += ["--spare-engine", "no"]
         with ThreadPoolExecutor(2) as pool:  # at once: each imports torch for seconds
             names = ("worker-one", "worker-two")
             list(pool.map(lambda name: fleet.start("worker", *flags, "--model", ",".join(folders), name=name), names))

@@ -78,7 +78,8 @@ class Client:
 
 
 def add_worker(fleet: Fleet, model: str, *flags: str) -> Process:
-    return fleet.worker("--backend", "torch", "--threads", "1", *flags, model=model)
+    # Whole workers are killed here: a spare engine is of no use.
+    return fleet.worker("--backend", "torch", "--threads", "1", "--spare-engine", "no", *flags, model=model)
 
 
 def wait_for_workers(fleet: Fleet, ids: set[str]) -> None:
