@@ -104,7 +104,7 @@ def _resolve(state: State, request: request_pb2.Request) -> ModelKey | None:
     key = (request.model, request.model_version or (model.version if model is not None else ""))
     lacks_adapter = bool(request.adapter) and _adapter(state, request) is None
     if model is None or lacks_adapter or (key[1] != model.version and not _offered(state, key)):
-        if state.settled and not request.resume and _anybody(state):
+        if state.settled and not request.resume and _anybody(state) and not _coming(state, request):
             asked = request.adapter or request.model
             raise ModelNotFound(f"The fleet does not serve a model '{asked}'.", param="model")
         return None
@@ -116,6 +116,20 @@ def _resolve(state: State, request: request_pb2.Request) -> ModelKey | None:
 def _anybody(state: State) -> bool:
     """Some worker has reported to this leader. Until then what gateways ask for is what an earlier one has offered."""
     return any(worker.attachments for worker in state.workers.values())
+
+
+def _coming(state: State, request: request_pb2.Request) -> bool:
+    """Some worker may yet load what is asked for: one that starts as this leader's term does is not done with it."""
+    name, version = request.model, request.model_version
+    if request.adapter:
+        name, version = request.adapter, request.adapter_version
+    slots = [slot for worker in state.workers.values() if (slot := worker.slots.get(name)) is not None]
+    return any(
+        slot.state not in HOPELESS
+        and version in ("", slot.key[1])
+        and slot.base == (request.model if request.adapter else "")
+        for slot in slots
+    )
 
 
 def _adapter(state: State, request: request_pb2.Request) -> ModelKey | None:

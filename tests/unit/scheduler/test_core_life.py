@@ -224,6 +224,20 @@ def test_a_request_for_a_model_that_still_loads_waits() -> None:
     assert client.finished == [True]
 
 
+def test_what_an_earlier_leader_accepted_waits_for_a_worker_that_starts_anew() -> None:
+    """The only worker has just been started and reports nothing loaded; gateways know the model from before."""
+    arena = Arena()
+    arena.connect()
+    arena.add_worker("w1", loaded=False)
+    arena.post(events.MembersListed())
+    assert arena.core.state.settled
+    assert arena.core.state.catalogue.get(MODEL) is None
+    client = arena.submit(make_request("r1"))
+    nobody = arena.submit(make_request("r2", model_version="v0"))
+    arena.run()
+    assert (client.finished, nobody.error) == ([True], "model_not_found")
+
+
 def test_large_request_is_not_overtaken_for_ever() -> None:
     arena = Arena(Policy(bypass_limit=3))
     arena.connect()
