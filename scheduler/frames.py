@@ -37,6 +37,20 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         _output(state, worker, output, now, out)
     for failure in frame.failures:
         _failed(state, worker, failure, now, out)
+    if frame.busy:
+        worker.busy_at = now
+    elif worker.running:
+        _missed(state, worker, now, out)
+
+
+def _missed(state: State, worker: WorkerView, now: float, out: Outbox) -> None:
+    """A worker that says for long that it runs nothing has lost what it was given, or the last words of it: a gap in
+    the output would show, but nothing follows them."""
+    for request_id, attempt in list(worker.running.items()):
+        if now - max(worker.busy_at, attempt.begun_at) >= state.policy.lost_attempt_s:
+            state.counters["lost_attempts"] += 1
+            error = AttemptLost("the worker does not run it any more")
+            retry(state, state.requests[request_id], error, now, out, tell=True)
 
 
 def _sample_gap(state: State, frame: work_pb2.WorkFrame, now: float) -> None:

@@ -56,6 +56,8 @@ class Policy:
     """Seconds that gateways and workers have to come after an election; what a worker runs is kept for them as long."""
     settle_limit_s: float = 3.0
     """The same while registered workers have not reported yet: one of them may be dead."""
+    lost_attempt_s: float = 5.0
+    """Seconds that a worker may say that it runs nothing before what it ought to run counts as lost."""
     tombstone_ttl_s: float = 120.0
     """Seconds that a cancelled id refuses to start. Workers remember epochs of ended attempts as long."""
     tombstone_limit: int = 262_144

@@ -161,6 +161,8 @@ class WorkerView:
     output_at: float = 0.0
     """When the last frame with output came."""
     busy: bool = False
+    busy_at: float = 0.0
+    """When it last said that it had something to do."""
     id: str = field(init=False)
     """Unique per process start."""
 

@@ -25,6 +25,27 @@ def unequal(policy: Policy | None = None) -> Arena:
     return arena
 
 
+def test_the_lost_last_words_of_an_attempt_are_missed() -> None:
+    """No gap shows what was lost last; but the worker goes on saying that it has nothing to do."""
+    arena = Arena(Policy(lost_attempt_s=5.0))
+    arena.connect()
+    worker = arena.add_worker("w1")
+    client = arena.submit(make_request("r1", max_tokens=4))
+    arena.deliver_orders("w1")
+    for _ in range(3):
+        arena.step("w1")
+    worker.step()  # the frame with the last token and the end is lost
+    assert not worker.running
+    for _ in range(9):
+        arena.advance(0.5)
+        arena.step("w1")
+    assert arena.core.state.counters["lost_attempts"] == 0
+    arena.run()
+    assert client.finished == [True]
+    assert arena.core.state.counters["lost_attempts"] == 1
+    arena.check_idle()
+
+
 @pytest.mark.parametrize("lookahead", [1, 16])
 def test_what_fits_on_no_connected_worker_holds_up_nobody(lookahead: int) -> None:
     arena = unequal(Policy(bypass_limit=2, lookahead=lookahead))
