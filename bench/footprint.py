@@ -13,10 +13,11 @@ import sys
 from llmos.store import Store
 from worker.backend import Attempt, Epoch, ModelSpec, Sampling, Task
 from worker.backends.torch import TorchBackend
+from worker.demand import LOGIT_ROWS
 from worker.engine import footprint
 from worker.models import demand_of
 
-_SEQUENCES, _PROMPT, _ANSWER = 12, 96, 4
+_SEQUENCES, _PROMPT, _ANSWER = LOGIT_ROWS, 40, 4
 
 
 def measured(name: str, precision: str) -> dict[str, float]:
