@@ -234,7 +234,7 @@ class WorkerCore:
             highest_term=self._highest_term,
             running=[
                 work_pb2.RunningAttempt(request_id=request_id, epoch=wire.epoch_to_wire(epoch))
-                for request_id, epoch in sorted(running | self._outbox.attempts(), key=lambda entry: entry[0])
+                for request_id, epoch in sorted(running | self._outbox.attempts(), key=_in_order)
             ],
             models=self._shelf.all(),
             numerics_fingerprint=self._state.fingerprint,
@@ -388,3 +388,9 @@ def _failure(request_id: str, epoch: Epoch, error: LlmosError) -> request_pb2.Fa
     return request_pb2.Failure(
         request_id=request_id, epoch=wire.epoch_to_wire(epoch), code=error.code, message=error.message
     )
+
+
+def _in_order(entry: tuple[str, Epoch]) -> tuple[str, int, int]:
+    """By request and epoch: one request may have two, of which the older one's output is still unacknowledged."""
+    request_id, epoch = entry
+    return (request_id, epoch.term, epoch.attempt)
