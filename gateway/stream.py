@@ -23,6 +23,9 @@ _EVENT_BYTES = 96
 _TOKEN_BYTES = 40
 _LOGPROB_BYTES = 120
 _VALUE_BYTES = 4
+_SLOW_READER_GRACE_S = 1.0
+_BURST = 4
+"""So many times the buffer's limit may be exceeded while the reader has its grace."""
 
 
 class Uplink(Protocol):
@@ -50,7 +53,7 @@ class StreamLimits:
     """Bounds of one stream."""
 
     buffer_bytes: int
-    """Most bytes of events that wait for the reader, roughly."""
+    """Most bytes of events that wait for the reader, roughly. A burst may exceed it for a second, fourfold at most."""
     gap_limit: int
     """So often in a row may output be lost or damaged before the stream fails."""
 
@@ -96,6 +99,7 @@ class Stream:
         self._asked = False
         self._failed_asks = 0
         self._deadline_timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
 
     @property
     def inner_id(self) -> str:
@@ -144,7 +148,7 @@ class Stream:
         if self.transcript.finished:
             self._complete()
         elif self._buffered > self._limits.buffer_bytes:
-            self.abort(SlowReader("The stream was not read fast enough; resume it, or ask for less."), "slow_reader")
+            self._press()
         return taken.verdict
 
     def reconnected(self) -> request_pb2.Request:
@@ -200,6 +204,21 @@ class Stream:
     def _abandon(self, reason: str) -> None:
         self.abort(Cancelled("The client went away."), reason)
 
+    def _press(self) -> None:
+        """The buffer is full. What stood still gets everything at once, before any reader's turn: grant one."""
+        if self._buffered > _BURST * self._limits.buffer_bytes:
+            self._give_up_reader()
+        elif self._reader_timer is None:
+            self._reader_timer = asyncio.get_running_loop().call_later(_SLOW_READER_GRACE_S, self._judge_reader)
+
+    def _judge_reader(self) -> None:
+        self._reader_timer = None
+        if self._buffered > self._limits.buffer_bytes:
+            self._give_up_reader()
+
+    def _give_up_reader(self) -> None:
+        self.abort(SlowReader("The stream was not read fast enough; resume it, or ask for less."), "slow_reader")
+
     def _put(self, delta: Delta) -> None:
         if delta.finish is not None:
             self.finish_reasons[delta.choice] = delta.finish
@@ -223,6 +242,8 @@ class Stream:
         self._ended = True
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
         self._wake()
         self._on_end(self, error)
 

@@ -243,6 +243,24 @@ async def test_a_reader_that_does_not_read_loses_its_stream_and_no_other(new_sch
         assert [(cancel.request_id, cancel.reason) for cancel in scheduler.cancels] == [(names[0], "slow_reader")]
 
 
+async def test_a_burst_larger_than_the_buffer_is_read_when_the_reader_has_its_turn(new_scheduler: NewScheduler) -> None:
+    """A process that stood still gets at once what came meanwhile; its readers had no chance to read any of it."""
+    scheduler, address = await new_scheduler()
+    async with running(address, session=SessionConfig(buffer_bytes=10_000)) as gateway:
+        await gateway.ready()
+        stream, unread = await gateway.chat(max_tokens=300), await gateway.chat(max_tokens=320)
+        names = [(await scheduler.next_submit()).request_id for _ in range(2)]
+        events = asyncio.create_task(collect(stream))
+        for name in names:
+            finish = {280: LENGTH} if name == names[0] else {}
+            scheduler.send(*(output(name, i, "x" * 20, finish=finish.get(i, 0)) for i in range(0, 300, 20)))
+        assert text_of(await events) == "x" * 300
+        await scheduler.until(lambda: scheduler.cancels)
+        assert [(cancel.request_id, cancel.reason) for cancel in scheduler.cancels] == [(names[1], "slow_reader")]
+        with pytest.raises(SlowReader):
+            await collect(unread)
+
+
 async def test_a_client_that_goes_away_takes_its_request_with_it(new_scheduler: NewScheduler) -> None:
     scheduler, address = await new_scheduler()
     async with running(address) as gateway:
