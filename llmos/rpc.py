@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -249,6 +250,7 @@ def run_until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
         await serve(stop)
 
     spare_the_collector()
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are executed, never just forked
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(main())

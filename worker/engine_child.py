@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from llmos.children import Child, start
 from llmos.internal.v1 import work_pb2
 from worker import pipe
 from worker.engine_process import EngineSetup
@@ -25,7 +25,7 @@ _GRACE_S = 2.0
 class EngineChild:
     """A started process and our end of its socket. Whoever holds it must `end` it."""
 
-    process: asyncio.subprocess.Process
+    process: Child
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
@@ -42,8 +42,7 @@ class EngineChild:
                 return await self.process.wait()
         except TimeoutError:
             log.warning("the engine process %d did not end by itself; killing it", self.process.pid)
-        with contextlib.suppress(ProcessLookupError):  # it ended in between
-            self.process.kill()
+        self.process.kill()
         return await self.process.wait()
 
 
@@ -52,9 +51,7 @@ async def spawn(setup: EngineSetup) -> EngineChild:
     ours, theirs = socket.socketpair()
     arguments = ["-m", "worker.engine_process", str(theirs.fileno()), str(os.getpid())]
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-        )
+        process = start([sys.executable, *arguments], keep=[theirs.fileno()])
     except BaseException:
         ours.close()
         raise

@@ -13,6 +13,7 @@ from typing import IO
 
 import msgspec
 
+from llmos import children
 from llmos.errors import SetupError
 from llmos.fleet import launch
 from llmos.fleet.identity import ProcessIdentity, descendants, identify, send_signal, wait_gone
@@ -36,21 +37,14 @@ class RunningMember:
         self.id = ""
         self._command = list(command)
         self._ready_file = ready_file
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: children.Child | None = None
         self._identity = ProcessIdentity(0, "")
 
     async def start(self) -> None:
         """Start the process in a session of its own, so that a Ctrl-C at the terminal reaches only the supervisor."""
         launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
         with _fresh_log(self.log_path) as output:
-            self._process = await asyncio.create_subprocess_exec(
-                *launcher,
-                *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            self._process = children.start([*launcher, *self._command], output=output, new_session=True)
         pid = self._process.pid
         self._identity = identify(pid) or ProcessIdentity(pid, "")
 
