@@ -19,6 +19,8 @@ SLOW := tests/e2e tests/faults tests/integration tests/sim tests/architecture
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 SEEDS ?= 2000
 
+# The tests start hundreds of processes: none should compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Handed over in the environment, so that quotes in a prompt stay what they are.
 export PROMPT
 
