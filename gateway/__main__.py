@@ -30,13 +30,19 @@ from llmos.addresses import host_port
 from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
 from llmos.keys import KeyRing
+from llmos.lifetime import Stop, first_of, run_until_signal
 from llmos.ready import write_ready
-from llmos.rpc import RpcServer, open_channel, run_until_signal
+from llmos.rpc import RpcServer, open_channel
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+_SUCCEED_S = 10.0
+"""Longest wait for a leader and a model before a gateway that takes over another's sockets listens."""
+_POLL_S = 0.02
+_LAST_WRITES_S = 3.0
+"""After the drain: time for the errors that ended the last streams to leave."""
 _LAST_WORDS_S = 0.3
 """After the drain: time for cancellations and spans to reach the scheduler."""
 _TELEMETRY_S = 1.0
@@ -89,13 +95,12 @@ class GatewayProcess:
         self._metrics.watch("gateway_sessions", self._sessions.counters, gauges={"running"})
         self._authenticator = KeyAuthenticator(KeyRing(config.keys_file))
 
-    async def serve(self, stop: asyncio.Event) -> None:
+    async def serve(self, stop: Stop) -> None:
         """Run until `stop` is set; then let what runs end, within the configured time. Raises SetupError."""
         engine = MeteredEngine(self._sessions, self._metrics, self._clock)
         rpc, http = self._rpc_server(engine), self._http_server(engine)
         try:
-            self._node.address = host_port(self._config.host, await rpc.start())
-            await http.start()
+            self._node.address = host_port(self._config.host, rpc.bind())
             tasks = [
                 asyncio.create_task(self._link.run(self._sessions), name="link"),
                 asyncio.create_task(self._catalogue.prefetch(), name="prefetch"),
@@ -103,24 +108,48 @@ class GatewayProcess:
             for task in tasks:
                 # Neither ends by itself: a bug in one must end the process, visibly, and not leave it deaf.
                 task.add_done_callback(lambda _: stop.set())
+            if self._config.http_fd >= 0:
+                await self._until_ready(stop)
+            await rpc.start()
+            await http.start()
             self._announce(http.port, rpc.port)
             await stop.wait()
-            await self._drain(rpc, http)
+            await self._drain(rpc, http, stop.hurry)
             await _end(tasks)
         finally:
+            http.cut()
             await http.stop()
             await rpc.stop(0)
             await asyncio.to_thread(self._telemetry.shutdown, _TELEMETRY_S)
 
-    async def _drain(self, rpc: RpcServer, http: HttpServer) -> None:
+    async def _until_ready(self, stop: Stop) -> None:
+        """A predecessor may still listen on the same ports: clients must not come here before they can be served."""
+        deadline = self._clock.monotonic() + _SUCCEED_S
+        while not (self._sessions.ready() or stop.is_set() or self._clock.monotonic() >= deadline):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+
+    async def _drain(self, rpc: RpcServer, http: HttpServer, hurry: asyncio.Event) -> None:
+        """Listen no more, let what runs end within the drain time, then end it with an error that can be resumed."""
         drain_s = self._config.drain_s
         log.info("draining for at most %.0f s", drain_s)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._sessions.drain(drain_s))
-            group.create_task(http.stop())
-            group.create_task(rpc.stop(drain_s + 1))
+        self._sessions.retire()
+        edges = asyncio.gather(http.stop(), rpc.stop(drain_s + _LAST_WRITES_S))
+        done = asyncio.Event()
+        waiting = asyncio.create_task(self._until_idle(http, done))
+        await first_of(done, hurry, timeout_s=drain_s)
+        waiting.cancel()
+        self._sessions.close()
+        await asyncio.wait({edges}, timeout=_LAST_WRITES_S)
+        http.cut()
+        await rpc.stop(0)
+        await edges
         if self._link.connected:
             await asyncio.sleep(_LAST_WORDS_S)
+
+    async def _until_idle(self, http: HttpServer, done: asyncio.Event) -> None:
+        await http.stop()
+        await self._sessions.idle()
+        done.set()
 
     def _rpc_server(self, engine: MeteredEngine) -> RpcServer:
         config = self._config
@@ -130,6 +159,7 @@ class GatewayProcess:
             config.grpc_port,
             tls=config.tls,
             require_client_cert=False,
+            share_port=config.share_grpc_port,
             interceptors=[UnreadableInterceptor()],
         )
         inference = InferenceServicer(engine, self._authenticator)
@@ -156,7 +186,7 @@ class GatewayProcess:
             limits=config.limits,
             new_id=new_id,
             tls=config.tls,
-            drain_s=config.drain_s,
+            inherited=config.http_fd if config.http_fd >= 0 else None,
         )
 
     def _announce(self, http_port: int, grpc_port: int) -> None:
@@ -183,7 +213,7 @@ def main() -> int:
     clock = SystemClock()
     rng = random.SystemRandom()
 
-    async def serve(stop: asyncio.Event) -> None:
+    async def serve(stop: Stop) -> None:
         await GatewayProcess(config, clock, rng).serve(stop)
 
     return run_until_signal(serve)

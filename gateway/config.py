@@ -47,8 +47,12 @@ class GatewayConfig:
     """Address to listen on. Other than loopback needs keys_file and TLS."""
     http_port: int = 8000
     """Port of the OpenAI-compatible API; 0 takes a free one."""
+    http_fd: int = -1
+    """Descriptor of an inherited socket that listens, in place of `host` and `http_port`; -1: none."""
     grpc_port: int = 8001
     """Port of the gRPC API; 0 takes a free one."""
+    share_grpc_port: bool = False
+    """Let another process listen on `grpc_port` too, so that the next gateway is up before this one goes."""
     schedulers: tuple[str, ...] = ("127.0.0.1:7000",)
     """host:port of the schedulers; the one that leads is found by asking."""
     id: str = ""
@@ -64,7 +68,7 @@ class GatewayConfig:
     prefix_salt: str = ""
     """Secret that prefix-cache keys depend on; the same for all gateways of a fleet."""
     drain_s: float = 20.0
-    """How long running requests may go on after SIGTERM."""
+    """How long running requests may go on after SIGTERM; a second signal ends them at once."""
     otlp_endpoint: str = ""
     """Where to export spans (OTLP over gRPC); empty: nowhere."""
     sample_ratio: float = 1.0

@@ -7,7 +7,6 @@ submit it, then output by output through its stream until the last choice has en
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,7 +107,7 @@ class Sessions:
         self._preparing = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._draining = False
+        self._retiring = self._closed = False
         self._grace_timer: asyncio.TimerHandle | None = None
         self._counts = dict.fromkeys([*_COUNTED.values(), "outputs_unknown", "requests", "slow_readers"], 0)
 
@@ -159,14 +158,19 @@ class Sessions:
 
     def ready(self) -> bool:
         """See `Engine`."""
-        return self._link.connected and not self._draining and bool(self._catalogue.models())
+        return self._link.connected and not self._retiring and bool(self._catalogue.models())
 
-    async def drain(self, grace_s: float) -> None:
-        """Refuse new requests, let running ones end within `grace_s`, then end the rest with a typed error."""
-        self._draining = True
-        with contextlib.suppress(TimeoutError):  # the rest is ended below
-            async with asyncio.timeout(grace_s):
-                await self._idle.wait()
+    def retire(self) -> None:
+        """Be ready no more, so that clients are sent elsewhere. Who comes all the same is still served."""
+        self._retiring = True
+
+    async def idle(self) -> None:
+        """Wait until no request runs."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Refuse new requests from now on, and end what still runs with a typed, resumable error."""
+        self._closed = True
         for stream in list(self._streams.values()):
             stream.fail(Unavailable("This gateway is shutting down; resume the stream.", retry_after_s=1.0))
 
@@ -204,7 +208,7 @@ class Sessions:
     # How
 
     def _admit(self) -> None:
-        if self._draining:
+        if self._closed:
             raise Unavailable("This gateway is shutting down; try another one.", retry_after_s=1.0)
         lost = self._link.lost_for_s
         if lost is None or lost > self._config.leader_grace_s:

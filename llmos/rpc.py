@@ -9,10 +9,7 @@ into a status with trailing metadata.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from llmos.addresses import host_port
-from llmos.collector import spare_the_collector
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError, DeadlineExceeded, LlmosError, Unauthenticated, Unavailable, from_code
 
@@ -49,7 +45,6 @@ _SERVER_OPTIONS = [
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),
 ]
 _CHANNEL_OPTIONS = [
     *_LIMITS,
@@ -187,12 +182,14 @@ class RpcServer:
         *,
         tls: TlsConfig | None = None,
         require_client_cert: bool = True,
+        share_port: bool = False,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         self._address = host_port(host, port)
         self._tls = tls or TlsConfig()
         self._require_client_cert = require_client_cert
-        self._server = grpc.aio.server(interceptors=[_ErrorInterceptor(), *interceptors], options=_SERVER_OPTIONS)
+        options = [*_SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))]
+        self._server = grpc.aio.server(interceptors=[_ErrorInterceptor(), *interceptors], options=options)
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
         self.port = 0
@@ -203,8 +200,8 @@ class RpcServer:
         add_to_server(servicer, self._server)
         self._names.append(name)
 
-    async def start(self) -> int:
-        """Bind and serve. Returns the port. Raises ConfigError if the address is taken."""
+    def bind(self) -> int:
+        """Take the port, and return it; connections wait until `start`. Raises ConfigError if the address is taken."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self._server)
@@ -212,6 +209,12 @@ class RpcServer:
             self.port = self._bind()
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {self._address}: the port is taken or not allowed") from error
+        return self.port
+
+    async def start(self) -> int:
+        """Serve. Returns the port. Raises ConfigError if the address is taken."""
+        if not self.port:
+            self.bind()
         await self._server.start()
         await self.set_serving(True)
         return self.port
@@ -235,37 +238,3 @@ class RpcServer:
         """Refuse new calls, give running ones `grace_s` seconds, then cancel them."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-
-
-def run_until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> int:
-    """Run `serve(stop)`; SIGTERM and SIGINT set `stop`. Returns the exit status, 2 after a typed error."""
-
-    async def main() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # Not on Windows, where Ctrl-C arrives as KeyboardInterrupt instead.
-            with contextlib.suppress(NotImplementedError):
-                loop.add_signal_handler(number, stop.set)
-        await serve(stop)
-
-    spare_the_collector()
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are executed, never just forked
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(main())
-    except LlmosError as error:
-        log.error("%s", error.message)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, the faster one; asyncio's own where it is not installed (Windows, for one)."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop  # type: ignore[no-any-return, unused-ignore]

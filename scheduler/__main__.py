@@ -8,7 +8,7 @@ import sys
 
 from llmos.clock import SystemClock
 from llmos.config import from_command_line
-from llmos.rpc import run_until_signal
+from llmos.lifetime import run_until_signal
 from scheduler.config import SchedulerConfig
 from scheduler.process import SchedulerProcess
 

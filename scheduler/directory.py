@@ -1,4 +1,4 @@
-"""Which schedulers run, from their records: for people only, nothing is decided by it."""
+"""Which schedulers run, from their records: for people, and for a leader that leaves, to know if one may succeed it."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from llmos.errors import EtcdError, LeaseLost
 from llmos.etcd import Compare, Election, EtcdClient, Leader, Lease, Put
 from llmos.internal.v1 import registry_pb2
+from llmos.lifetime import first_of
 from scheduler import registry
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ class Leadership:
         """The lease that the leader's key is under."""
         self._election: Election | None = None
         self._challenged = asyncio.Event()
+        self._campaign: asyncio.Task[None] | None = None
+        self._resigned = False
+        self._deposed = asyncio.Event()
         self.term = 0
         """The term that this scheduler leads in; 0 while it does not."""
 
@@ -61,13 +65,28 @@ class Leadership:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._observe(), name="leader-observe")
-                group.create_task(self._stand(), name="leader-campaign")
+                self._campaign = group.create_task(self._stand(), name="leader-campaign")
         finally:
             await asyncio.shield(self._leave())
 
+    async def hand_over(self, patience_s: float) -> None:
+        """Resign now and for good, so that a standby wins at once; lead on until it shows itself, at most `patience_s`,
+        so that gateways can be told where to go. `run` goes on until it is cancelled."""
+        self._resigned = True
+        if self._campaign is not None:
+            self._campaign.cancel()
+            await asyncio.wait({self._campaign})
+        leading = self.term
+        self._deposed.clear()
+        await self._leave()
+        if leading:
+            log.info("resigned in term %d", leading)
+            await first_of(self._deposed, timeout_s=patience_s)
+
     async def challenged(self) -> None:
         """Somebody has seen a higher term: this reign is over, whatever etcd last said."""
-        if self.term:
+        # Once resigned, it is the successor that is meant, and its address comes from etcd within a moment.
+        if self.term and not self._resigned:
             log.warning("a higher term than %d exists; this scheduler leads no more", self.term)
             self._challenged.set()
             await self._depose("")
@@ -138,10 +157,12 @@ class Leadership:
         self.term = 0
         self._won = None
         await self._seat.deposed(leader_address)
+        self._deposed.set()
 
     async def _leave(self) -> None:
         """Give the lease up, and with it the leader's key and the record."""
-        if self._lease is not None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
             with contextlib.suppress(EtcdError, TimeoutError):  # it ends by itself within its TTL
                 async with asyncio.timeout(1.0):
-                    await self._lease.revoke()
+                    await lease.revoke()

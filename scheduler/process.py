@@ -35,6 +35,8 @@ from scheduler.span_ring import SpanRing
 log = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
+_HAND_OVER_S = 1.0
+"""How long a leader that leaves waits for its successor to show itself."""
 _SPANS_S = 0.1
 
 
@@ -88,7 +90,7 @@ class SchedulerProcess:
         server.add(requests_pb2_grpc.add_RequestsServicer_to_server, requests, "llmos.internal.v1.Requests")
         server.add(fleet_pb2_grpc.add_FleetServicer_to_server, fleet, "llmos.v1.Fleet")
         self.port = await server.start()
-        record.address = config.advertise or host_port(config.host, self.port)
+        record.address = host_port(config.host, self.port)
         leadership = self.leadership = Leadership(self._etcd, record, config.lease_ttl_s, self.seat)
         try:
             async with asyncio.TaskGroup() as group:
@@ -102,6 +104,8 @@ class SchedulerProcess:
                 log.info("scheduler %s serves on port %d", self.id, self.port)
                 write_ready(config.ready_file, self.id, port=self.port)
                 await stop.wait()
+                others = [one for one in directory.records() if one.scheduler_id != self.id]
+                await leadership.hand_over(_HAND_OVER_S if others else 0.0)
                 for task in background:
                     task.cancel()
         except ExceptionGroup as failures:

@@ -19,8 +19,9 @@ from llmos.config import from_command_line
 from llmos.errors import LlmosError
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2, work_pb2_grpc
+from llmos.lifetime import Stop, first_of, run_until_signal
 from llmos.ready import write_ready
-from llmos.rpc import RpcServer, run_until_signal
+from llmos.rpc import RpcServer
 from llmos.store import Store, default_store_path
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2
@@ -30,7 +31,6 @@ from worker.config import WorkerConfig
 from worker.core import WorkerCore
 from worker.engine_link import EngineLink
 from worker.engine_process import EngineSetup
-from worker.events import either
 from worker.models import HeldModel
 from worker.probe import Probe, RecordedProbe, local_probe
 from worker.registration import Registration
@@ -58,8 +58,8 @@ class WorkerProcess:
         self._rng = rng
         self._id = config.id or f"worker-{secrets.token_hex(4)}"
 
-    async def serve(self, stop: asyncio.Event) -> None:
-        """Run until `stop` is set; then finish what runs, within the configured time. Raises SetupError."""
+    async def serve(self, stop: Stop) -> None:
+        """Run until `stop` is set; then let what runs move on or end, within the configured time. Raises SetupError."""
         config = self._config
         held = await asyncio.to_thread(hold_with_adapters, config.backend, config.model, config.store, config.precision)
         capacity = await asyncio.to_thread(_probe(config).measure)
@@ -80,18 +80,19 @@ class WorkerProcess:
                         log.info("worker %s serves on port %d", self._id, server.port)
                         write_ready(config.ready_file, self._id, port=server.port)
                         await stop.wait()
-                        await self._drain(core)
+                        await self._drain(core, stop)
                     core.leave()
                     await server.stop(_GRACE_S)
         finally:
             await link.close()
             await asyncio.to_thread(telemetry.shutdown, _GRACE_S)
 
-    async def _drain(self, core: WorkerCore) -> None:
+    async def _drain(self, core: WorkerCore, stop: Stop) -> None:
+        """Until nothing runs here, the time is up, or a second signal comes; what is left then goes on elsewhere."""
         log.info("draining for at most %.0f s", self._config.drain_s)
         core.drain()
         deadline = self._clock.monotonic() + self._config.drain_s
-        while not core.idle and self._clock.monotonic() < deadline:  # noqa: ASYNC110 - many things make it idle
+        while not (core.idle or stop.hurry.is_set() or self._clock.monotonic() >= deadline):  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
 
     @contextlib.asynccontextmanager
@@ -104,7 +105,7 @@ class WorkerProcess:
             return
         record = registry_pb2.WorkerRecord(
             worker_id=self._id,
-            address=self._config.advertise or host_port(self._config.host, port),
+            address=host_port(self._config.host, port),
             host=socket.gethostname(),
             pid=os.getpid(),
             backend=self._config.backend,
@@ -163,7 +164,7 @@ async def _watch_adapters(watch: AdapterWatch, shelf: Shelf, registration: Regis
 
 async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
     """Wait for either; whether it was `ready`."""
-    await either(ready, stop)
+    await first_of(ready, stop)
     return not stop.is_set()
 
 

@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from llmos.errors import EtcdError
 from llmos.etcd import EtcdClient
 from llmos.internal.v1 import registry_pb2
-from worker.events import either
+from llmos.lifetime import first_of
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Registration:
                     self._changed.clear()
                     await self._client.put(self._key, self._value(), lease.id)
                     self.registered.set()
-                    await either(lease.lost, self._changed)
+                    await first_of(lease.lost, self._changed)
             finally:
                 self.registered.clear()
 

@@ -66,11 +66,11 @@ class Api:
         return _json(_model(self._find(request.path_params["model"])))
 
     async def health(self, request: Request) -> Response:
-        """GET /health: the process answers."""
+        """GET /live and /health: the process answers."""
         return _json({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready: a leader is connected and a model is served."""
+        """GET /ready: a leader is connected, a model is served, and this gateway is not about to leave."""
         if not self.engine.ready():
             raise Unavailable("Not ready: no scheduler leads, or no model is served yet.", retry_after_s=1.0)
         return _json({"status": "ready"})

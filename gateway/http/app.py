@@ -32,6 +32,7 @@ def build_app(api: Api, *, clock: Clock, new_id: Callable[[], str]) -> ASGIApp:
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.model, methods=["GET"]),
         Route("/health", api.health, methods=["GET"]),
+        Route("/live", api.health, methods=["GET"]),
         Route("/ready", api.ready, methods=["GET"]),
         Route("/metrics", api.show_metrics, methods=["GET"]),
         Route("/version", api.show_version, methods=["GET"]),

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _CLIENT_GONE = 499
-_ALWAYS = frozenset({"/health", "/ready", "/version", "/metrics"})
+_ALWAYS = frozenset({"/health", "/live", "/ready", "/version", "/metrics"})
 """Answered however many requests run, so that probes see a busy gateway as alive."""
 
 

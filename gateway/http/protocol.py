@@ -46,6 +46,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     limits: ClassVar[HttpLimits]
     new_id: ClassVar[Callable[[], str]]
+    retiring_s: ClassVar[float | None] = None
+    """Set when the server goes: see `retire`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +64,22 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(Unavailable("This gateway has as many connections as it can hold; try again."))
             return
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_overdue)
+        if self.retiring_s is not None:
+            self.retire(self.retiring_s)
+
+    def retire(self, idle_s: float) -> None:
+        """The server goes: close after the next response, which says so, or once nothing was asked for `idle_s`.
+
+        A response that has begun has not said so. Its client may ask once more on this connection, and would meet a
+        reset if that were closed with the response.
+        """
+        self.timeout_keep_alive = idle_s  # type: ignore[assignment]
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(idle_s, self.timeout_keep_alive_handler)
+        elif not cycle.response_started:
+            cycle.keep_alive = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
@@ -97,6 +115,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._boundaries += 1
         self._stop_head_timer()
         super().on_headers_complete()
+        if self.retiring_s is not None:
+            self.cycle.keep_alive = False
         self.scope["state"]["wire"] = Wire(self.cycle)
 
     def on_body(self, body: bytes) -> None:

@@ -12,13 +12,14 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from gateway.config import HttpLimits
-from gateway.http.protocol import bounded
+from gateway.http.protocol import BoundedProtocol, bounded
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError
 
 _BACKLOG = 2048
-_LAST_WRITES_S = 3.0
-"""After the drain: time for the errors that ended the last streams to leave."""
+_LAST_ASKED_S = 0.5
+"""Connections on which nothing was asked for this long are closed once nobody listens any more."""
+_POLL_S = 0.05
 
 
 class HttpServer:
@@ -33,15 +34,18 @@ class HttpServer:
         limits: HttpLimits,
         new_id: Callable[[], str],
         tls: TlsConfig | None = None,
-        drain_s: float = 20.0,
+        inherited: int | None = None,
     ) -> None:
+        """`inherited`: descriptor of a socket that listens already, in place of host and port."""
         self._host = host.strip("[]")
         self._port = port
         self._tls = tls or TlsConfig()
+        self._inherited = inherited
+        self._protocol = bounded(limits, new_id)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=bounded(limits, new_id),
+                http=self._protocol,
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -50,11 +54,12 @@ class HttpServer:
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=int(limits.idle_timeout_s),
-                timeout_graceful_shutdown=int(drain_s + _LAST_WRITES_S),
+                timeout_graceful_shutdown=None,  # the caller cuts
             )
         )
         self._write_timeout_s = limits.write_timeout_s
         self._loop: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
         self.port = 0
         """The port that is listened on, once started."""
@@ -72,15 +77,36 @@ class HttpServer:
         return self.port
 
     async def stop(self) -> None:
-        """Stop accepting, let running requests end within the drain time, cut the rest. Idempotent."""
+        """Stop listening, then wait until the last response is written or `cut` is called. Idempotent."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(), name="http-stop")
+        await asyncio.shield(self._stopping)
+
+    def cut(self) -> None:
+        """End what still runs now, whatever is not written; `stop` returns soon after."""
+        self._server.force_exit = True
+        for task in self._server.server_state.tasks:
+            task.cancel()
+
+    async def _stop(self) -> None:
         if self._loop is None:
             return
+        for server in self._server.servers:
+            server.close()
+        self._protocol.retiring_s = _LAST_ASKED_S
+        connections = self._server.server_state.connections
+        for connection in list(connections):
+            assert isinstance(connection, BoundedProtocol)
+            connection.retire(_LAST_ASKED_S)
+        while connections and not self._server.force_exit:  # noqa: ASYNC110 - many protocols empty it
+            await asyncio.sleep(_POLL_S)
         self._server.should_exit = True
         await self._loop
-        self._loop = None
         await self._server.shutdown(sockets=[self._socket] if self._socket else None)
 
     def _bind(self) -> socket.socket:
+        if self._inherited is not None:
+            return _adopt(self._inherited)
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         # The protocol is named because event loops switch Nagle's algorithm off only for sockets that name it.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -107,3 +133,15 @@ class HttpServer:
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"cannot use the TLS certificate: {error.strerror or error}", param="tls") from error
         return context
+
+
+def _adopt(descriptor: int) -> socket.socket:
+    """A listening socket that whoever started us holds too: while one process goes and the next comes, nobody who
+    connects is refused."""
+    try:
+        listener = socket.socket(fileno=descriptor)
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError(f"descriptor {descriptor} is no listening socket", param="http_fd")
+    except OSError as error:
+        raise ConfigError(f"cannot use descriptor {descriptor}: {error.strerror or error}", param="http_fd") from error
+    return listener

@@ -19,6 +19,11 @@ def worker_ids(incomplete: str) -> list[str]:
     return _quietly(_worker_ids, incomplete)
 
 
+def member_names(incomplete: str) -> list[str]:
+    """Names of the processes of the fleet started last."""
+    return _quietly(_member_names, incomplete)
+
+
 def served_models(incomplete: str) -> list[str]:
     """Names of models that the fleet started last serves."""
     return _quietly(_served_models, incomplete)
@@ -60,6 +65,13 @@ async def _worker_ids() -> list[str]:
 
     nodes = await list_nodes(find_target(None), _TIMEOUT_S)
     return [node.id for node in nodes if node.role == fleet_pb2.NODE_ROLE_WORKER]
+
+
+async def _member_names() -> list[str]:
+    from llmos.cli.connection import local_fleet
+
+    state = local_fleet(None)
+    return [] if state is None else [member.name for member in state.members]
 
 
 async def _served_models() -> list[str]:

@@ -56,6 +56,16 @@ def find_target(data_dir: Path | None, environ: Mapping[str, str] | None = None)
     return Target(_local_address(data_dir, environ), key)
 
 
+def local_fleet(data_dir: Path | None, environ: Mapping[str, str] | None = None) -> FleetState | None:
+    """The fleet that `find_target` means, as its supervisor sees it; None if it was not started on this machine."""
+    environ = environment() if environ is None else environ
+    if data_dir is None and environ.get("LLMOS_ADDRESS", ""):
+        return None
+    folder = data_dir or last_up(state_home(environ))
+    state = read_state(folder) if folder is not None else None
+    return state if state is not None and is_running(state) else None
+
+
 def _local_address(data_dir: Path | None, environ: Mapping[str, str]) -> str:
     folder = data_dir or last_up(state_home(environ))
     state = read_state(folder) if folder is not None else None

@@ -23,6 +23,7 @@ from llmos.cli import (
     nodes,
     output,
     ps,
+    restart,
     top,
     trace,
     up,
@@ -50,6 +51,7 @@ app.command("top")(top.top)
 app.command("kill")(kill.kill)
 app.command("nice")(nice.nice)
 app.command("drain")(drain.drain)
+app.command("restart")(restart.restart)
 app.command("trace")(trace.trace)
 app.command("explain")(explain.explain)
 app.command("certs")(certs.certs)

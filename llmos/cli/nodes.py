@@ -10,19 +10,52 @@ from llmos.cli.flags import AsJson, DataDir
 
 if TYPE_CHECKING:
     from llmos.cli.connection import Target
+    from llmos.fleet.state import Member
     from llmos.v1.fleet_pb2 import Capacity, Node, NodeModel
 
 
 def nodes(data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """Show every scheduler, gateway and worker."""
-    from llmos.cli.connection import CALL_TIMEOUT_S, find_target
+    """Show every scheduler, gateway and worker, and what a supervisor on this machine could not keep running."""
+    from llmos.cli.connection import CALL_TIMEOUT_S, find_target, local_fleet
 
-    found = asyncio.run(list_nodes(find_target(data_dir), CALL_TIMEOUT_S))
+    state = local_fleet(data_dir)
+    members = {} if state is None else {member.process.pid: member for member in state.members}
+    troubled = [member for member in members.values() if member.status != "running"]
+    found = asyncio.run(_nodes_or_none(find_target(data_dir), CALL_TIMEOUT_S, bool(troubled)))
+    shown = {node.pid for node in found}
+    missing = [member for member in troubled if member.process.pid not in shown]
     if as_json:
-        output.print_json([node_json(node) for node in found])
+        rows = [node_json(node, members.get(node.pid)) for node in found]
+        output.print_json([*rows, *map(_member_json, missing)])
         return
-    columns = ["ID", "ROLE", "STATE", "PID", "ADDRESS", "BACKEND", "MODELS", "CAPACITY", "RUNNING"]
-    output.print_table(columns, [_row(node) for node in found], empty="no nodes")
+    columns = [
+        "ID",
+        "ROLE",
+        "STATE",
+        "PID",
+        "ADDRESS",
+        "BACKEND",
+        "MODELS",
+        "CAPACITY",
+        "RUNNING",
+        "RESTARTS",
+        "DETAIL",
+    ]
+    cells = [_row(node, members.get(node.pid)) for node in found]
+    output.print_table(columns, [*cells, *map(_member_row, missing)], empty="no nodes")
+
+
+async def _nodes_or_none(target: Target, timeout_s: float, forgiving: bool) -> list[Node]:
+    """Every process of the fleet; none if no gateway answers and there is something else to show."""
+    from llmos.errors import Unavailable
+
+    try:
+        return await list_nodes(target, timeout_s)
+    except Unavailable as error:
+        if not forgiving:
+            raise
+        output.error(error.message)
+        return []
 
 
 async def list_nodes(target: Target, timeout_s: float) -> list[Node]:
@@ -35,8 +68,8 @@ async def list_nodes(target: Target, timeout_s: float) -> list[Node]:
         return list((await call).nodes)
 
 
-def node_json(node: Node) -> dict[str, object]:
-    """A node for programs: exactly these keys, whatever its role."""
+def node_json(node: Node, member: Member | None = None) -> dict[str, object]:
+    """A node for programs: exactly these keys, whatever its role. `member`: it, as its supervisor sees it."""
     from llmos.v1 import fleet_pb2
 
     return {
@@ -49,7 +82,31 @@ def node_json(node: Node) -> dict[str, object]:
         "models": [_model_json(model) for model in node.models],
         "state": output.enum_name(fleet_pb2.NodeState, node.state),
         "capacity": _capacity_json(node.capacity) if node.HasField("capacity") else None,
+        "restarts": None if member is None else member.restarts,
+        "detail": "" if member is None else member.said,
     }
+
+
+def _member_json(member: Member) -> dict[str, object]:
+    """A member that is not there, with the keys of a node."""
+    return {
+        "id": member.id or member.name,
+        "role": member.role,
+        "pid": member.process.pid,
+        "host": "",
+        "address": "",
+        "backend": "",
+        "models": [],
+        "state": member.status,
+        "capacity": None,
+        "restarts": member.restarts,
+        "detail": f"{member.name} {member.said}",
+    }
+
+
+def _member_row(member: Member) -> list[str]:
+    shown = [member.id or member.name, member.role, member.status, str(member.process.pid)]
+    return [*shown, "", "", "", "", "", str(member.restarts), f"{member.name} {member.said}"]
 
 
 def _model_json(model: NodeModel) -> dict[str, object]:
@@ -84,7 +141,7 @@ def _capacity_json(capacity: Capacity) -> dict[str, object]:
     }
 
 
-def _row(node: Node) -> list[str]:
+def _row(node: Node, member: Member | None) -> list[str]:
     from llmos.v1 import fleet_pb2
 
     return [
@@ -97,6 +154,8 @@ def _row(node: Node) -> list[str]:
         ", ".join(_model_text(model) for model in node.models),
         _capacity_text(node.capacity) if node.HasField("capacity") else "",
         str(node.running),
+        "" if member is None else str(member.restarts),
+        "" if member is None else member.said,
     ]
 
 

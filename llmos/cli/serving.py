@@ -107,7 +107,7 @@ def serve_detached(options: FleetOptions, ask: Ask | None, steps: output.Steps) 
 def serve_here(options: FleetOptions, ask: Ask | None, *, once: bool, steps: output.Steps) -> None:
     """Serve until Ctrl-C, or with `once` until the prompt is answered. Raises KeyboardInterrupt if stopped before."""
     share = share_of(options.workers, usable_cores(), free_memory())
-    supervisor = Supervisor(options, ServicePlan(options, share), steps)
+    supervisor = Supervisor(options, ServicePlan(options, share), steps, notify=output.note)
     done = asyncio.Event()
 
     async def serve() -> None:

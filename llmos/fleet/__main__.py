@@ -11,7 +11,7 @@ from llmos.fleet.options import free_memory, share_of, usable_cores
 from llmos.fleet.plan import ServicePlan
 from llmos.fleet.state import FleetState
 from llmos.fleet.supervisor import Supervisor
-from llmos.rpc import run_until_signal
+from llmos.lifetime import run_until_signal
 
 log = logging.getLogger("llmos.fleet")
 

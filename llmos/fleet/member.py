@@ -17,7 +17,8 @@ from llmos import children
 from llmos.errors import SetupError
 from llmos.fleet import launch
 from llmos.fleet.identity import ProcessIdentity, descendants, identify, send_signal, wait_gone
-from llmos.fleet.state import Member, Role
+from llmos.fleet.state import Member, MemberStatus, Role
+from llmos.lifetime import EXIT_RESTART
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,24 @@ _TAIL_BYTES = 4096
 class RunningMember:
     """Owns one child process from `start` to `stop`."""
 
-    def __init__(self, name: str, role: Role, command: Sequence[str], log: Path, ready_file: Path | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        command: Sequence[str],
+        log: Path,
+        ready_file: Path | None,
+        *,
+        descriptors: tuple[int, ...] = (),
+    ) -> None:
+        """`descriptors` are inherited; they stay the caller's."""
         self.name = name
         self.role = role
         self.log_path = log
         self.ports: Mapping[str, int] = {}
         self.id = ""
         self._command = list(command)
+        self._descriptors = descriptors
         self._ready_file = ready_file
         self._process: children.Child | None = None
         self._identity = ProcessIdentity(0, "")
@@ -44,7 +56,9 @@ class RunningMember:
         """Start the process in a session of its own, so that a Ctrl-C at the terminal reaches only the supervisor."""
         launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
         with _fresh_log(self.log_path) as output:
-            self._process = children.start([*launcher, *self._command], output=output, new_session=True)
+            self._process = children.start(
+                [*launcher, *self._command], output=output, keep=self._descriptors, new_session=True
+            )
         pid = self._process.pid
         self._identity = identify(pid) or ProcessIdentity(pid, "")
 
@@ -53,7 +67,18 @@ class RunningMember:
         """None while it runs; negative: the signal that ended it."""
         return None if self._process is None else self._process.returncode
 
-    def describe(self) -> Member:
+    def end_text(self) -> str:
+        """How it ended, after its name."""
+        status = self.exit_status
+        if status is None:
+            return "does not serve"
+        if status == EXIT_RESTART:
+            return f"drained itself to be started afresh ({_last_line(self.log_path)})"
+        if status < 0:
+            return f"was ended by signal {-status}"
+        return f"ended with status {status} ({_last_line(self.log_path)})"
+
+    def describe(self, status: MemberStatus = "running", restarts: int = 0, said: str = "") -> Member:
         """Its line in the state file."""
         return Member(
             name=self.name,
@@ -62,6 +87,9 @@ class RunningMember:
             log=str(self.log_path),
             id=self.id,
             ports=dict(self.ports),
+            status=status,
+            restarts=restarts,
+            said=said,
         )
 
     def check_running(self) -> None:
@@ -92,13 +120,18 @@ class RunningMember:
         assert self._process is not None
         return await self._process.wait()
 
-    async def stop(self, grace_s: float) -> None:
-        """SIGTERM, then after `grace_s` SIGKILL, to it and to whatever it started. Idempotent."""
+    async def stop(self, grace_s: float, hurry_s: float | None = None) -> None:
+        """SIGTERM; after `hurry_s` once more, which ends a drain; after `grace_s` SIGKILL. Then nothing that it started
+        is left either. Idempotent."""
         if self._process is None:
             return
         family = descendants(self._identity)
         send_signal(self._identity, signal.SIGTERM)
         ended = asyncio.ensure_future(self._process.wait())
+        if hurry_s is not None and hurry_s < grace_s:
+            await asyncio.wait({ended}, timeout=hurry_s)
+            send_signal(self._identity, signal.SIGTERM)
+            grace_s -= hurry_s
         await asyncio.wait({ended}, timeout=grace_s)
         if not ended.done():
             log.warning("%s did not end within %g s of SIGTERM; killing it", self.name, grace_s)

@@ -8,25 +8,23 @@ from typing import Protocol
 
 from llmos.fleet.options import HOST, FleetOptions, Share
 
-GATEWAY_DRAIN_S = 5.0
-"""How long running requests get after SIGTERM; shorter than in a cluster, because somebody waits at the keyboard."""
-WORKER_DRAIN_S = 1.0
-"""Workers stop after the gateways, when nobody listens any more."""
+DRAIN_S = 600.0
+"""How long gateways and workers may drain; the supervisor tells them to hurry when somebody waits at the keyboard."""
 
 
 class Plan(Protocol):
     """What to run for each role. Tests plan scripts in place of the services."""
 
-    def scheduler(self, name: str, etcd: Sequence[str]) -> list[str]:
-        """Program and arguments of a scheduler."""
+    def scheduler(self, name: str, etcd: Sequence[str], port: int) -> list[str]:
+        """Program and arguments of a scheduler; port 0 means any."""
         ...
 
     def worker(self, name: str, etcd: Sequence[str]) -> list[str]:
         """Program and arguments of a worker."""
         ...
 
-    def gateway(self, name: str, schedulers: Sequence[str], http_port: int, grpc_port: int) -> list[str]:
-        """Program and arguments of a gateway; port 0 means any."""
+    def gateway(self, name: str, schedulers: Sequence[str], http_fd: int, grpc_port: int) -> list[str]:
+        """Program and arguments of a gateway that serves HTTP on an inherited socket; port 0 means any."""
         ...
 
 
@@ -37,8 +35,8 @@ class ServicePlan:
         self._options = options
         self._share = share
 
-    def scheduler(self, name: str, etcd: Sequence[str]) -> list[str]:
-        return [*self._service("scheduler", name), "--port", "0", "--etcd-endpoints", ",".join(etcd)]
+    def scheduler(self, name: str, etcd: Sequence[str], port: int) -> list[str]:
+        return [*self._service("scheduler", name), "--port", str(port), "--etcd-endpoints", ",".join(etcd)]
 
     def worker(self, name: str, etcd: Sequence[str]) -> list[str]:
         options, share = self._options, self._share
@@ -46,7 +44,7 @@ class ServicePlan:
         command += ["--backend", options.backend, "--precision", options.precision, "--model", options.model]
         command += [
             "--drain-s",
-            f"{WORKER_DRAIN_S:g}",
+            f"{DRAIN_S:g}",
             "--threads",
             str(share.threads),
             "--memory-limit",
@@ -58,9 +56,10 @@ class ServicePlan:
             command += ["--echo-tokens-per-second", f"{options.echo_tokens_per_second:g}"]
         return command
 
-    def gateway(self, name: str, schedulers: Sequence[str], http_port: int, grpc_port: int) -> list[str]:
+    def gateway(self, name: str, schedulers: Sequence[str], http_fd: int, grpc_port: int) -> list[str]:
         command = [*self._service("gateway", name), "--schedulers", ",".join(schedulers)]
-        command += ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--drain-s", f"{GATEWAY_DRAIN_S:g}"]
+        command += ["--http-fd", str(http_fd), "--grpc-port", str(grpc_port), "--share-grpc-port", "true"]
+        command += ["--drain-s", f"{DRAIN_S:g}"]
         if self._options.keys_file is not None:
             command += ["--keys-file", str(self._options.keys_file)]
         return command

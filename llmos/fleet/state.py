@@ -21,6 +21,8 @@ STATE_FILE = "fleet.json"
 LAST_UP = "last-up"
 
 Role = Literal["etcd", "scheduler", "worker", "gateway"]
+MemberStatus = Literal["starting", "running", "draining", "waiting", "failed"]
+"""`waiting`: it ended and is started again soon; `failed`: it ended too often and is given up."""
 Phase = Literal["starting", "ready", "stopping", "failed"]
 
 
@@ -34,6 +36,25 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     id: str = ""
     ports: dict[str, int] = {}
     """Ports from its ready file, by name; empty until it serves."""
+    status: MemberStatus = "running"
+    restarts: int = 0
+    """Starts after the first one."""
+    said: str = ""
+    """Why it is not running, or was started again last."""
+
+
+class Restart(msgspec.Struct, frozen=True, kw_only=True):
+    """An ordered restart of members, one after another, as far as it has come."""
+
+    id: str
+    """Of the order."""
+    total: int
+    done: int = 0
+    member: str = ""
+    """The one whose turn it is."""
+    error: str = ""
+    """Why it went no further."""
+    over: bool = False
 
 
 class FleetState(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +73,8 @@ class FleetState(msgspec.Struct, frozen=True, kw_only=True):
     """host:port of the first gateway's public gRPC API."""
     etcd_endpoints: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    restart: Restart | None = None
+    """The last ordered restart."""
 
 
 def state_home(environ: Mapping[str, str]) -> Path:
@@ -70,7 +93,7 @@ def read_state(data_dir: Path) -> FleetState | None:
 
 def write_state(data_dir: Path, state: FleetState) -> None:
     """Replace the state file at once: a reader sees the old or the new one."""
-    _replace(data_dir / STATE_FILE, msgspec.json.format(msgspec.json.encode(state), indent=2))
+    replace_file(data_dir / STATE_FILE, msgspec.json.format(msgspec.json.encode(state), indent=2))
 
 
 def remove_state(data_dir: Path) -> None:
@@ -81,7 +104,7 @@ def remove_state(data_dir: Path) -> None:
 def remember_last_up(home: Path, data_dir: Path) -> None:
     """Make this the fleet that commands talk to when they are not told which."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _replace(home / LAST_UP, f"{data_dir.absolute()}\n".encode())
+    replace_file(home / LAST_UP, f"{data_dir.absolute()}\n".encode())
 
 
 def last_up(home: Path) -> Path | None:
@@ -92,7 +115,8 @@ def last_up(home: Path) -> Path | None:
     return None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file at once as a whole: a reader sees the old or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -22,7 +22,7 @@ from llmos.fleet.state import FleetState, read_state
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 from tests.fakes.fleet import wait_for
 
-NODE_KEYS = ["id", "role", "pid", "host", "address", "backend", "models", "state", "capacity"]
+NODE_KEYS = ["id", "role", "pid", "host", "address", "backend", "models", "state", "capacity", "restarts", "detail"]
 REQUEST_KEYS = ["id", "state", "model", "tenant", "class", "worker", "attempt", "tokens_in", "tokens_out", "age_ms"]
 
 
@@ -204,12 +204,14 @@ def test_a_stream_outlives_its_worker(shell: Shell) -> None:
     assert asking.returncode == 0, err
     assert out == whole
 
-    def only_the_other() -> bool:
+    def another_in_its_place() -> bool:
         workers = [node for node in shell.json("nodes") if node["role"] == "worker" and node["state"] == "ready"]
-        return len(workers) == 1 and workers[0]["id"] != victim.id
+        return sorted(node["restarts"] for node in workers) == [0, 1] and victim.id not in {w["id"] for w in workers}
 
-    wait_for(only_the_other, "the dead worker to leave the list")
-    assert "ended" in (shell.data / "logs" / "supervisor.log").read_text()
+    wait_for(another_in_its_place, "another worker in the place of the dead one")
+    log = (shell.data / "logs" / "supervisor.log").read_text()
+    assert f"{victim.name} was ended by signal 9; it is started again" in log
+    assert f"{victim.name} serves again" in log
 
 
 def test_the_fleet_outlives_its_first_gateway_and_its_leader(shell: Shell) -> None:
@@ -222,14 +224,16 @@ def test_the_fleet_outlives_its_first_gateway_and_its_leader(shell: Shell) -> No
         os.kill(victim, signal.SIGKILL)
     assert shell.ok("generate", "Hello", *flags) == whole
 
-    def survivors() -> bool:
-        nodes = shell.json("nodes")
-        return [(n["role"], n["state"]) for n in nodes if n["role"] != "worker"] == [
-            ("scheduler", "ready"),
-            ("gateway", "ready"),
+    def all_again() -> bool:
+        nodes = [node for node in shell.json("nodes") if node["role"] != "worker"]
+        return sorted((node["role"], node["restarts"]) for node in nodes) == [
+            ("gateway", 0),
+            ("gateway", 1),
+            ("scheduler", 0),
+            ("scheduler", 1),
         ]
 
-    wait_for(survivors, "the dead to leave the list")
+    wait_for(all_again, "new processes in the place of the dead")
 
 
 def test_once_answers_and_leaves_nothing(shell: Shell) -> None:

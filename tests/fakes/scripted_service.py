@@ -1,7 +1,8 @@
 """Stands in for a scheduler, worker or gateway under the supervisor: says that it is ready, then behaves as told.
 
-Run as a program: `python scripted_service.py BEHAVIOUR READY_FILE`. Behaviours: `serve`; `fail` ends with a complaint;
-`silent` never becomes ready; `deaf` ignores SIGTERM and has a child of its own.
+Run as a program: `python scripted_service.py BEHAVIOUR READY_FILE [PORT | fd:DESCRIPTOR]`. Behaviours: `serve`; `fail`
+ends with a complaint; `silent` never becomes ready; `deaf` ignores SIGTERM and has a child of its own; `mortal` ends at
+once if there is a file READY_FILE.doom, with the status that it holds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +29,22 @@ class Ready(BaseHTTPRequestHandler):
         del format, args
 
 
-def main(behaviour: str, ready_file: Path) -> int:
+def listen(where: str) -> HTTPServer:
+    """On a port, or on an inherited socket."""
+    if not where.startswith("fd:"):
+        return HTTPServer(("127.0.0.1", int(where)), Ready)
+    server = HTTPServer(("127.0.0.1", 0), Ready, bind_and_activate=False)
+    server.socket.close()
+    server.socket = socket.socket(fileno=int(where.removeprefix("fd:")))
+    server.server_port = server.socket.getsockname()[1]
+    return server
+
+
+def main(behaviour: str, ready_file: Path, where: str = "0") -> int:
+    doom = ready_file.with_suffix(".doom")
+    if behaviour == "mortal" and doom.exists():
+        sys.stderr.write("doomed\n")
+        return int(doom.read_text())
     if behaviour == "fail":
         sys.stderr.write("first line\nno such model\n")
         return 3
@@ -36,7 +53,7 @@ def main(behaviour: str, ready_file: Path) -> int:
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    server = HTTPServer(("127.0.0.1", 0), Ready)
+    server = listen(where)
     port = server.server_port
     document = {"id": ready_file.stem, "pid": os.getpid(), "port": port, "http_port": port, "grpc_port": port}
     unfinished = ready_file.with_suffix(".part")
@@ -47,4 +64,4 @@ def main(behaviour: str, ready_file: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]))

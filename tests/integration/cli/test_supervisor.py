@@ -8,19 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from llmos.errors import ConfigError, Conflict, SetupError
+from llmos.errors import ConfigError, Conflict, NotFound, SetupError
 from llmos.fleet import launch
 from llmos.fleet.etcd_server import free_ports
 from llmos.fleet.identity import ProcessIdentity, descendants, identify, is_alive, send_signal, wait_gone
+from llmos.fleet.keeper import Care
+from llmos.fleet.member import RunningMember
 from llmos.fleet.options import FleetOptions
-from llmos.fleet.state import FleetState, Role, read_state
+from llmos.fleet.probe import http_status
+from llmos.fleet.restarts import RestartPolicy
+from llmos.fleet.rolling import RestartOrder, give_order
+from llmos.fleet.state import FleetState, Member, Restart, Role, read_state
 from llmos.fleet.supervisor import Supervisor, edge_port
 from tests.fakes import scripted_service
 from tests.fakes.fleet import wait_for
@@ -35,17 +40,42 @@ class ScriptPlan:
     data_dir: Path
     behaviour: str = "serve"
 
-    def scheduler(self, name: str, etcd: Sequence[str]) -> list[str]:
-        return self._script("serve", name)
+    def scheduler(self, name: str, etcd: Sequence[str], port: int) -> list[str]:
+        return self._script("serve", name, str(port))
 
     def worker(self, name: str, etcd: Sequence[str]) -> list[str]:
         return self._script(self.behaviour, name)
 
-    def gateway(self, name: str, schedulers: Sequence[str], http_port: int, grpc_port: int) -> list[str]:
-        return self._script("serve", name)
+    def gateway(self, name: str, schedulers: Sequence[str], http_fd: int, grpc_port: int) -> list[str]:
+        return self._script("serve", name, f"fd:{http_fd}")
 
-    def _script(self, behaviour: str, name: str) -> list[str]:
-        return [sys.executable, scripted_service.__file__, behaviour, str(self.data_dir / "ready" / f"{name}.json")]
+    def _script(self, behaviour: str, name: str, where: str = "0") -> list[str]:
+        ready_file = self.data_dir / "ready" / f"{name}.json"
+        return [sys.executable, scripted_service.__file__, behaviour, str(ready_file), where]
+
+
+class HttpEyes:
+    """Scripts answer HTTP only."""
+
+    async def alive(self, member: RunningMember, timeout_s: float) -> bool:
+        url = f"http://127.0.0.1:{member.ports['port']}/"
+        return await asyncio.to_thread(http_status, url, timeout_s) == 200
+
+    async def standing(self, member: RunningMember) -> frozenset[str]:
+        return frozenset()
+
+    async def settled(self, member: RunningMember, before: frozenset[str] | None) -> None:
+        return None
+
+
+QUICK = Care(
+    probe_every_s=0.05,
+    probe_timeout_s=0.5,
+    misses=2,
+    hung_grace_s=0.1,
+    start_s=10.0,
+    restarts=RestartPolicy(first_pause_s=0.05, longest_pause_s=0.1, limit=3),
+)
 
 
 class RunningFleet:
@@ -58,7 +88,16 @@ class RunningFleet:
         self.stop = asyncio.Event()
         self._ready: asyncio.Future[FleetState] = asyncio.get_running_loop().create_future()
         plan = ScriptPlan(data_dir, behaviour)
-        self._supervisor = Supervisor(self.options, plan, self.steps.append, SHORT_GRACE)
+        self.notes: list[str] = []
+        self._supervisor = Supervisor(
+            self.options,
+            plan,
+            self.steps.append,
+            SHORT_GRACE,
+            notify=self.notes.append,
+            care=replace(QUICK, start_s=self.options.start_timeout_s),
+            eyes=HttpEyes(),
+        )
         self.task: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -113,16 +152,87 @@ async def test_a_service_that_never_becomes_ready(tmp_path: Path) -> None:
     assert descendants_of_this_process() == []
 
 
-async def test_a_dead_worker_does_not_stop_the_fleet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def member(data_dir: Path, name: str) -> Member:
+    state = read_state(data_dir)
+    assert state is not None
+    return next(one for one in state.members if one.name == name)
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    await asyncio.to_thread(wait_for, condition, what)
+
+
+async def test_the_dead_are_started_again_on_their_ports_and_it_is_said(tmp_path: Path) -> None:
     fleet = RunningFleet(tmp_path, workers=2)
     state = await fleet.up()
-    victim = state.members[1].process
-    assert send_signal(victim, signal.SIGKILL)
-    await asyncio.to_thread(wait_for, lambda: "worker-1 ended" in caplog.text, "the warning")
-    assert fleet.task is not None
-    assert not fleet.task.done()
-    assert alive(state) == ["scheduler-1", "worker-2", "gateway-1"]
+    victims = [one for one in state.members if one.name in ("scheduler-1", "worker-1", "gateway-1")]
+    for victim in victims:
+        assert send_signal(victim.process, signal.SIGKILL)
+    names = {victim.name for victim in victims}
+    await until(lambda: all(member(tmp_path, name).restarts == 1 for name in names), "new processes")
+    await until(lambda: len(alive(cast("FleetState", read_state(tmp_path)))) == 4, "all to run")
+    await until(lambda: all(member(tmp_path, name).status == "running" for name in names), "the new ones to serve")
+    assert member(tmp_path, "worker-2").restarts == 0
+    for victim in victims:
+        again = member(tmp_path, victim.name)
+        assert again.process != victim.process
+        assert victim.role == "worker" or again.ports["http_port"] == victim.ports["http_port"]
+        assert again.said == "was ended by signal 9"
+        assert any(note.startswith(f"{victim.name} was ended by signal 9; it is started again") for note in fleet.notes)
+        assert f"{victim.name} serves again (restart 1)" in fleet.notes
     await fleet.down()
+    assert read_state(tmp_path) is None
+
+
+async def test_one_that_ends_again_and_again_is_given_up_until_a_person_asks(tmp_path: Path) -> None:
+    fleet = RunningFleet(tmp_path, "mortal")
+    state = await fleet.up()
+    doom = tmp_path / "ready" / "worker-1.doom"
+    doom.write_text("7")
+    assert send_signal(next(one.process for one in state.members if one.role == "worker"), signal.SIGKILL)
+    await until(lambda: member(tmp_path, "worker-1").status == "failed", "the worker to be given up")
+    failed = member(tmp_path, "worker-1")
+    assert failed.restarts == QUICK.restarts.limit
+    assert failed.said == "ended with status 7 (doomed), too often in a row"
+    assert "`llmos restart worker-1` tries it again" in fleet.notes[-1]
+    assert alive(cast("FleetState", read_state(tmp_path))) == ["scheduler-1", "gateway-1"]
+    doom.unlink()
+    give_order(tmp_path, state, RestartOrder(id="again", members=("worker-1",), patience_s=1.0))
+    await until(lambda: member(tmp_path, "worker-1").status == "running", "the worker to run")
+    await fleet.down()
+
+
+async def test_one_that_answers_no_more_is_ended_and_started_again(tmp_path: Path) -> None:
+    fleet = RunningFleet(tmp_path)
+    state = await fleet.up()
+    frozen = next(one.process for one in state.members if one.role == "worker")
+    assert send_signal(frozen, signal.SIGSTOP)
+    await until(lambda: member(tmp_path, "worker-1").restarts == 1, "the frozen worker to be replaced")
+    assert not is_alive(frozen)
+    assert member(tmp_path, "worker-1").said == "did not answer any more and was ended"
+    await fleet.down()
+
+
+async def test_every_member_is_restarted_by_order_one_after_another(tmp_path: Path) -> None:
+    fleet = RunningFleet(tmp_path, workers=2)
+    state = await fleet.up()
+    with pytest.raises(NotFound, match="no member 'worker-9'; it has gateway-1"):
+        give_order(tmp_path, state, RestartOrder(id="none", members=("worker-9",), patience_s=1.0))
+    give_order(tmp_path, state, RestartOrder(id="all", members=(), patience_s=1.0))
+
+    def over() -> bool:
+        now = read_state(tmp_path)
+        return now is not None and now.restart is not None and now.restart.over
+
+    await until(over, "the end of the restart")
+    after = read_state(tmp_path)
+    assert after is not None
+    assert after.restart == Restart(id="all", total=4, done=4, over=True)
+    assert [(one.restarts, one.status, one.said) for one in after.members] == [(1, "running", "restarted by order")] * 4
+    assert not any(is_alive(one.process) for one in state.members)
+    assert len(alive(after)) == 4
+    await fleet.down()
+    assert alive(after) == []
 
 
 async def test_one_that_ignores_sigterm_dies_with_its_children(tmp_path: Path) -> None:

@@ -397,19 +397,3 @@ async def test_a_late_failure_of_an_old_attempt_changes_nothing(new_scheduler: N
         scheduler.send(failures=[old])
         scheduler.send(output(name, 1, "b", epoch=(1, 2), finish=LENGTH))
         assert text_of(await collect(stream)) == "ab"
-
-
-async def test_draining_lets_running_requests_end(new_scheduler: NewScheduler) -> None:
-    scheduler, address = await new_scheduler()
-    async with running(address) as gateway:
-        await gateway.ready()
-        stream = await gateway.chat(max_tokens=1)
-        name = (await scheduler.next_submit()).request_id
-        draining = asyncio.create_task(gateway.sessions.drain(WAIT_S))
-        await asyncio.sleep(0)
-        with pytest.raises(Unavailable):
-            await gateway.chat()
-        assert not draining.done()
-        scheduler.send(output(name, 0, "a", finish=LENGTH))
-        assert text_of(await collect(stream)) == "a"
-        await draining

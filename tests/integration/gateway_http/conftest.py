@@ -63,26 +63,26 @@ async def serve() -> AsyncIterator[Serve]:
             limits: HttpLimits | None = None,
             keys_file: Path | None = None,
             key: str = "any",
-            drain_s: float = 0.0,
             served: Sequence[ModelInfo] = (MODEL,),
         ) -> Running:
             engine = FakeEngine(script if callable(script) else lambda request: script or Script(), served)
-            return await _start(stack, engine, limits or HttpLimits(), keys_file, key, drain_s)
+            return await _start(stack, engine, limits or HttpLimits(), keys_file, key)
 
         yield start
 
 
 async def _start(
-    stack: AsyncExitStack, engine: FakeEngine, limits: HttpLimits, keys_file: Path | None, key: str, drain_s: float
+    stack: AsyncExitStack, engine: FakeEngine, limits: HttpLimits, keys_file: Path | None, key: str
 ) -> Running:
     clock, metrics, numbers = SystemClock(), Metrics(), itertools.count()
     api = Api(
         MeteredEngine(engine, metrics, clock), KeyAuthenticator(KeyRing(keys_file)), metrics, limits, version="1.2.3"
     )
     app = build_app(api, clock=clock, new_id=lambda: f"made-{next(numbers)}")
-    server = HttpServer(app, "127.0.0.1", 0, limits=limits, new_id=lambda: f"refused-{next(numbers)}", drain_s=drain_s)
+    server = HttpServer(app, "127.0.0.1", 0, limits=limits, new_id=lambda: f"refused-{next(numbers)}")
     await server.start()
     stack.push_async_callback(server.stop)
+    stack.callback(server.cut)
     url = f"http://127.0.0.1:{server.port}"
     # No certificates: to load them takes longer than most tests.
     http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20, verify=False))

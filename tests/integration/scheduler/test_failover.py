@@ -78,6 +78,7 @@ async def test_standby_says_who_leads_and_takes_over_when_the_leader_leaves(
         assert gateway.term > before
         assert worker.terms[-1] == gateway.term
         assert standby.seat.reign is not None
+        assert gateway.not_leader[-1] == address(standby), "a leader that leaves says who succeeds it"
 
 
 async def test_leader_killed_under_streams(etcd_server: EtcdServer, etcd: EtcdClient, tmp_path: Path) -> None:

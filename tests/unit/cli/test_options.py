@@ -56,7 +56,7 @@ def test_a_worker_gets_its_share() -> None:
 
 def test_a_gateway_gets_schedulers_ports_and_keys() -> None:
     options = FleetOptions(data_dir=Path("/d"), keys_file=Path("/k"))
-    given = flags(ServicePlan(options, Share(1, 1)).gateway("gateway-1", ["h:1", "h:2"], 8000, 0))
+    given = flags(ServicePlan(options, Share(1, 1)).gateway("gateway-1", ["h:1", "h:2"], 7, 0))
     assert given["--schedulers"] == "h:1,h:2"
-    assert (given["--http-port"], given["--grpc-port"]) == ("8000", "0")
+    assert (given["--http-fd"], given["--grpc-port"]) == ("7", "0")
     assert given["--keys-file"] == "/k"

@@ -1,1 +1,0 @@
-"""Services that misbehave on command: the real ones with one piece replaced."""
