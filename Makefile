@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover scheduler stack fairness overload ledger
 # Two processes for two cores: only one half has to import torch.
-UNIT_LIGHT := $(addprefix tests/unit/, scheduler worker etcd kernel cli)
+UNIT_LIGHT := $(addprefix tests/unit/, scheduler worker etcd kernel cli faults)
 UNIT_TORCH := $(filter-out $(UNIT_LIGHT) %__pycache__, $(patsubst %/,%,$(wildcard tests/unit/*/)))
 # The slowest files first, three at a time: they mostly wait for processes. Threads that wait must not spin then.
 SLOW := tests/e2e tests/faults tests/integration tests/sim tests/architecture
@@ -51,8 +51,8 @@ unit: $(INSTALLED) ## the tests that take milliseconds
 fairness: $(INSTALLED) ## the bounds of fair service in 10,000 random runs
 	LLMOS_TEST_FAIR_RUNS=10000 $(BIN)/python -m pytest -q tests/unit/scheduler/test_fairness.py -k bounds_hold
 
-faults: $(INSTALLED) ## the fault scenarios at full length
-	LLMOS_TEST_ETCD_OUTAGE_S=60 LLMOS_TEST_STREAMS=64 $(BIN)/python -m pytest tests/faults --timeout 300
+faults: $(INSTALLED) ## kill, freeze, cut off real processes under load: every scenario; FAULTS="--seeds 150", ...
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 sim: $(INSTALLED) ## simulated schedules of faults on virtual time; SEEDS=2000 says how many
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) $(SIM)

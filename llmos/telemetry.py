@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.sdk.trace.sampling import Decision, ParentBased, Sampler, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import (
     Link,
@@ -84,6 +85,21 @@ class _Finished(SpanProcessor):
         self.spans.append(span)
 
 
+class _Watchers(SpanProcessor):
+    """Passes spans on to processors that come and go."""
+
+    def __init__(self) -> None:
+        self.processors: list[SpanProcessor] = []
+
+    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+        for processor in self.processors:
+            processor.on_start(span, parent_context)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        for processor in self.processors:
+            processor.on_end(span)
+
+
 class Telemetry:
     """Spans of one process. `service` is `gateway`, `scheduler` or `worker`; `node_id` tells its processes apart."""
 
@@ -108,11 +124,21 @@ class Telemetry:
         )
         self._finished = _Finished()
         self._provider.add_span_processor(self._finished)
+        self._watchers = _Watchers()
+        self._provider.add_span_processor(self._watchers)
         for processor in processors:
             self._provider.add_span_processor(processor)
         if otlp_endpoint:
             self._provider.add_span_processor(_otlp_processor(otlp_endpoint))
         self._tracer = self._provider.get_tracer("llmos")
+
+    def watch(self, processor: SpanProcessor) -> None:
+        """From now on `processor` sees every span begin and end, exported or not, until `unwatch`."""
+        self._watchers.processors.append(processor)
+
+    def unwatch(self, processor: SpanProcessor) -> None:
+        """It sees no more of them."""
+        self._watchers.processors.remove(processor)
 
     def now(self) -> int:
         """Nanoseconds since 1970 on the injected clock."""

@@ -82,6 +82,12 @@ class StartAttempt:
     """Milliseconds left; 0: no deadline."""
     priority: request_pb2.PriorityClass.ValueType = request_pb2.PRIORITY_CLASS_UNSPECIFIED
     """Class in which it runs; not set: the request's own."""
+    expected_s: float = 0.0
+    """Note for traces: predicted seconds until its first output."""
+    uncached: int = 0
+    """Note for traces: tokens to be computed until then."""
+    load: int = 0
+    """Note for traces: sequences that decode on the worker."""
 
     def write(self, into: work_pb2.Dispatch, trace: request_pb2.TraceContext | None = None) -> None:
         """Fill an empty message. `trace` is the context of the attempt's span."""
@@ -132,6 +138,23 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """Note for traces: a worker's streams go on. One for a few frames, about one stream of them: none per token."""
+
+    request_id: str
+    worker_id: str
+    model: str
+    gap_s: float
+    """Since that stream's last output; 0: not known."""
+    step_s: float
+    """What a step took."""
+    expected_s: float
+    """What it takes on any worker, under the same load."""
+    load: int
+    """Sequences that decode there."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptOver:
     """Note for traces: an attempt ended. `error` is empty if the request ended well with it."""
 
@@ -167,6 +190,7 @@ Command = (
     | Order
     | Queued
     | FirstToken
+    | Progress
     | AttemptOver
     | RequestOver
     | WriteAssignment

@@ -25,6 +25,8 @@ class SchedulerConfig:
     """Address to listen on, and the one that gateways are told. Other than loopback needs TLS."""
     port: int = 7000
     """Port to listen on; 0: a free one."""
+    advertise: str = ""
+    """host:port that gateways are told, if a proxy or port mapping stands before this scheduler; empty: its own."""
     ready_file: Path | None = None
     """File to write once it serves: JSON with id, pid and port."""
     queue_limit: int = 1024

@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from scheduler import admission, dispatch, draining, events, frames, learning, lifecycle, members, overload, priorities
+from scheduler import (
+    admission,
+    dispatch,
+    draining,
+    events,
+    frames,
+    learning,
+    lifecycle,
+    members,
+    overload,
+    priorities,
+    stalls,
+)
 from scheduler.allocation import control
 from scheduler.commands import Command
 from scheduler.policy import Policy
@@ -89,6 +101,7 @@ _HANDLERS: dict[type, Handler] = {
     events.ChoiceFinished: admission.choice_finished,
     events.DeadlinePassed: _deadline_passed,
     events.RetryDue: _retry_due,
+    events.AttemptStalled: stalls.stalled,
     events.GatewayGraceOver: admission.grace_over,
     events.WorkerSettled: members.worker_settled,
     events.Settled: members.settle,

@@ -16,7 +16,7 @@ from scheduler.placement import Option
 from scheduler.preemption import make_room
 from scheduler.requests import BLOCK_TOKENS, Attempt, LiveRequest, ModelKey
 from scheduler.state import Outbox, State
-from scheduler.workers import HOPELESS
+from scheduler.workers import HOPELESS, ModelSlot
 
 SWEEP_S = 1.0
 _SPARE_TIMERS = 64
@@ -75,7 +75,7 @@ def start(state: State, live: LiveRequest, option: Option, now: float, out: Outb
     attempt.owed = state.waiting.queue(live.key).owed(live.rank)
     live.attempt = attempt
     charges.started(live)
-    out.append(_order(live, attempt, now))
+    out.append(_order(live, attempt, option.slot, now))
 
 
 def _attempt(state: State, live: LiveRequest, option: Option, now: float) -> Attempt:
@@ -96,8 +96,9 @@ def _attempt(state: State, live: LiveRequest, option: Option, now: float) -> Att
     )
 
 
-def _order(live: LiveRequest, attempt: Attempt, now: float) -> StartAttempt:
+def _order(live: LiveRequest, attempt: Attempt, slot: ModelSlot, now: float) -> StartAttempt:
     """The request with current progress, version and remaining time."""
+    ahead, decoding = attempt.met
     return StartAttempt(
         attempt.worker_id,
         live.request,
@@ -107,6 +108,9 @@ def _order(live: LiveRequest, attempt: Attempt, now: float) -> StartAttempt:
         adapter_version=live.adapter[1] if live.adapter is not None else "",
         resume=tuple(live.resume()),
         deadline_ms=max(1, int((live.deadline_at - now) * 1000)) if live.deadline_at < math.inf else 0,
+        expected_s=slot.times.first_token.seconds(attempt.uncached, ahead, decoding),
+        uncached=attempt.uncached,
+        load=decoding,
     )
 
 

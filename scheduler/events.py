@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmos.internal.v1 import registry_pb2, request_pb2, work_pb2
 from llmos.v1 import fleet_pb2
+from scheduler.deadlines import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,21 @@ class RetryDue:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptStalled:
+    """An open span of a stage has passed its learned bound. Comes again while that lasts."""
+
+    request_id: str
+    term: int
+    attempt: int
+    """0: the request waits in the queue."""
+    stage: Stage
+    """`step`: the engine of the attempt's worker stands still."""
+    waited_s: float
+    """Since the stage began, or since its last progress."""
+    bound_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayGraceOver:
     """Timer: a gateway that lost its stream had time to come back."""
 
@@ -226,6 +242,7 @@ Event = (
     | ChoiceFinished
     | DeadlinePassed
     | RetryDue
+    | AttemptStalled
     | GatewayGraceOver
     | WorkerSettled
     | Settled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmos.errors import AttemptLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import charges, learning, members
+from scheduler import charges, learning, members, stalls
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -20,10 +20,12 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         return
     frame = event.frame
     if frame.outputs:
-        learning.stepped(worker, frame, now)
+        learning.stepped(state, worker, frame, now, out)
         _sample_gap(state, frame, now)
     if frame.step != worker.step or not frame.busy:
         worker.step_at = now
+        if worker.stuck:
+            stalls.set_stuck(state, worker, False)
     worker.step, worker.busy = frame.step, frame.busy
     if frame.fenced:
         state.counters["fenced"] += frame.fenced

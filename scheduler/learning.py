@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler.commands import Order
+from scheduler.commands import Order, Progress
 from scheduler.requests import Attempt, LiveRequest
 from scheduler.state import Outbox, State
 from scheduler.workers import WorkerView
@@ -55,14 +55,20 @@ def review(state: State, now: float) -> None:
             state.room_changed(worker, next(iter(worker.slots.values())))
 
 
-def stepped(worker: WorkerView, frame: work_pb2.WorkFrame, now: float) -> None:
+def stepped(state: State, worker: WorkerView, frame: work_pb2.WorkFrame, now: float, out: Outbox) -> None:
     """A frame with output came: the time since the last one, if the engine was not idle meanwhile, is a step's."""
     steps, before = frame.step - worker.step, worker.output_at
     worker.output_at = now
-    if not worker.busy or steps < 1 or frame.step % _EVERY >= steps or now - before > _PAUSE_S:
+    if not worker.busy or steps < 1 or frame.step % _EVERY >= steps:
         return
-    attempts = worker.running
-    attempt = attempts.get(frame.outputs[0].request_id)
-    if attempt is not None and worker.load.decoding:
-        times = worker.slots[attempt.model].times.step
-        times.took(worker.load.decoding, worker.load.prefilling > 0, (now - before) / steps, now)
+    request_id = frame.outputs[0].request_id
+    attempt, live = worker.running.get(request_id), state.requests.get(request_id)
+    if attempt is None or live is None or not worker.load.decoding:
+        return
+    seconds = (now - before) / steps
+    decoding, beside = worker.load.decoding, worker.load.prefilling > 0
+    gap = now - live.output_at if attempt.produced else 0.0
+    expected = state.times_of(live.key).step_s(decoding, beside)
+    out.append(Progress(request_id, worker.id, attempt.model, gap, seconds, expected, decoding))
+    if now - before <= _PAUSE_S:
+        worker.slots[attempt.model].times.step.took(decoding, beside, seconds, now)

@@ -63,7 +63,7 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     if worker.connected:
         _disconnect(state, worker, "stream replaced", out)
     worker.connected = True
-    worker.draining = False
+    worker.draining = worker.stuck = False
     heard_draining(state, worker, event.report.draining)
     if worker.drain_wanted is not None and worker.drain_wanted != event.report.draining:
         order_drain(worker, out)

@@ -9,7 +9,7 @@ computing it again elsewhere. Why these stages and scores: docs/decisions/0013-p
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,7 +98,9 @@ class Placement:
             return None
         match = self.index.prefixes.match(live.prefix) if live.prefix else ()
         ask = Ask(live, live.blocks, live.known_tokens, match, zlib.crc32(live.id.encode()))
-        options = self._fitting(ask, self.sources) or self._fitting(ask, self.last_resorts)
+        options = self._fitting(ask, self.sources)
+        if all(option.worker.id in live.tried for option in options):
+            options += self._fitting(ask, self.last_resorts)
         if len(options) < 2:
             return options[0] if options else None
         return self.picker.pick(ask, options, self._score(ask, options))
@@ -247,6 +249,28 @@ class HasRoom:
         return (
             live.id in worker.unclaimed and worker.usable and slot.state == LOADED and slot.fits(ask.blocks, ask.blocks)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class NotAgain:
+    """No worker on which this request stalled, while another that takes work could hold it, be it full just now."""
+
+    index: RoomIndex
+    clock: Callable[[], float]
+    patience_s: float
+
+    def admits(self, ask: Ask, option: Option) -> bool:
+        live = ask.live
+        if option.worker.id not in live.avoid or self.clock() - live.waits_since > self.patience_s:
+            return True
+        return not any(self._could(live, worker) for worker in self.index.workers.values())
+
+    @staticmethod
+    def _could(live: LiveRequest, worker: WorkerView) -> bool:
+        slot = worker.slot_for(live.key)
+        if slot is None or not worker.usable or worker.id in live.avoid or slot.state != LOADED:
+            return False
+        return slot.total_blocks >= live.blocks and (live.adapter is None or worker.loaded(live.adapter))
 
 
 class Untried:

@@ -64,6 +64,8 @@ class Policy:
     """Most tombstones, and most ended requests whose number of attempts is remembered; the oldest give way."""
     max_retries: int = 3
     """Attempts that may fail by a worker's own word before the request does."""
+    avoid_s: float = 5.0
+    """Seconds that a request which stalled on a worker waits for another one that could hold it."""
     max_attempts: int = 64
     """Attempts of any kind before a request is given up."""
     retry_base_s: float = 0.05

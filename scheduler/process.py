@@ -90,7 +90,7 @@ class SchedulerProcess:
         server.add(requests_pb2_grpc.add_RequestsServicer_to_server, requests, "llmos.internal.v1.Requests")
         server.add(fleet_pb2_grpc.add_FleetServicer_to_server, fleet, "llmos.v1.Fleet")
         self.port = await server.start()
-        record.address = host_port(config.host, self.port)
+        record.address = config.advertise or host_port(config.host, self.port)
         leadership = self.leadership = Leadership(self._etcd, record, config.lease_ttl_s, self.seat)
         try:
             async with asyncio.TaskGroup() as group:

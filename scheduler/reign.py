@@ -37,12 +37,14 @@ from scheduler.loop import Loop
 from scheduler.membership import Membership
 from scheduler.policy import Policy
 from scheduler.service_log import ServiceLog
+from scheduler.span_watch import LOOK_S, CoreView, SpanWatch
 from scheduler.spans import StageSpans
 from scheduler.work_client import LinkConfig, LinkContext, WorkerLinks
 
 log = logging.getLogger(__name__)
 
 _ACKNOWLEDGE_S = 0.05
+_BACKLOG = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Reign:
         """Who leads next, once that is known; gateways are told at the end."""
         self._context = context
         self._spans = StageSpans(context.telemetry)
+        self.watch = SpanWatch(CoreView(self.core.state), context.clock)
         self.intent = Intent(context.etcd, self.loop.post_now, lambda: self.term)
         self._membership = Membership(context.etcd, self.loop.post_now, context.rng)
         self.service = ServiceLog(context.etcd, lambda: self.term, self.core.state.waiting.service, self.loop.post_now)
@@ -91,6 +94,8 @@ class Reign:
 
     async def run(self) -> None:
         """Until cancelled."""
+        self._context.telemetry.watch(self.watch)
+        self._spans.progressed = self.watch.progressed
         try:
             async with asyncio.TaskGroup() as group:
                 for name, work in self._tasks():
@@ -106,11 +111,13 @@ class Reign:
         yield "service", self.service.run()
         yield "promises", self._watch_promises()
         yield "assignments", self.intent.write()
+        yield "stalls", self._watch_spans()
 
     async def _end(self) -> None:
         await self.gateways.leave(requests_pb2.NotLeader(leader_address=self.leader_address))
         await self.workers.close()
         self._spans.abandon("not_leader")
+        self._context.telemetry.unwatch(self.watch)
 
     async def _watch_members(self) -> None:
         backoff = self._context.etcd.backoff()
@@ -129,6 +136,14 @@ class Reign:
             except EtcdError as error:
                 log.error("allocations cannot be watched: %s", error.message)
             await asyncio.sleep(backoff.next_s())
+
+    async def _watch_spans(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            # Events that wait to be handled may be the very progress that is missed.
+            if len(self.loop) < _BACKLOG:
+                for stall in self.watch.look():
+                    self.loop.post_now(stall)
 
     async def _acknowledge(self) -> None:
         while True:
@@ -181,6 +196,7 @@ class Reign:
                 self.workers.dial(command.worker_id, command.address)
             case HangUp():
                 self.workers.hang_up(command.worker_id)
+                self.watch.deadlines.forget(command.worker_id)
             case WriteAssignment():
                 self.intent.assign(command.record)
 

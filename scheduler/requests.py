@@ -159,6 +159,8 @@ class LiveRequest:
     retries: int = 0
     tried: set[str] = field(default_factory=set)
     """Workers that an attempt was lost or failed on."""
+    avoid: set[str] = field(default_factory=set)
+    """Those of them on which it stalled: none of them is given it again while another could hold it."""
     fingerprint: str = ""
     """Numerics of the worker that produced the first tokens; empty before."""
     prefix: Sequence[int] = ()

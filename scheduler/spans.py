@@ -5,13 +5,20 @@ The telemetry shell around the core. Attempts of one request are siblings under 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from opentelemetry.trace import Span, SpanContext, SpanKind
+from opentelemetry.util.types import AttributeValue
 
 from llmos.internal.v1 import request_pb2
 from llmos.telemetry import REQUEST_ID, Telemetry, remote_context, trace_headers
-from scheduler.commands import AttemptOver, Command, FirstToken, Queued, RequestOver, StartAttempt
+from scheduler.commands import AttemptOver, Command, FirstToken, Progress, Queued, RequestOver, StartAttempt
+
+MODEL, WORKER = "gen_ai.request.model", "llmos.worker"
+TERM, ATTEMPT = "llmos.term", "llmos.attempt"
+EXPECTED_S, UNCACHED, LOAD = "llmos.expected_s", "llmos.uncached_tokens", "llmos.decoding"
+"""Attributes of stages that `span_watch` reads: what the bound of a prefill is measured by."""
 
 
 @dataclass(slots=True)
@@ -26,6 +33,8 @@ class _Open:
     attempt: Span | None = None
     stage: Span | None = None
     earlier: list[SpanContext] = field(default_factory=list)
+    place: dict[str, AttributeValue] = field(default_factory=dict)
+    """What the stages of the present attempt have in common."""
 
 
 class StageSpans:
@@ -34,6 +43,8 @@ class StageSpans:
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self._open: dict[str, _Open] = {}
+        self.progressed: Callable[[Progress], None] = lambda progress: None
+        """Hears of stages that go on: `span_watch`."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -44,6 +55,8 @@ class StageSpans:
             self._queued(command.request)
         elif isinstance(command, FirstToken):
             self._first_token(command.request_id)
+        elif isinstance(command, Progress):
+            self.progressed(command)
         elif isinstance(command, AttemptOver):
             self._attempt_over(command)
         elif isinstance(command, RequestOver):
@@ -72,6 +85,11 @@ class StageSpans:
         if entry.queue is not None:
             self._telemetry.finish(entry.queue)
             entry.queue = None
+        entry.place = {
+            ATTEMPT: command.epoch.attempt,
+            TERM: command.epoch.term,
+            WORKER: command.worker_id,
+        }
         entry.attempt = self._telemetry.start(
             "attempt",
             parent=entry.parent,
@@ -79,15 +97,19 @@ class StageSpans:
             links=entry.earlier,
             attributes={
                 REQUEST_ID: entry.request_id,
-                "gen_ai.request.model": entry.model,
+                MODEL: entry.model,
                 "llmos.tenant": entry.tenant,
-                "llmos.attempt": command.epoch.attempt,
-                "llmos.term": command.epoch.term,
-                "llmos.worker": command.worker_id,
+                **entry.place,
             },
         )
         entry.earlier.append(entry.attempt.get_span_context())
-        entry.stage = self._start(entry, "prefill", entry.attempt.get_span_context())
+        entry.stage = self._start(
+            entry,
+            "prefill",
+            entry.attempt.get_span_context(),
+            **entry.place,
+            **{EXPECTED_S: command.expected_s, UNCACHED: command.uncached, LOAD: command.load},
+        )
         traceparent, tracestate = trace_headers(entry.attempt)
         return request_pb2.TraceContext(traceparent=traceparent, tracestate=tracestate)
 
@@ -97,7 +119,7 @@ class StageSpans:
             return
         if entry.stage is not None:
             self._telemetry.finish(entry.stage)
-        entry.stage = self._start(entry, "decode", entry.attempt.get_span_context())
+        entry.stage = self._start(entry, "decode", entry.attempt.get_span_context(), **entry.place)
 
     def _attempt_over(self, command: AttemptOver) -> None:
         entry = self._open.get(command.request_id)
@@ -106,6 +128,8 @@ class StageSpans:
         if entry.stage is not None:
             self._telemetry.finish(entry.stage, command.error)
         entry.attempt.set_attribute("llmos.tokens", command.tokens)
+        if command.error:
+            entry.attempt.set_attribute("llmos.reason", command.error)
         self._telemetry.finish(entry.attempt, command.error)
         entry.stage = entry.attempt = None
 
@@ -114,6 +138,6 @@ class StageSpans:
         if entry is not None and entry.queue is not None:
             self._telemetry.finish(entry.queue, command.error)
 
-    def _start(self, entry: _Open, name: str, parent: SpanContext | None) -> Span:
-        attributes = {REQUEST_ID: entry.request_id, "gen_ai.request.model": entry.model}
+    def _start(self, entry: _Open, name: str, parent: SpanContext | None, **more: AttributeValue) -> Span:
+        attributes = {REQUEST_ID: entry.request_id, MODEL: entry.model, **more}
         return self._telemetry.start(name, parent=parent, attributes=attributes)

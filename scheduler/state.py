@@ -13,7 +13,7 @@ from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
 from scheduler.forecast import DrainRate
 from scheduler.meters import Meters
-from scheduler.placement import Placement, RoomIndex, default_placement
+from scheduler.placement import NotAgain, Placement, RoomIndex, default_placement
 from scheduler.policy import Policy
 from scheduler.pools import WorkerPool
 from scheduler.prefix_index import PrefixIndex
@@ -107,7 +107,8 @@ class State:
         indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims)
         placement = default_placement(indices, policy.candidates, policy.weights)
         reserved = Reserved(self.book, self.requests)
-        self.placement = replace(placement, filters=(*placement.filters, reserved))
+        again = NotAgain(indices, lambda: self.now, policy.avoid_s)
+        self.placement = replace(placement, filters=(*placement.filters, reserved, again))
 
     def stream_of(self, live: LiveRequest) -> int | None:
         """Where its output goes now; None while its gateway is away or has not taken it up again."""

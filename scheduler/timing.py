@@ -266,3 +266,8 @@ class FleetTimes:
     def __init__(self) -> None:
         self.first_token = Experience(FIRST_TOKEN)
         self.step = Experience(STEP)
+
+    def step_s(self, decoding: int, prefilling: bool) -> float:
+        """Seconds that a step takes anywhere, as far as is known."""
+        base, per_sequence, beside = self.step.coefficients
+        return max(FLOOR_S, base + per_sequence * decoding + (beside if prefilling else 0.0))

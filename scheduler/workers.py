@@ -136,6 +136,8 @@ class WorkerView:
     connected: bool = False
     draining: bool = False
     """It takes nothing new: by its own word, or because that is wanted."""
+    stuck: bool = False
+    """Its engine stood still for longer than it ever should, and has not stepped since."""
     drain_wanted: bool | None = None
     """What an operator ordered last: empty it, or take it back. None: nothing."""
     drain_look: int = 0
@@ -172,7 +174,12 @@ class WorkerView:
     @property
     def usable(self) -> bool:
         """May be given new work."""
-        return self.connected and not self.draining
+        return self.connected and not self.draining and not self.stuck
+
+    @property
+    def loading(self) -> bool:
+        """Its engine is busy with a model's weights, or is about to be: it makes no steps then."""
+        return any(slot.ordered or slot.state == fleet_pb2.MODEL_STATE_LOADING for slot in self.slots.values())
 
     def slot_for(self, key: ModelKey) -> ModelSlot | None:
         """Its slot of that model if the version is the same."""

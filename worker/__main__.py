@@ -105,7 +105,7 @@ class WorkerProcess:
             return
         record = registry_pb2.WorkerRecord(
             worker_id=self._id,
-            address=host_port(self._config.host, port),
+            address=self._config.advertise or host_port(self._config.host, port),
             host=socket.gethostname(),
             pid=os.getpid(),
             backend=self._config.backend,

@@ -23,6 +23,8 @@ class WorkerConfig:
     """Address to listen on, and the one that schedulers are told. Other than loopback needs TLS."""
     port: int = 0
     """Port to listen on; 0: a free one."""
+    advertise: str = ""
+    """host:port that schedulers are told, if a proxy or port mapping stands before this worker; empty: its own."""
     ready_file: Path | None = None
     """File to write once it serves: JSON with id, pid and port."""
     backend: Literal["echo", "torch"] = "torch"

@@ -19,6 +19,8 @@ from worker.engine_process import EngineSetup
 log = logging.getLogger(__name__)
 
 _GRACE_S = 2.0
+ENGINE = "worker.engine_process"
+"""What runs as the engine: a module; the fault suite runs one of its own."""
 
 
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ class EngineChild:
 async def spawn(setup: EngineSetup) -> EngineChild:
     """Start a process, which begins with `setup`."""
     ours, theirs = socket.socketpair()
-    arguments = ["-m", "worker.engine_process", str(theirs.fileno()), str(os.getpid())]
+    arguments = ["-m", ENGINE, str(theirs.fileno()), str(os.getpid())]
     try:
         process = start([sys.executable, *arguments], keep=[theirs.fileno()])
     except BaseException:

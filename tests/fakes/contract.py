@@ -104,6 +104,12 @@ class SimWorker:
     failures: list[request_pb2.Failure] = field(default_factory=list)
     skip_next: bool = False
     """Break the contract once: leave a gap of one token."""
+    stall_after: int | None = None
+    """Sequences get no token from this index on, while the engine steps."""
+    steps: int = 0
+    """The engine's counter."""
+    hung: bool = False
+    """The engine makes no step; the worker goes on to send frames."""
 
     @property
     def free(self) -> int:
@@ -206,12 +212,13 @@ class SimWorker:
     def step(self) -> work_pb2.WorkFrame:
         """One token for every sequence."""
         self.sequence += 1
+        self.steps += not self.hung
         frame = work_pb2.WorkFrame(
-            sequence=self.sequence, step=self.sequence, busy=bool(self.running), draining=self.draining
+            sequence=self.sequence, step=self.steps, busy=bool(self.running) or self.hung, draining=self.draining
         )
         for id_, running in list(self.running.items()):
             for choice in range(running.request.choices):
-                if not running.done[choice]:
+                if not running.done[choice] and not self._stands(running.positions[choice]):
                     frame.outputs.append(self._token(id_, running, choice))
             if all(running.done):
                 self._over(id_)
@@ -219,6 +226,9 @@ class SimWorker:
         self.failures.clear()
         frame.models.extend(self.node_models())
         return frame
+
+    def _stands(self, position: int) -> bool:
+        return self.hung or (self.stall_after is not None and position >= self.stall_after)
 
     def _token(self, id_: str, running: Running, choice: int) -> request_pb2.Output:
         if self.skip_next and running.positions[choice] + 1 < running.request.max_tokens:

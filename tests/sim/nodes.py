@@ -128,7 +128,7 @@ class SimScheduler(SimProcess):
             server=lambda host, port, tls: SimServer(ground.network, host, port),  # type: ignore[arg-type, return-value]
             channel=ground.network.channel,  # type: ignore[arg-type]
             etcd=lambda config, clock, rng: ground.etcd_client(rng),
-            telemetry=lambda config, name, clock: Quiet(),
+            telemetry=lambda config, name, clock: Quiet(clock),
         )
         config = CalmConfig(id=identity, host=self.host, port=1, lease_ttl_s=2.0, no_worker_grace_s=30.0)
         self.process = SchedulerProcess(config, VirtualClock(ground.loop), ground.rng(identity), wires)

@@ -202,6 +202,7 @@ def run(plan: Plan, *, keep: int = 0) -> Result:
             mock.patch.object(socket, "gethostname", return_value="here"),
             mock.patch.object(loop, "_TICK_S", _TICK_S),
             mock.patch.object(reign, "_ACKNOWLEDGE_S", _TICK_S),
+            mock.patch.object(reign, "LOOK_S", _TICK_S),
         ):
             world = World(plan, keep=keep)
             with mock.patch.object(charges, "_charge", world.checks.charge):

@@ -1,0 +1,97 @@
+"""What becomes of an attempt whose stage takes longer than its learned bound: wait, or go on elsewhere.
+
+The step counter tells what computes from what is stuck. An engine that stands still loses all its attempts and gets
+nothing new until it steps again; a stream that stands still while its engine steps moves alone. Neither happens without
+another worker to go to: the last one is waited for, whatever it does.
+"""
+
+from __future__ import annotations
+
+from scheduler import dispatch
+from scheduler.commands import Queued
+from scheduler.events import AttemptStalled
+from scheduler.lifecycle import drop_attempt, migrate
+from scheduler.placement import Option
+from scheduler.requests import Attempt, LiveRequest
+from scheduler.state import Outbox, State
+from scheduler.workers import WorkerView
+
+_STILL_S = 0.75
+"""An engine whose counter has stood still for so long may be stuck as a whole: its own bound decides."""
+
+
+def stalled(state: State, event: AttemptStalled, now: float, out: Outbox) -> None:
+    """Decide on what has passed its bound. It is told again while it lasts."""
+    if event.stage == "queue":
+        state.counters["slow_queue"] += 1
+        return
+    live = state.requests.get(event.request_id)
+    attempt = live.attempt if live is not None else None
+    if live is None or attempt is None or (attempt.term, attempt.number) != (event.term, event.attempt):
+        return
+    worker = state.workers.get(attempt.worker_id)
+    if worker is None or not worker.connected:
+        return
+    if event.stage == "step":
+        _engine(state, worker, event, now, out)
+    elif not _moves(live, attempt, event, now) and now - worker.step_at < _STILL_S:
+        _stream(state, live, attempt, event, now, out)
+
+
+def _moves(live: LiveRequest, attempt: Attempt, event: AttemptStalled, now: float) -> bool:
+    """Output came while the event was on its way."""
+    if event.stage == "prefill":
+        return attempt.started
+    return now - max(live.output_at, attempt.first_at) < event.bound_s
+
+
+def _engine(state: State, worker: WorkerView, event: AttemptStalled, now: float, out: Outbox) -> None:
+    """All steps of a worker stand still."""
+    if worker.loading or now - worker.step_at < event.bound_s or not spare(state, worker):
+        return
+    state.counters["hangs"] += 1
+    reason = f"engine stands still for {event.waited_s:.1f} s, bound {event.bound_s:.1f} s"
+    set_stuck(state, worker, True)
+    for request_id in list(worker.running):
+        live = state.requests[request_id]
+        live.avoid.add(worker.id)
+        state.counters["migrations"] += 1
+        migrate(state, live, reason, out, tell=True)
+
+
+def _stream(state: State, live: LiveRequest, attempt: Attempt, event: AttemptStalled, now: float, out: Outbox) -> None:
+    """One attempt gets nothing while its worker works."""
+    state.counters["stalls"] += 1
+    live.tried.add(attempt.worker_id)
+    live.avoid.add(attempt.worker_id)
+    target = _elsewhere(state, live, attempt)
+    if target is None:
+        return
+    state.counters["migrations"] += 1
+    reason = f"stalled in {event.stage} for {event.waited_s:.1f} s, bound {event.bound_s:.1f} s"
+    drop_attempt(state, live, reason, out, tell=True)
+    out.append(Queued(live.request))
+    dispatch.start(state, live, target, now, out)
+
+
+def _elsewhere(state: State, live: LiveRequest, attempt: Attempt) -> Option | None:
+    """Another worker that has room for it now."""
+    if live.attempts - live.attempts_before >= state.policy.max_attempts - 1:
+        return None
+    target = state.placement.place(live)
+    return target if target is not None and target.worker.id not in live.avoid else None
+
+
+def spare(state: State, worker: WorkerView) -> bool:
+    """Whether every model that is loaded there is loaded on another worker that may be given work."""
+    others = [other for other in state.workers.values() if other is not worker and other.usable]
+    loaded = [slot.key for slot in worker.slots.values() if worker.loaded(slot.key)]
+    return all(any(other.loaded(key) for other in others) for key in loaded)
+
+
+def set_stuck(state: State, worker: WorkerView, stuck: bool) -> None:
+    """An engine stands still, or steps again."""
+    worker.stuck = stuck
+    state.standing_changed(worker)
+    for slot in worker.slots.values():
+        state.room_changed(worker, slot)

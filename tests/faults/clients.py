@@ -1,0 +1,235 @@
+"""Clients of a scenario: long streams whose every character is known, and short requests without pause."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import httpx
+
+from tests.faults.scenario import Load
+from tests.faults.verdict import Counts, compare
+from worker.backends.echo import echo_token, prompt_digest
+
+_MODEL = "echo"
+_BREATH_S = 0.05
+_RETURNS = 40
+"""Tries to come back after a break; with the pause between them about ten seconds."""
+_RETURN_PAUSE_S = 0.25
+
+
+def expected_text(prompt: str, seed: int, tokens: int, choice: int = 0) -> str:
+    """What the echo model answers: the undisturbed run, computed here."""
+    digest = prompt_digest(list(prompt.encode()))
+    return "".join(chr(echo_token(digest, seed, choice, index)) for index in range(tokens))
+
+
+@dataclass(slots=True)
+class Streamed:
+    """One stream and all that a client can say of it."""
+
+    prompt: str
+    tokens: int
+    seed: int
+    gateway: int
+    choices: int = 1
+    texts: dict[int, str] = field(default_factory=dict)
+    finishes: dict[int, str] = field(default_factory=dict)
+    times_s: list[float] = field(default_factory=list)
+    """Monotonic, of each event with text."""
+    status: int = 0
+    error: str = ""
+    """Code of the typed error that ended it."""
+    broken: str = ""
+    """How its connection broke, if nobody mended that."""
+    returns: int = 0
+    """So often it came back after a break."""
+    ends: int = 0
+    """Typed ends that were seen: [DONE], or an error."""
+    last_event_id: str = ""
+    request_id: str = ""
+
+    @property
+    def reached(self) -> int:
+        """Tokens of the choice that has fewest."""
+        return min((len(self.texts.get(choice, "")) for choice in range(self.choices)), default=0)
+
+    @property
+    def over(self) -> bool:
+        """It has ended somehow."""
+        return bool(self.ends or self.error or self.broken)
+
+    def counts(self) -> Counts:
+        """What was lost, duplicated, corrupted."""
+        found = Counts()
+        if self.status != 200:
+            return found  # refused, not accepted
+        for choice in range(self.choices):
+            expected, got = expected_text(self.prompt, self.seed, self.tokens, choice), self.texts.get(choice, "")
+            found.add(compare(expected, got))
+            if not self.error and not self.broken and (len(got) < len(expected) or not self.finishes.get(choice)):
+                found.lost = 1
+        if self.ends != 1:
+            found.lost = 1
+        return found
+
+    def longest_pause_s(self, since: float) -> float:
+        """Between two events, of which the later one came after `since`."""
+        return max((later - earlier for earlier, later in pairwise(self.times_s) if later >= since), default=0.0)
+
+    def take(self, line: str) -> None:
+        """One line of server-sent events."""
+        if line.startswith("id:"):
+            self.last_event_id = line[3:].strip()
+        if not line.startswith("data:"):
+            return
+        data = line[5:].strip()
+        if data == "[DONE]":
+            self.ends += 1
+            return
+        event = json.loads(data)
+        if "error" in event:
+            self.error = str(event["error"].get("code") or "error")
+            self.ends += 1
+            return
+        for choice in event.get("choices", []):
+            self.texts[choice["index"]] = self.texts.get(choice["index"], "") + choice["text"]
+            if choice["finish_reason"]:
+                self.finishes[choice["index"]] = choice["finish_reason"]
+            if choice["text"]:
+                self.times_s.append(time.monotonic())
+
+
+@dataclass(slots=True)
+class Asked:
+    """Tally of the short requests."""
+
+    answers: int = 0
+    counts: Counts = field(default_factory=Counts)
+    errors: dict[str, int] = field(default_factory=dict)
+    answered_at: list[tuple[float, float]] = field(default_factory=list)
+    """When each was begun and answered, monotonic."""
+
+    def failed(self, code: str) -> None:
+        """Count an error."""
+        self.errors[code] = self.errors.get(code, 0) + 1
+
+    def first_after(self, since: float) -> float:
+        """Seconds after `since` until a request begun since was answered; -1: none was."""
+        return min((end - since for begun, end in self.answered_at if begun >= since), default=-1.0)
+
+
+class Clients:
+    """All clients of one scenario. `urls` are the gateways' base addresses."""
+
+    def __init__(self, urls: Sequence[str], load: Load, seed: int, client: httpx.AsyncClient) -> None:
+        rng = random.Random(seed)
+        self.load = load
+        self._urls = list(urls)
+        self._http = client
+        self.streams = [
+            Streamed(
+                f"{load.prompt} {number} of {seed}", load.tokens, rng.getrandbits(31), number % len(urls), load.choices
+            )
+            for number in range(load.streams)
+        ]
+        self.asked = Asked()
+        self.enough = asyncio.Event()
+        """Set once the events are over: askers end."""
+
+    @property
+    def reached(self) -> int:
+        """Tokens of the slowest stream that goes on."""
+        going = [stream.reached for stream in self.streams if not stream.over]
+        return min(going) if going else 1 << 30
+
+    async def follow(self, stream: Streamed) -> None:
+        """Read one stream to its end, coming back after breaks if the load says so."""
+        body = {
+            "model": _MODEL,
+            "prompt": stream.prompt,
+            "max_tokens": stream.tokens,
+            "seed": stream.seed,
+            "n": stream.choices,
+            "stream": True,
+        }
+        try:
+            async with asyncio.timeout(self.load.patience_s):
+                await self._once(stream, "POST", "/v1/completions", body)
+                while stream.broken and self.load.returns and stream.returns < _RETURNS:
+                    await self._come_back(stream, body)
+        except TimeoutError:
+            stream.broken = stream.broken or "no end in time"
+
+    async def _come_back(self, stream: Streamed, body: dict[str, object]) -> None:
+        stream.returns += 1
+        stream.gateway = (stream.gateway + 1) % len(self._urls)
+        stream.broken = ""
+        if not stream.request_id:
+            await self._once(stream, "POST", "/v1/completions", body)  # nothing was accepted yet
+        else:
+            await self._once(stream, "GET", f"/v1/streams/{stream.request_id}", None)
+        if stream.broken:
+            await asyncio.sleep(_RETURN_PAUSE_S)
+
+    async def _once(self, stream: Streamed, method: str, path: str, body: dict[str, object] | None) -> None:
+        headers = {"last-event-id": stream.last_event_id} if method == "GET" else {}
+        url = self._urls[stream.gateway] + path
+        try:
+            async with self._http.stream(method, url, json=body, headers=headers) as answer:
+                if answer.status_code != 200:
+                    await answer.aread()
+                    self._refused(stream, answer, method)
+                    return
+                stream.status = 200
+                stream.request_id = stream.request_id or answer.headers.get("x-request-id", "")
+                async for line in answer.aiter_lines():
+                    stream.take(line)
+            if not stream.ends:
+                stream.broken = "closed without an end"
+        except (httpx.HTTPError, OSError) as error:
+            stream.broken = type(error).__name__
+
+    def _refused(self, stream: Streamed, answer: httpx.Response, method: str) -> None:
+        code = _code(answer)
+        if method == "GET":
+            stream.broken = f"return refused: {answer.status_code} {code}"
+        else:
+            stream.status, stream.error = answer.status_code, code
+
+    async def ask(self, number: int) -> None:
+        """Short requests, one after the other, until it is enough."""
+        prompt = f"ask {number}"
+        expected = expected_text(prompt, 7, 4)
+        body = {"model": _MODEL, "prompt": prompt, "max_tokens": 4, "seed": 7}
+        url = self._urls[number % len(self._urls)]
+        while not self.enough.is_set():
+            begun = time.monotonic()
+            try:
+                answer = await self._http.post(f"{url}/v1/completions", json=body, timeout=self.load.patience_s)
+            except (httpx.HTTPError, OSError) as error:
+                self.asked.failed(type(error).__name__)
+                url = self._urls[(self._urls.index(url) + 1) % len(self._urls)]
+                await asyncio.sleep(_BREATH_S)
+                continue
+            if answer.status_code != 200:
+                self.asked.failed(_code(answer))
+            else:
+                self.asked.answers += 1
+                text = answer.json()["choices"][0]["text"]
+                self.asked.counts.add(compare(expected, text))
+                self.asked.counts.lost += len(text) < len(expected)
+                self.asked.answered_at.append((begun, time.monotonic()))
+            await asyncio.sleep(_BREATH_S)
+
+
+def _code(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return str(answer.status_code)

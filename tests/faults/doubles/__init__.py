@@ -1,0 +1,1 @@
+"""Services that misbehave on command: the real ones with one piece replaced."""

@@ -1,0 +1,99 @@
+"""An engine process whose echo backend misbehaves on command.
+
+Orders are files in the folder that LLMOS_TEST_ORDERS names, one folder per worker, looked at once a step:
+
+    stale    attempts that run when it appears make `STALE` instead of their tokens: whoever accepts one shows it
+    invalid  every output comes with an index too far
+    hog      takes 8 MiB with every step, until it dies of it
+    leak     takes 256 KiB with every step, and goes on
+    abort    ends the process at a step in which a prompt contains `POISON`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from worker import backends, engine_process
+from worker.backend import Attempt, Backend, Epoch, Output, StepResult
+from worker.backends import echo
+
+STALE = 1
+"""A token outside the echo alphabet."""
+POISON = "poisonous"
+ORDERS = "LLMOS_TEST_ORDERS"
+_HOG_BYTES, _LEAK_BYTES = 8 << 20, 256 << 10
+
+
+class FaultyEcho(echo.EchoBackend):
+    """The echo backend under orders."""
+
+    def __init__(self, orders: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self._orders = orders
+        self._admitted: dict[tuple[str, Epoch], float] = {}
+        """Seconds since 1970, as files have them."""
+        self._poisoned: set[str] = set()
+        self._taken: list[bytearray] = []
+
+    def admit(self, attempt: Attempt) -> None:
+        super().admit(attempt)
+        self._admitted[attempt.request_id, attempt.epoch] = time.time()
+        if POISON.encode() in bytes(token for token in attempt.prompt if token < 256):
+            self._poisoned.add(attempt.request_id)
+
+    def cancel(self, request_id: str, choice: int | None = None, keep_until: int | None = None) -> None:
+        super().cancel(request_id, choice, keep_until)
+        if choice is None:
+            self._poisoned.discard(request_id)
+
+    def step(self) -> StepResult:
+        found = {order.name for order in self._orders.iterdir()} if self.busy() else set()
+        if "abort" in found and self._poisoned:
+            os.abort()
+        if "hog" in found:
+            self._take(_HOG_BYTES)
+        if "leak" in found:
+            self._take(_LEAK_BYTES)
+        result = super().step()
+        if "invalid" in found:
+            result = _each(result, lambda output: dataclasses.replace(output, index=output.index + 3))
+        return self._as_stale(result) if "stale" in found else result
+
+    def _take(self, size: int) -> None:
+        self._taken.append(bytearray(os.urandom(4096) * (size // 4096)))
+
+    def _as_stale(self, result: StepResult) -> StepResult:
+        ordered_at = (self._orders / "stale").stat().st_mtime
+        return _each(
+            result,
+            lambda output: (
+                dataclasses.replace(output, token_ids=[STALE] * len(output.token_ids))
+                if self._admitted[output.request_id, output.epoch] < ordered_at
+                else output
+            ),
+        )
+
+
+def _each(result: StepResult, change: Any) -> StepResult:
+    outputs: list[Output] = [change(output) for output in result.outputs]
+    return dataclasses.replace(result, outputs=outputs)
+
+
+def create(name: str, **options: Any) -> tuple[Backend, str]:
+    """In the place of `worker.backends.create`."""
+    environment: Mapping[str, str] = os.environ
+    orders = Path(environment[ORDERS])
+    return FaultyEcho(
+        orders, tokens_per_second=options["tokens_per_second"], load_s=options["load_s"]
+    ), echo.FINGERPRINT
+
+
+if __name__ == "__main__":
+    backends.create = create  # type: ignore[assignment]
+    sys.exit(engine_process.main(sys.argv))

@@ -1,0 +1,261 @@
+"""A fleet of real processes in the shape that a scenario asks for; healed, not restarted, between scenarios."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from llmos.v1 import fleet_pb2
+from llmos.v1.fleet_pb2_grpc import FleetStub
+from tests.fakes.etcd_server import EtcdCluster, EtcdServer, free_port
+from tests.faults.ledger import Ledger
+from tests.faults.proxy import FaultProxy
+from tests.faults.scenario import Shape
+from tests.faults.services import Service
+
+_LEADER = "/llmos/v1/leader"
+_CALL_S = 5.0
+_POLL_S = 0.05
+
+
+async def until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+    """The first true value of `condition`, which may be a coroutine function. Raises TimeoutError."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                value = condition()
+                if asyncio.iscoroutine(value):
+                    value = await value
+                if value:
+                    return value
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError as error:
+        raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}") from error
+
+
+class Fleet:
+    """`async with Fleet(shape, ledger) as fleet:` starts it and leaves nothing."""
+
+    def __init__(self, shape: Shape, ledger: Ledger) -> None:
+        self.shape = shape
+        self.ledger = ledger
+        self.services: list[Service] = []
+        self.proxies: dict[str, FaultProxy] = {}
+        """By name of the service that they stand before; `etcd` too."""
+        self.etcd: list[EtcdServer] = []
+        self._undo = contextlib.AsyncExitStack()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._etcd_addresses: list[str] = []
+
+    async def __aenter__(self) -> Fleet:
+        try:
+            await self._start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every process, in whatever state it is."""
+        for channel in self._channels.values():
+            await channel.close()
+        for service in reversed(self.services):
+            await asyncio.to_thread(service.end)
+        for member in self.etcd:
+            with contextlib.suppress(ProcessLookupError, RuntimeError):
+                member.thaw()
+            await asyncio.to_thread(member.stop)
+        await self._undo.aclose()
+
+    def of(self, role: str) -> list[Service]:
+        """Services of a role."""
+        return [service for service in self.services if service.role == role]
+
+    def named(self, name: str) -> Service:
+        """By its name, such as `worker-1`."""
+        return next(service for service in self.services if service.name == name)
+
+    @property
+    def urls(self) -> list[str]:
+        """Base addresses of the gateways."""
+        return [f"http://127.0.0.1:{service.ready['http_port']}" for service in self.of("gateway")]
+
+    def stub(self, gateway: Service) -> Any:
+        """The Fleet service of a gateway."""
+        address = f"127.0.0.1:{gateway.ready['grpc_port']}"
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address)
+        return FleetStub(self._channels[address])
+
+    async def load(self) -> fleet_pb2.GetLoadResponse | None:
+        """What the leader says; None while nobody answers."""
+        for gateway in self.of("gateway"):
+            with contextlib.suppress(grpc.aio.AioRpcError, KeyError):
+                if gateway.alive:
+                    return await self.stub(gateway).GetLoad(fleet_pb2.GetLoadRequest(), timeout=_CALL_S)  # type: ignore[no-any-return]
+        return None
+
+    async def requests(self) -> list[fleet_pb2.RequestInfo]:
+        """Requests that wait or run."""
+        for gateway in self.of("gateway"):
+            with contextlib.suppress(grpc.aio.AioRpcError, KeyError):
+                if gateway.alive:
+                    answer = await self.stub(gateway).ListRequests(fleet_pb2.ListRequestsRequest(), timeout=_CALL_S)
+                    return list(answer.requests)
+        return []
+
+    async def leader(self) -> Service:
+        """The scheduler that leads, by its own answer."""
+
+        async def named() -> Service | None:
+            load = await self.load()
+            if load is None:
+                return None
+            leading = {
+                node.id
+                for node in load.nodes
+                if node.role == fleet_pb2.NODE_ROLE_SCHEDULER and node.state == fleet_pb2.NODE_STATE_READY
+            }
+            return next((one for one in self.of("scheduler") if one.id in leading), None)
+
+        found = await until(named, "a leader")
+        assert isinstance(found, Service)
+        return found
+
+    async def heal(self) -> None:
+        """Undo what a scenario did: thaw, recall, replace; then wait until all is as at the start."""
+        for proxy in self.proxies.values():
+            proxy.heal()
+        for member in self.etcd:
+            with contextlib.suppress(ProcessLookupError, RuntimeError):
+                member.thaw()
+            if not _runs(member):
+                await asyncio.to_thread(member.start)
+        fresh = []
+        for service in self.services:
+            if service.alive and not service.marked:
+                await asyncio.to_thread(_calm, service)
+            else:
+                await asyncio.to_thread(service.end)
+                service.spawn()
+                fresh.append(service)
+        for service in fresh:
+            await asyncio.to_thread(service.wait_ready)
+        await self.wait_whole()
+
+    async def wait_whole(self, timeout_s: float = 60.0) -> None:
+        """Until every gateway serves and the leader sees exactly our workers, ready."""
+        wanted = {service.id for service in self.of("worker")}
+
+        async def whole() -> bool:
+            for gateway in self.of("gateway"):
+                try:
+                    answer = await self.stub(gateway).GetLoad(fleet_pb2.GetLoadRequest(), timeout=_CALL_S)
+                except grpc.aio.AioRpcError:
+                    return False
+                ready = {
+                    node.id
+                    for node in answer.nodes
+                    if node.role == fleet_pb2.NODE_ROLE_WORKER and node.state == fleet_pb2.NODE_STATE_READY
+                }
+                model = next((one for one in answer.models), None)
+                if ready != wanted or model is None or model.replicas < len(wanted):
+                    return False
+            return True
+
+        await until(whole, f"{len(wanted)} ready workers (logs: {self.ledger.folder})", timeout_s)
+
+    async def _start(self) -> None:
+        await asyncio.to_thread(self._start_etcd)
+        if self.shape.proxied:
+            self._etcd_addresses = [await self._before("etcd", self._etcd_addresses[0])]
+        for number in range(self.shape.schedulers):
+            await self._add("scheduler", number, "scheduler", self._scheduler_flags)
+        for number in range(self.shape.workers):
+            await self._add("worker", number, "tests.faults.doubles.worker", self._worker_flags)
+        for number in range(self.shape.gateways):
+            wrap = ("prlimit", f"--nofile={self.shape.open_files}") if self.shape.open_files else ()
+            await self._add("gateway", number, "gateway", self._gateway_flags, wrap)
+        for service in self.services:
+            service.spawn()
+        for service in self.services:
+            await asyncio.to_thread(service.wait_ready)
+        await self.wait_whole()
+
+    def _start_etcd(self) -> None:
+        folder = self.ledger.folder / "etcd"
+        if self.shape.members > 1:
+            cluster = EtcdCluster(folder)
+            self.etcd = cluster.members
+            cluster.__enter__()
+        else:
+            self.etcd = [EtcdServer(folder)]
+            self.etcd[0].start()
+        for member in self.etcd:
+            self.ledger.note("process", member.pid)
+        self._etcd_addresses = [member.address for member in self.etcd]
+
+    async def _add(
+        self,
+        role: str,
+        number: int,
+        module: str,
+        flags: Callable[[int, str], list[str]],
+        wrap: tuple[str, ...] = (),
+    ) -> None:
+        port = free_port()
+        public = await self._before(f"{role}-{number}", f"127.0.0.1:{port}") if role != "gateway" else ""
+        self.services.append(Service(role, number, module, lambda: flags(port, public), self.ledger, wrap=wrap))
+        self.services[-1].address = public
+
+    async def _before(self, name: str, target: str) -> str:
+        """The address of a proxy before the target, if the shape has proxies."""
+        if not self.shape.proxied:
+            return target
+        proxy = FaultProxy(target, port=free_port(), seed=random.Random(name).getrandbits(32))
+        self.proxies[name] = await self._undo.enter_async_context(proxy)
+        return proxy.address
+
+    def _scheduler_flags(self, port: int, public: str) -> list[str]:
+        flags = ["--port", str(port), "--advertise", public, "--etcd-endpoints", ",".join(self._etcd_addresses)]
+        return [*flags, "--lease-ttl-s", "2", *self.shape.scheduler_flags]
+
+    def _worker_flags(self, port: int, public: str) -> list[str]:
+        flags = ["--port", str(port), "--advertise", public, "--etcd-endpoints", ",".join(self._etcd_addresses)]
+        speed = str(self.shape.speed)
+        return [
+            *flags,
+            "--backend",
+            "echo",
+            "--model",
+            "echo",
+            "--echo-tokens-per-second",
+            speed,
+            *self.shape.worker_flags,
+        ]
+
+    def _gateway_flags(self, port: int, public: str) -> list[str]:
+        schedulers = ",".join(service.address for service in self.of("scheduler"))
+        return ["--schedulers", schedulers, "--http-port", str(port), "--grpc-port", "0", *self.shape.gateway_flags]
+
+
+def _runs(member: EtcdServer) -> bool:
+    try:
+        return bool(member.pid)
+    except RuntimeError:
+        return False
+
+
+def _calm(service: Service) -> None:
+    service.signal(signal.SIGCONT)
+    for order in service.orders.iterdir():
+        order.unlink()

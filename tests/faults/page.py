@@ -1,0 +1,57 @@
+"""The evidence page, docs/faults.md, written from one run."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.machine import describe
+from tests.faults import report
+from tests.faults.scenario import Result
+
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+_COUNTS = ("injected", "lost", "duplicated", "corrupted", "stale_accepted")
+_HEAD = """# Faults: what was injected, what clients missed
+
+Written by `python -m tests.faults --write-docs` from one run of `make faults`; do not edit. Real processes, real
+requests over HTTP, the tokens of every stream checked one by one. *Lost*: an accepted request without exactly one end
+(a result or a typed error), or with a token missing. *Stale accepted*: tokens of an attempt that was over. Counts are
+asserted; times are reported beside their targets. `docs/decisions/0020-the-fault-harness.md` says how it works.
+
+"""
+
+
+def write(results: list[Result], wall_s: float) -> None:
+    """Replace the page."""
+    now = datetime.datetime.now(datetime.UTC)
+    sums = asdict(report.totals(results))
+    lines = [f"{now:%Y-%m-%d %H:%M} UTC, {wall_s:.0f} s, {len(results)} scenarios.", ""]
+    lines += [f"- {line}" for line in describe([])]
+    lines += ["", "| " + " | ".join(name.replace("_", " ") for name in _COUNTS) + " |", "|" + "---|" * len(_COUNTS)]
+    lines += ["| " + " | ".join(str(sums[name]) for name in _COUNTS) + " |", ""]
+    for row in dict.fromkeys(result.row for result in results):
+        lines += _section(row, [result for result in results if result.row == row])
+    PAGE.write_text(_HEAD + "\n".join(lines).rstrip() + "\n")
+
+
+def _section(row: str, results: list[Result]) -> list[str]:
+    heads = ["scenario", "seed", *(name.replace("_", " ") for name in _COUNTS), "times (target)", "seen"]
+    lines = [f"## {row.capitalize()}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for one in results:
+        counts = [str(getattr(one.counts, name)) for name in _COUNTS]
+        times = "<br>".join(_time(one, name) for name in one.times)
+        facts = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in one.facts.items())
+        lines.append("| " + " | ".join([one.name, str(one.seed), *counts, times, facts]) + " |")
+    lines.append("")
+    lines += [f"- *{one.name}*: {one.note}." for one in results if one.note]
+    lines += [f"- **{one.name} does not hold**: {'; '.join(one.failures)}" for one in results if not one.ok]
+    return [*lines, ""]
+
+
+def _time(result: Result, name: str) -> str:
+    shown = f"{name.removesuffix('_s').replace('_', ' ')} {result.times[name]:.2f} s"
+    target = result.targets.get(name)
+    if target is None:
+        return shown
+    return f"{shown} ({target:g})" if result.times[name] <= target else f"**{shown}** ({target:g})"

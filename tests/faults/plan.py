@@ -1,0 +1,12 @@
+"""Which scenarios a command runs, with which seeds."""
+
+from __future__ import annotations
+
+from tests.faults import rows
+from tests.faults.scenario import Scenario
+
+
+def planned(*, quick: bool, seeds: int | None, first: int, only: str) -> list[tuple[Scenario, int]]:
+    """Scenarios with seeds. `seeds`: so many random ones besides; None: the default number."""
+    found = [(scenario, first) for scenario in rows.every() if scenario.quick or not quick]
+    return [(scenario, seed) for scenario, seed in found if only.lower() in scenario.name.lower()]

@@ -1,0 +1,93 @@
+"""What a run says: a line per scenario as it ends, a table, JSON, and the evidence page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.scenario import Result
+from tests.faults.verdict import Counts
+
+
+class Progress:
+    """A line per scenario; on a terminal also what runs now."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._done = 0
+        self._status = console.status("")
+
+    def told(self, news: Result | str) -> None:
+        """A scenario begins (its name) or has ended (its result)."""
+        if isinstance(news, str):
+            self._status.update(f"{self._done + 1} of {self._total}: {news}")
+            if self._console.is_terminal:
+                self._status.start()
+            return
+        self._status.stop()
+        self._done += 1
+        mark = "ok  " if news.ok else "FAIL"
+        times = ", ".join(_time(news, name) for name in news.times)
+        text = f"{mark} {self._done:3}/{self._total} {news.name:34} {news.wall_s:5.1f} s  {times}"
+        self._console.print(text, markup=False, soft_wrap=True)
+        for failure in [*_complaints(news.counts), *news.failures]:
+            self._console.print(f"         {failure}", markup=False, soft_wrap=True)
+
+
+def totals(results: list[Result]) -> Counts:
+    """Sums."""
+    found = Counts()
+    for result in results:
+        found.add(result.counts)
+    return found
+
+
+def as_json(results: list[Result], wall_s: float) -> dict[str, object]:
+    """`scenarios` and `totals`."""
+    rows = []
+    for one in results:
+        times = {"detection_s": None, "gap_s": None, **one.times}
+        rows.append(
+            {
+                "name": one.name,
+                "row": one.row,
+                "seed": one.seed,
+                "ok": one.ok,
+                **asdict(one.counts),
+                **times,
+                "targets": dict(one.targets),
+                "facts": one.facts,
+                "failures": one.failures,
+                "wall_s": one.wall_s,
+            }
+        )
+    return {"scenarios": rows, "totals": asdict(totals(results)), "wall_s": round(wall_s, 1)}
+
+
+def summarise(console: Console, results: list[Result], wall_s: float) -> None:
+    """The table of totals, and what is late."""
+    late = [(result, name) for result in results for name in result.late]
+    if late:
+        table = Table("scenario", "time", "seconds", "target", title="times past their targets", title_justify="left")
+        for result, name in late:
+            table.add_row(result.name, name, f"{result.times[name]:.2f}", f"{result.targets[name]:g}")
+        console.print(table)
+    sums = asdict(totals(results))
+    failed = [result.name for result in results if not result.ok]
+    console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sums.items()))
+    console.print(f"{len(results) - len(failed)} of {len(results)} scenarios hold, in {wall_s:.0f} s")
+    if failed:
+        console.print(f"failed: {', '.join(failed)}")
+
+
+def _complaints(counts: Counts) -> list[str]:
+    return [f"{name} {value}" for name, value in asdict(counts).items() if value and name != "injected"]
+
+
+def _time(result: Result, name: str) -> str:
+    target = result.targets.get(name)
+    shown = f"{name.removesuffix('_s')} {result.times[name]:.2f} s"
+    return shown if target is None else f"{shown} (target {target:g}{', LATE' if result.times[name] > target else ''})"
