@@ -19,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _HASH_SEEDS = ("1", "2")
+_SEEDS_EACH = 100
+"""For an interpreter: what libraries keep of a world that is over adds up, and slows the collector down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,22 @@ class Child:
     """An interpreter that runs one seed after another: a number goes in, a line of JSON comes out."""
 
     def __init__(self, hash_seed: str, mutant: str) -> None:
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "tests.sim.child", mutant]
-        self._popen = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        self._environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        self._command = [sys.executable, "-m", "tests.sim.child", mutant]
+        self._popen = self._start()
+        self._seeds = 0
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command, cwd=ROOT, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, seed: int) -> dict[str, Any]:
         """Raises RuntimeError if the interpreter ended."""
+        if self._seeds == _SEEDS_EACH:
+            self.close()
+            self._popen, self._seeds = self._start(), 0
+        self._seeds += 1
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
         self._popen.stdin.write(f"{seed}\n")
