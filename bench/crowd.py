@@ -189,7 +189,8 @@ class _Chains:
         held: dict[int, None] = {}
         while len(held) < blocks:
             hashes = self._hashes(self._rng.randrange(self._conversations))
-            held.update(dict.fromkeys(hashes[: blocks - len(held)]))
+            new = [one for one in hashes if one not in held]
+            held.update(dict.fromkeys(new[: blocks - len(held)]))
         return list(held)
 
     def _hashes(self, conversation: int) -> list[int]:
