@@ -131,7 +131,8 @@ class Crowd:
         state = self.core.state
         by_worker: dict[str, list[StartAttempt]] = {}
         for start in self.running:
-            by_worker.setdefault(start.worker_id, []).append(start)
+            if state.requests[start.request.request_id].tokens_left > outputs:  # none ends by this
+                by_worker.setdefault(start.worker_id, []).append(start)
         for worker, starts in by_worker.items():
             pieces = [
                 _output(start, index=state.requests[start.request.request_id].tokens_out) for start in starts * outputs
