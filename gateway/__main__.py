@@ -25,7 +25,9 @@ from gateway.http.server import HttpServer
 from gateway.leader import LeaderClient
 from gateway.link import Link, LinkConfig
 from gateway.metrics import MeteredEngine, Metrics
-from gateway.session import SessionConfig, Sessions
+from gateway.session import Sessions
+from gateway.session_config import SessionConfig
+from gateway.vault import Vault, read_keys
 from llmos.addresses import host_port
 from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
@@ -89,6 +91,7 @@ class GatewayProcess:
             telemetry=self._telemetry,
             leader=self._leader,
             rng=rng,
+            vault=Vault(read_keys(config.stream_key_file) if config.stream_key_file is not None else ()),
         )
         self._metrics = Metrics()
         self._metrics.watch("gateway_link", self._link.counters, gauges={"outbox"})

@@ -67,6 +67,9 @@ class GatewayConfig:
     """Most requests that run at once, over HTTP and gRPC together; more are answered 429."""
     prefix_salt: str = ""
     """Secret that prefix-cache keys depend on; the same for all gateways of a fleet."""
+    stream_key_file: Path | None = None
+    """Keys that seal what other gateways need to go on with a stream: 64 hexadecimal digits, one a line; the first one
+    seals. The same for all gateways of a fleet; without it only this one can take its streams up again."""
     drain_s: float = 20.0
     """How long running requests may go on after SIGTERM; a second signal ends them at once."""
     otlp_endpoint: str = ""

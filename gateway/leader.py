@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from llmos.errors import FleetError, LlmosError, Unavailable
-from llmos.internal.v1 import requests_pb2, requests_pb2_grpc
+from llmos.internal.v1 import journal_pb2, requests_pb2, requests_pb2_grpc
 from llmos.rpc import error_from_rpc
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -69,6 +69,14 @@ class LeaderClient:
                     raise Unavailable("A file of the model is larger than this gateway takes.")
                 chunks.append(answer.data)
         return b"".join(chunks)
+
+    async def take_up(self, tenant: str, origin_ids: Sequence[str]) -> journal_pb2.JournalEntry:
+        """What is remembered of a stream of that tenant, with a claim to it. Raises NotFound."""
+        stub: Any = requests_pb2_grpc.RequestsStub(self._channel())
+        request = requests_pb2.TakeUpRequest(tenant=tenant, origin_ids=origin_ids)
+        with _typed_errors():
+            answer: requests_pb2.TakeUpResponse = await stub.TakeUp(request, timeout=_CALL_TIMEOUT_S)
+        return answer.entry
 
     async def list_nodes(self, request: fleet_pb2.ListNodesRequest) -> fleet_pb2.ListNodesResponse:
         """Every node of the fleet."""

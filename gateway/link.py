@@ -20,7 +20,7 @@ from gateway.leader import answers
 from gateway.outbox import Outbox
 from llmos.clock import Clock, SystemClock
 from llmos.errors import LlmosError, NotLeader, StaleTerm, Unavailable
-from llmos.internal.v1 import request_pb2, requests_pb2, requests_pb2_grpc
+from llmos.internal.v1 import requests_pb2, requests_pb2_grpc
 from llmos.rpc import open_channel
 from llmos.v1 import fleet_pb2
 
@@ -57,7 +57,7 @@ class LinkConfig:
 class Receiver(Protocol):
     """Who lives above the link. Called from the link's reader; must not block."""
 
-    def on_connected(self, term: int) -> Iterable[request_pb2.Request]:
+    def on_connected(self, term: int) -> Iterable[requests_pb2.Submit]:
         """A leader of this term listens; returns what is unfinished, with `resume`, to be submitted to it."""
         ...
 
@@ -135,14 +135,15 @@ class Link:
         """Totals since the start, and the outbox's length."""
         return {**self._counts, "outbox": len(self._outbox)}
 
-    def submit(self, request: request_pb2.Request) -> None:
+    def submit(self, submit: requests_pb2.Submit) -> None:
         """Hand a request over, if a leader listens; else `on_connected` does it later. Never blocks."""
         if self.connected:
-            self._say(requests_pb2.ExchangeRequest(submit=requests_pb2.Submit(request=request)))
+            self._say(requests_pb2.ExchangeRequest(submit=submit))
 
-    def cancel(self, request_id: str, reason: str) -> None:
+    def cancel(self, request_id: str, reason: str, claim: int = 0) -> None:
         """Stop a request; kept for the next leader if none listens now."""
-        self._say(requests_pb2.ExchangeRequest(cancel=requests_pb2.Cancel(request_id=request_id, reason=reason)))
+        cancel = requests_pb2.Cancel(request_id=request_id, reason=reason, claim=claim)
+        self._say(requests_pb2.ExchangeRequest(cancel=cancel))
 
     def finish(self, request_id: str, choice: int, keep_until: int) -> None:
         """End a choice early: tokens from `keep_until` on aren't wanted."""
@@ -241,8 +242,8 @@ class Link:
         self._term, self._channel, self._sequence = term, channel, 0
         self._counts["connects"] += 1
         self._broken.clear()
-        for request in receiver.on_connected(term):
-            self.submit(request)
+        for submit in receiver.on_connected(term):
+            self.submit(submit)
 
     def _end(self, receiver: Receiver) -> None:
         log.info("lost the leader of term %d", self._term)

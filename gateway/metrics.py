@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,9 +21,11 @@ from gateway.types import (
     Event,
     Generation,
     GenerationRequest,
+    Held,
     Identity,
     ModelInfo,
     Sink,
+    TakenUp,
     TaskRequest,
     TraceHeaders,
 )
@@ -148,6 +151,20 @@ class MeteredEngine:
             meter.end("internal_error")
             raise
         return _MeteredGeneration(inner, meter)
+
+    async def take_up(
+        self,
+        request_id: str,
+        identity: Identity,
+        held: Sequence[Held],
+        *,
+        trace: TraceHeaders,
+        deadline_s: float | None = None,
+    ) -> TakenUp:
+        """See `Engine`."""
+        found = await self._inner.take_up(request_id, identity, held, trace=trace, deadline_s=deadline_s)
+        meter = _Meter(self._metrics, self._clock, found.model, _OPERATIONS[found.kind])
+        return replace(found, generation=_MeteredGeneration(found.generation, meter))
 
     async def cancel(self, request_id: str, identity: Identity) -> bool:
         """See `Engine`."""

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from opentelemetry.trace import Span
+
 from gateway.catalogue import TextRules
 from gateway.text.choice import ChoiceText
 from gateway.text.prefix import prefix_hashes
@@ -13,8 +15,9 @@ from gateway.tiers import granted
 from gateway.transcript import Shape, Transcript
 from gateway.types import Constraint, GenerationRequest, Identity, Params, TaskRequest
 from gateway.values import ValuesTranscript
-from llmos.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
+from llmos.errors import InvalidRequest, LlmosError, PromptTooLong, UnsupportedFeature
 from llmos.internal.v1 import request_pb2, requests_pb2
+from llmos.telemetry import REQUEST_ID, Telemetry
 from llmos.tenants import TenantLimits
 from llmos.v1 import inference_pb2
 
@@ -38,6 +41,26 @@ class Prompt:
     token_ids: Sequence[int]
     first_text_tokens: int = 0
     """Length of the first of two texts; 0: there is one."""
+
+
+async def traced_tokenize(
+    request: GenerationRequest | TaskRequest,
+    model: requests_pb2.CatalogueModel,
+    rules: TextRules,
+    telemetry: Telemetry,
+    root: Span,
+    inner_id: str,
+) -> Prompt:
+    """`tokenize` under a span of its own below `root`."""
+    child = telemetry.start("tokenize", parent=root.get_span_context(), attributes={REQUEST_ID: inner_id})
+    try:
+        prompt = await tokenize(request, model, rules)
+    except LlmosError as error:
+        telemetry.finish(child, error.code)
+        raise
+    child.set_attribute("gen_ai.usage.input_tokens", len(prompt.token_ids))
+    telemetry.finish(child)
+    return prompt
 
 
 async def tokenize(

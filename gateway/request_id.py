@@ -34,6 +34,11 @@ def again(inner_id: str, rng: random.Random) -> str:
     return f"{_ENDING.sub('', inner_id)}~{rng.getrandbits(32):08x}"
 
 
+def origin(inner_id: str) -> str:
+    """The inner id that a request had before its client took it up for the first time."""
+    return _ENDING.sub("", inner_id)
+
+
 def names(request_id: str, inner_id: str, tenant: str) -> bool:
     """Whether `request_id`, as a client of `tenant` or an operator says it, means the request `inner_id`."""
     if request_id == inner_id:

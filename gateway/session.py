@@ -10,21 +10,35 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from opentelemetry.trace import Span, SpanKind
 
 from gateway import request_id as request_ids
 from gateway.catalogue import Catalogue, TextRules
+from gateway.comeback import Comeback, Comebacks, handle_of
 from gateway.failure import for_client
 from gateway.leader import LeaderClient
-from gateway.prepare import Prompt, fit, fleet_request, new_transcript, tokenize
-from gateway.stream import Stream, StreamLimits, Uplink
+from gateway.prepare import Prompt, fit, fleet_request, new_transcript, traced_tokenize
+from gateway.remainder import Remainder
+from gateway.session_config import SessionConfig
+from gateway.stream import Handle, Stream, StreamLimits, Uplink
 from gateway.tiers import granted
 from gateway.trace import RequestTrace, span_name, start_attributes
-from gateway.transcript import Verdict
-from gateway.types import GenerationRequest, Identity, ModelInfo, Started, TaskRequest, TraceHeaders
+from gateway.transcript import Transcript, Verdict
+from gateway.types import (
+    Delta,
+    GenerationRequest,
+    Held,
+    Identity,
+    ModelInfo,
+    Started,
+    TakenUp,
+    TaskRequest,
+    TraceHeaders,
+)
+from gateway.values import ValuesTranscript
+from gateway.vault import Vault
 from llmos.clock import Clock
 from llmos.errors import (
     Cancelled,
@@ -45,24 +59,6 @@ _ALL_REQUESTS = 100_000
 _COUNTED = {verdict: f"outputs_{verdict.value}" for verdict in Verdict}
 """Names of the counters."""
 AnyRequest = GenerationRequest | TaskRequest
-
-
-@dataclass(frozen=True, slots=True)
-class SessionConfig:
-    """Bounds of the session layer."""
-
-    leader_grace_s: float = 15.0
-    """How long streams wait for a new leader before they end in a typed, resumable error."""
-    max_requests: int = 4096
-    """Most requests that run at once; more are refused with Retry-After."""
-    buffer_bytes: int = 1024 * 1024
-    """Most bytes of unread events per stream; past it the stream is aborted."""
-    max_request_s: float = 3600.0
-    """Longest life of a request, whatever deadline its client names."""
-    gap_limit: int = 4
-    """So often in a row may a stream's output be lost or damaged before the stream fails."""
-    prefix_salt: str = ""
-    """Secret of this deployment that prefix hashes depend on; the same for all its gateways."""
 
 
 class Upstream(Uplink, Protocol):
@@ -92,8 +88,10 @@ class Sessions:
         telemetry: Telemetry,
         leader: LeaderClient | None = None,
         rng: random.Random | None = None,
+        vault: Vault | None = None,
     ) -> None:
-        """`leader` finds requests that run at other gateways; `rng` makes ids and seeds: by default unguessable."""
+        """`leader` finds requests that run at other gateways; `rng` makes ids and seeds: by default unguessable;
+        `vault` seals what other gateways need to go on with a stream."""
         self._link = link
         self._catalogue = catalogue
         self._config = config
@@ -101,6 +99,10 @@ class Sessions:
         self._telemetry = telemetry
         self._leader = leader
         self._rng = rng or random.SystemRandom()
+        self._vault = vault or Vault()
+        self._comebacks = Comebacks(
+            leader, self._vault, catalogue, telemetry=telemetry, clock=clock, patience_s=config.leader_grace_s
+        )
         self._limits = StreamLimits(config.buffer_bytes, config.gap_limit)
         self._streams: dict[str, Stream] = {}
         self._named: dict[tuple[str, str], Stream] = {}
@@ -109,7 +111,7 @@ class Sessions:
         self._idle.set()
         self._retiring = self._closed = False
         self._grace_timer: asyncio.TimerHandle | None = None
-        self._counts = dict.fromkeys([*_COUNTED.values(), "outputs_unknown", "requests", "slow_readers"], 0)
+        self._counts = dict.fromkeys([*_COUNTED.values(), "outputs_unknown", "requests", "slow_readers", "taken_up"], 0)
 
     # What the edges ask for (Engine)
 
@@ -130,13 +132,52 @@ class Sessions:
         self._preparing += 1
         try:
             rules = await self._catalogue.rules(model)
-            prompt = await self._tokenize(request, model, rules, span, inner_id)
+            prompt = await traced_tokenize(request, model, rules, self._telemetry, span, inner_id)
             return self._begin(request, identity, model, base, rules, prompt, span, inner_id, public_id)
         except BaseException as error:
             self._telemetry.finish(span, error.code if isinstance(error, LlmosError) else "cancelled")
             raise
         finally:
             self._preparing -= 1
+
+    async def take_up(
+        self,
+        request_id: str,
+        identity: Identity,
+        held: Sequence[Held],
+        *,
+        trace: TraceHeaders,
+        deadline_s: float | None = None,
+    ) -> TakenUp:
+        """See `Engine`. A stream that still runs, here or at another gateway, is taken from whoever reads it there."""
+        self._admit()
+        self._preparing += 1
+        try:
+            comeback = await self._comebacks.find(request_id, identity.tenant, held)
+            stream = self._go_on(comeback, trace, deadline_s)
+        finally:
+            self._preparing -= 1
+        return TakenUp(stream, comeback.recipe.kind, comeback.recipe.started.model, comeback.view)
+
+    def _go_on(self, comeback: Comeback, trace: TraceHeaders, deadline_s: float | None) -> Stream:
+        """Open a stream that a client came back to, in the place of the one that may still be here."""
+        old = self._streams.get(comeback.request.request_id)
+        if old is not None:
+            if old.claim > comeback.handle.claim:
+                raise Conflict("The stream was taken up once more in the meantime.", param="request_id")
+            old.fail(Cancelled("The stream was taken up elsewhere."), deliver=False)
+        self._counts["taken_up"] += 1
+        return self._open(
+            comeback.request,
+            comeback.recipe.started,
+            comeback.transcript,
+            self._comebacks.span(comeback, trace),
+            comeback.deltas,
+            deadline_s=deadline_s,
+            constraint_field=comeback.recipe.constraint_field,
+            handle=comeback.handle,
+            remainder=comeback.remainder,
+        )
 
     async def cancel(self, request_id: str, identity: Identity) -> bool:
         """See `Engine`. A request of another gateway is cancelled through the scheduler."""
@@ -180,7 +221,7 @@ class Sessions:
 
     # What the link brings (Receiver)
 
-    def on_connected(self, term: int) -> Iterable[request_pb2.Request]:
+    def on_connected(self, term: int) -> Iterable[requests_pb2.Submit]:
         """See `Receiver`."""
         self._stop_grace()
         return [stream.reconnected() for stream in self._streams.values()]
@@ -231,21 +272,6 @@ class Sessions:
             old.abort(Cancelled("The stream was resumed elsewhere."), "cancelled")
         return (request_ids.again(inner_id, self._rng) if resumed else inner_id), public_id
 
-    async def _tokenize(
-        self, request: AnyRequest, model: requests_pb2.CatalogueModel, rules: TextRules, span: Span, inner_id: str
-    ) -> Prompt:
-        child = self._telemetry.start(
-            "tokenize", parent=span.get_span_context(), attributes={"llmos.request_id": inner_id}
-        )
-        try:
-            prompt = await tokenize(request, model, rules)
-        except LlmosError as error:
-            self._telemetry.finish(child, error.code)
-            raise
-        child.set_attribute("gen_ai.usage.input_tokens", len(prompt.token_ids))
-        self._telemetry.finish(child)
-        return prompt
-
     def _begin(
         self,
         request: AnyRequest,
@@ -274,24 +300,49 @@ class Sessions:
         wire.trace.traceparent, wire.trace.tracestate = trace_headers(span)
         created = self._clock.unix_ns() // 1_000_000_000
         got = granted(identity.priority, request.priority)
+        started = Started(public_id, model.name, model.version, seed, created, len(prompt.token_ids), got)
+        transcript = new_transcript(request, rules, max_tokens, model)
+        deltas = transcript.resume(request.resume)
+        return self._open(
+            wire,
+            started,
+            transcript,
+            span,
+            deltas,
+            deadline_s=request.deadline_s,
+            constraint_field="" if (constraint := request.params.constraint) is None else constraint.field,
+            handle=handle_of(request, wire, started, model, self._vault),
+        )
+
+    def _open(
+        self,
+        wire: request_pb2.Request,
+        started: Started,
+        transcript: Transcript | ValuesTranscript,
+        span: Span,
+        deltas: Iterable[Delta],
+        *,
+        deadline_s: float | None,
+        constraint_field: str,
+        handle: Handle,
+        remainder: Remainder | None = None,
+    ) -> Stream:
         stream = Stream(
             wire,
-            Started(public_id, model.name, model.version, seed, created, len(prompt.token_ids), got),
-            new_transcript(request, rules, max_tokens, model),
-            RequestTrace(self._telemetry, span, inner_id),
+            started,
+            transcript,
+            RequestTrace(self._telemetry, span, wire.request_id),
             uplink=self._link,
             clock=self._clock,
-            deadline=self._clock.monotonic() + min(request.deadline_s or 1e9, self._config.max_request_s),
+            deadline=self._clock.monotonic() + min(deadline_s or 1e9, self._config.max_request_s),
             limits=self._limits,
             on_end=self._on_end,
-            constraint_field="" if (constraint := request.params.constraint) is None else constraint.field,
+            constraint_field=constraint_field,
+            handle=handle,
+            remainder=remainder,
         )
         self._register(stream)
-        try:
-            stream.begin(request.resume)
-        except BaseException:
-            self._forget(stream)
-            raise
+        stream.begin(deltas)
         return stream
 
     def _seed(self, request: AnyRequest) -> int:

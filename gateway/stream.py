@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.remainder import Remainder
 from gateway.trace import RequestTrace
 from gateway.transcript import Transcript, Verdict
-from gateway.types import Delta, Done, Event, Progress, Sink, Started
+from gateway.types import Delta, Done, Event, Sink, Started
 from gateway.values import ValuesTranscript
 from llmos.clock import Clock
 from llmos.errors import Cancelled, DeadlineExceeded, LlmosError, SlowReader, Unavailable
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import request_pb2, requests_pb2
 
 _EVENT_BYTES = 96
 _TOKEN_BYTES = 40
@@ -31,11 +32,11 @@ _BURST = 4
 class Uplink(Protocol):
     """How a stream speaks to the leader. None of these blocks; `Link` is one."""
 
-    def submit(self, request: request_pb2.Request) -> None:
+    def submit(self, submit: requests_pb2.Submit) -> None:
         """Hand over a request, or one that goes on."""
         ...
 
-    def cancel(self, request_id: str, reason: str) -> None:
+    def cancel(self, request_id: str, reason: str, claim: int = 0) -> None:
         """Stop a request."""
         ...
 
@@ -58,6 +59,21 @@ class StreamLimits:
     """So often in a row may output be lost or damaged before the stream fails."""
 
 
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """What lets a client come back to a stream; empty: nothing does."""
+
+    sealed: bytes = b""
+    """For other gateways."""
+    origin_id: str = ""
+    """Inner name under which the stream is asked for; empty: the request's."""
+    claim: int = 0
+    """How often its client had come back when this gateway took it up."""
+
+
+_NO_HANDLE = Handle()
+
+
 class Stream:
     """Implements `gateway.types.Generation`. All methods run on one loop; `on_end` is called exactly once."""
 
@@ -74,13 +90,19 @@ class Stream:
         limits: StreamLimits,
         on_end: Callable[[Stream, LlmosError | None], None],
         constraint_field: str = "",
+        handle: Handle = _NO_HANDLE,
+        remainder: Remainder | None = None,
     ) -> None:
-        """`deadline` is on the clock's monotonic time; `constraint_field` is what the client calls its constraint."""
+        """`deadline` is on the clock's monotonic time; `constraint_field` is what the client calls its constraint;
+        `remainder` cuts off what the client has already."""
         self.request_id = started.request_id
         self.trace = trace
         self.transcript = transcript
         self.finish_reasons: dict[int, str] = {}
         self.constraint_field = constraint_field
+        self.claim = handle.claim
+        self._handle = handle
+        self._remainder = remainder
         self._request = request
         self._started = started
         self._uplink = uplink
@@ -111,9 +133,9 @@ class Stream:
         """Who asked."""
         return self._request.tenant
 
-    def begin(self, progress: Sequence[Progress]) -> None:
-        """Take up what the client holds and hand the request over. Raises InvalidRequest; then nothing has begun."""
-        for delta in self.transcript.resume(progress):
+    def begin(self, deltas: Iterable[Delta]) -> None:
+        """Hand the request over, after `deltas`: what is known of its output already."""
+        for delta in deltas:
             self._put(delta)
         if self.transcript.finished:
             self._complete()
@@ -123,13 +145,16 @@ class Stream:
         self._uplink.submit(self.unfinished())
         self.trace.submitted()
 
-    def unfinished(self) -> request_pb2.Request:
+    def unfinished(self) -> requests_pb2.Submit:
         """The request with what has been generated so far: what a scheduler needs to go on with it."""
-        request = request_pb2.Request()
-        request.CopyFrom(self._request)
+        handle = self._handle
+        submit = requests_pb2.Submit(
+            request=self._request, sealed=handle.sealed, origin_id=handle.origin_id, claim=handle.claim
+        )
+        request = submit.request
         request.resume.extend(self.transcript.resume_state())
         request.deadline_ms = max(1, int((self._deadline - self._clock.monotonic()) * 1000))
-        return request
+        return submit
 
     def take(self, output: request_pb2.Output) -> Verdict:
         """Add output from the fleet. Anything but the next piece changes nothing; what is lost is asked for."""
@@ -151,7 +176,7 @@ class Stream:
             self._press()
         return taken.verdict
 
-    def reconnected(self) -> request_pb2.Request:
+    def reconnected(self) -> requests_pb2.Submit:
         """The request for the next connection; everything that is missing is asked for with it."""
         self._asked = False
         return self.unfinished()
@@ -172,7 +197,7 @@ class Stream:
     def abort(self, error: LlmosError, reason: str) -> None:
         """End with an error and stop the computation."""
         if not self._ended:
-            self._uplink.cancel(self.inner_id, reason)
+            self._uplink.cancel(self.inner_id, reason, self.claim)
             self.fail(error, deliver=False)
 
     async def events(self) -> AsyncIterator[Event]:
@@ -222,11 +247,23 @@ class Stream:
     def _put(self, delta: Delta) -> None:
         if delta.finish is not None:
             self.finish_reasons[delta.choice] = delta.finish
+        if self._remainder is not None:
+            lacking = self._lacking(self._remainder, delta)
+            if lacking is None:
+                return
+            delta = lacking
         if self._idle and self._sink is not None and self._sink.push(delta):
             return
         self._buffer.append(delta)
         self._buffered += _size(delta)
         self._wake()
+
+    def _lacking(self, remainder: Remainder, delta: Delta) -> Delta | None:
+        """What the client does not have of a delta."""
+        lacking = remainder.cut(delta)
+        if remainder.is_over:
+            self._remainder = None
+        return lacking
 
     def _wake(self) -> None:
         self._idle = False
@@ -249,7 +286,7 @@ class Stream:
 
     def _expire(self) -> None:
         if not self._ended:
-            self._uplink.cancel(self.inner_id, "deadline")
+            self._uplink.cancel(self.inner_id, "deadline", self.claim)
             self.fail(DeadlineExceeded("The request's deadline passed before it was finished."))
 
     def _distrust(self) -> None:
@@ -260,7 +297,7 @@ class Stream:
         self._failed_asks += 1
         if self._failed_asks > self._limits.gap_limit:
             self.abort(
-                Unavailable("The fleet lost a part of the answer; resume the stream.", retry_after_s=1.0), "cancelled"
+                Unavailable("The fleet lost a part of the answer; resume the stream.", retry_after_s=1.0), "broken"
             )
         else:
             self._uplink.restart()

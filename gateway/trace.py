@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from opentelemetry.trace import Span
 from opentelemetry.util.types import AttributeValue
 
-from gateway.types import GenerationRequest, Identity, Params, TaskRequest
+from gateway.types import GenerationRequest, Identity, Params, Started, TaskRequest
 from llmos.errors import LlmosError
+from llmos.internal.v1 import request_pb2
 from llmos.telemetry import REQUEST_ID, Telemetry
 
 _OPERATION = {
@@ -41,6 +42,19 @@ def start_attributes(
     if isinstance(request, GenerationRequest):
         attributes |= _sampling(request.params)
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def take_up_attributes(request: request_pb2.Request, started: Started, claim: int) -> Mapping[str, AttributeValue]:
+    """What is known when a client comes back to its stream."""
+    return {
+        REQUEST_ID: request.request_id,
+        "llmos.tenant": request.tenant,
+        "llmos.model_version": started.model_version,
+        "llmos.claim": claim,
+        "gen_ai.provider.name": "llmos",
+        "gen_ai.request.model": started.model,
+        "gen_ai.response.id": started.request_id,
+    }
 
 
 def _sampling(params: Params) -> Mapping[str, AttributeValue | None]:

@@ -13,8 +13,8 @@ from enum import Enum
 
 from gateway.text.choice import ChoiceText
 from gateway.types import Delta, Finish, Progress, TokenLogprob
-from llmos.errors import InvalidRequest
-from llmos.internal.v1 import request_pb2
+from llmos.errors import InternalError, InvalidRequest
+from llmos.internal.v1 import journal_pb2, request_pb2
 from llmos.v1 import inference_pb2
 
 _FINISH: dict[int, Finish] = {
@@ -110,6 +110,56 @@ class Transcript:
             for number, choice in enumerate(self._choices)
             if choice.tokens or choice.finished
         ]
+
+    def replay(self, said: journal_pb2.JournalChoice, held: int) -> list[Delta]:
+        """Take up what the fleet remembers of a choice, of which the client has `held` tokens: all of it, in two parts
+        that meet there, or up to there where the rest lacks log-probabilities and must be computed again. Call first.
+
+        Raises InternalError where it contradicts the request.
+        """
+        shape, token_ids = self._shape, said.token_ids[:]
+        sound = said.choice < shape.choices and len(token_ids) <= shape.max_tokens
+        if not sound or (token_ids and max(token_ids) >= shape.vocab_size):
+            raise InternalError("what is remembered of a stream is not of its request")
+        choice, finished = self._choices[said.choice], said.finished
+        known_from = len(token_ids) - len(said.logprobs) if shape.logprobs else 0
+        if known_from > held:
+            token_ids, finished, known_from = token_ids[:held], False, held
+        finished = finished or len(token_ids) >= shape.max_tokens
+        if token_ids:
+            self._first_epoch = (0, 0)
+        logprobs = said.logprobs[max(0, held - known_from) :] if shape.logprobs else []
+        cut = min(held, len(token_ids)) if 0 < held < len(token_ids) else 0
+        deltas = [self._replay_part(said, choice, token_ids[:cut], (), False)] if cut else []
+        if not choice.finished and (finished or cut < len(token_ids)):
+            rest = () if held >= len(token_ids) else logprobs
+            deltas.append(self._replay_part(said, choice, token_ids[cut:], rest, finished))
+        return deltas
+
+    def _replay_part(
+        self,
+        said: journal_pb2.JournalChoice,
+        choice: _Choice,
+        token_ids: Sequence[int],
+        logprobs: Sequence[request_pb2.LogprobEntry],
+        finished: bool,
+    ) -> Delta:
+        index = len(choice.tokens)
+        piece = choice.text.push(token_ids)
+        text, stopped = piece.text, piece.stopped
+        choice.tokens.extend(token_ids[: piece.taken])
+        if finished and not stopped:
+            last = choice.text.end()
+            text, stopped = text + last.text, last.stopped
+        finish: Finish | None = "stop" if stopped else None
+        if finished and not stopped:
+            is_full = len(choice.tokens) >= self._shape.max_tokens
+            finish = _FINISH.get(said.finish_reason, "length" if is_full else "stop")
+        choice.finished = finish is not None
+        self._open -= choice.finished
+        spoken = tuple(map(self._logprob, logprobs[: piece.taken]))
+        taken = tuple(token_ids[: piece.taken])
+        return Delta(said.choice, index, text, taken, spoken, finish, parts=piece.parts)
 
     def take(self, output: request_pb2.Output) -> Taken:
         """Add an output if it is the next of its choice; tokens that are there already are skipped."""

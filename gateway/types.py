@@ -82,6 +82,29 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """How far a client has come with one choice of a stream that it comes back to."""
+
+    choice: int
+    tokens: int
+    chars: int
+    """Characters of its text."""
+    ended: bool = False
+    """It has the choice's finish reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How an answer is shown over HTTP: what another gateway must know to go on in the same way."""
+
+    stream: bool = True
+    include_usage: bool = False
+    tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    always_reason: bool = False
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A valid request from HTTP or gRPC. Exactly one of `turns`, `text`, `token_ids` is set."""
 
@@ -97,6 +120,10 @@ class GenerationRequest:
     """Seconds that the client is willing to wait for the whole answer."""
     priority: Priority | None = None
     """The class that is asked for; None: the key's."""
+    view: View | None = None
+    """For whoever goes on with the stream; None: it was not asked for over HTTP."""
+    is_part: bool = False
+    """One of several that share an answer: such a stream cannot be taken up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +264,18 @@ class Generation(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TakenUp:
+    """A stream that its client came back to."""
+
+    generation: Generation
+    kind: str
+    """`chat` or `completion`."""
+    model: str
+    view: View
+    """How it was first shown."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A served model."""
 
@@ -260,6 +299,19 @@ class Engine(Protocol):
         self, request: GenerationRequest | TaskRequest, identity: Identity, *, request_id: str, trace: TraceHeaders
     ) -> Generation:
         """Render, tokenize, submit. `request_id` is empty or the client's own. Raises `LlmosError` at once."""
+        ...
+
+    async def take_up(
+        self,
+        request_id: str,
+        identity: Identity,
+        held: Sequence[Held],
+        *,
+        trace: TraceHeaders,
+        deadline_s: float | None = None,
+    ) -> TakenUp:
+        """Go on with a stream of the same tenant, wherever it ran: its deltas after what the client holds. Raises
+        NotFound where nothing is remembered of it, and other `LlmosError`s."""
         ...
 
     async def cancel(self, request_id: str, identity: Identity) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from gateway.constraints import constraint_of
 from gateway.fields import bound_text, convert, unknown
 from gateway.schemas import (
+    MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_SEED,
     MIN_SEED,
@@ -24,7 +25,7 @@ from gateway.schemas import (
     Message,
 )
 from gateway.tiers import class_of
-from gateway.types import GenerationRequest, Params, Progress, Turn
+from gateway.types import GenerationRequest, Held, Params, Progress, Turn
 from llmos.errors import InvalidRequest, UnsupportedFeature
 
 MAX_PROMPTS = 16
@@ -73,6 +74,8 @@ _MESSAGE_NEUTRAL = frozenset({"audio", "function_call", "tool_calls"})
 _PART_FIELDS = frozenset({"type", "text", "cache_control"})
 
 _REQUEST_ID = re.compile(rf"[\x21-\x7e]{{1,{MAX_REQUEST_ID}}}")
+_POSITION = re.compile(r"(?P<choice>[0-9]{1,4}):(?P<tokens>[0-9]{1,10}):(?P<chars>[0-9]{1,10})(?P<end>:end)?")
+_MAX_EVENT_ID = 1024
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
@@ -151,6 +154,21 @@ def request_id(text: str) -> str:
             param="x-request-id",
         )
     return text
+
+
+def last_event_id(text: str) -> tuple[Held, ...]:
+    """What a client has of a stream, by the `id` of the last event that it got; empty: nothing."""
+    if not text:
+        return ()
+    parts = text.split(",") if len(text) <= _MAX_EVENT_ID else [""]
+    found = [_POSITION.fullmatch(part.strip()) for part in parts]
+    if len(found) > MAX_CHOICES or not all(found):
+        raise InvalidRequest("'last-event-id' is not the id of an event of such a stream.", param="last-event-id")
+    return tuple(
+        Held(int(match["choice"]), int(match["tokens"]), int(match["chars"]), match["end"] is not None)
+        for match in found
+        if match is not None
+    )
 
 
 def timeout_s(text: str) -> float:

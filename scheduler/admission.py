@@ -13,6 +13,7 @@ from llmos.errors import (
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from scheduler import charges, events, overload, takeover
 from scheduler.commands import CloseStream, Order, SendCatalogue, SendFailure
+from scheduler.journal import BREAKS
 from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted, forget_claim
 from scheduler.requests import STOP, LiveRequest, ModelKey, blocks_needed, capabilities_for, most_tokens
 from scheduler.state import GatewayView, Outbox, State
@@ -62,11 +63,19 @@ def submitted(state: State, event: events.Submitted, now: float, out: Outbox) ->
         if live is not None:
             takeover.take_up(state, live, event, gateway_id, out)
             return
-        if state.tombstones.get(request.request_id, now) is not None:
-            raise Cancelled("The request was cancelled.")
+        _check_life(state, event, now)
         _accept(state, event, gateway_id, now, out)
     except LlmosError as error:
         out.append(SendFailure(event.stream_id, failure(request.request_id, error)))
+
+
+def _check_life(state: State, event: events.Submitted, now: float) -> None:
+    """What was cancelled must not start, nor what was stopped for a client to come back, unless that client has."""
+    request_id, claim = event.request.request_id, event.claim
+    if state.journal.is_over(request_id, claim):
+        raise Cancelled("The stream is over here; it may have been taken up elsewhere.")
+    if state.tombstones.get(request_id, now) is not None and not state.journal.reopens(request_id, claim):
+        raise Cancelled("The request was cancelled.")
 
 
 def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, out: Outbox) -> None:
@@ -84,6 +93,8 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
         except LlmosError:
             charges.ended(live)
             raise
+    live.claim = event.claim
+    state.journal.begin(live, event.origin_id, event.sealed, event.claim)
     live.attempts = live.attempts_before = state.last_attempts.get(live.id, now) or 0
     home = state.workers.get(state.claims.get(live.id, ""))
     if request.resume and home is not None:
@@ -197,10 +208,15 @@ def unpark(state: State, now: float, out: Outbox) -> None:
 def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) -> None:
     """Stop a request; a cancel that overtook its submission leaves a tombstone that stops it then."""
     live = state.requests.get(event.request_id)
-    if live is not None and live.stream_id != event.stream_id and state.stream_of(live) is not None:
+    elsewhere = live is not None and live.stream_id != event.stream_id and state.stream_of(live) is not None
+    if elsewhere or (live is not None and event.claim < live.claim):
         state.counters["foreign_cancel"] += 1
         return
     state.tombstones.put(event.request_id, event.reason, now)
+    if event.reason in BREAKS:
+        state.journal.close(event.request_id, event.claim)
+    else:
+        state.journal.cancel(event.request_id)
     if live is not None:
         discard(state, live, event.reason or "cancelled", out)
     else:
@@ -211,6 +227,7 @@ def killed(state: State, event: events.Killed, now: float, out: Outbox) -> None:
     """A person ends a request; the client gets a typed error."""
     live = state.requests.get(event.request_id)
     state.tombstones.put(event.request_id, "killed", now)
+    state.journal.cancel(event.request_id)
     if live is not None:
         fail(state, live, Cancelled("The request was cancelled by an operator."), out)
     else:

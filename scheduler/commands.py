@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmos.internal.v1 import registry_pb2, request_pb2, requests_pb2, work_pb2
+from llmos.internal.v1 import journal_pb2, registry_pb2, request_pb2, requests_pb2, work_pb2
 
 
 @dataclass(slots=True)
@@ -45,6 +45,14 @@ class CloseStream:
     """End a gateway's stream: the gateway has opened another one."""
 
     stream_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTakeUp:
+    """Answer a gateway that asked for a stream; None: nothing is remembered of it."""
+
+    call: int
+    entry: journal_pb2.JournalEntry | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +192,7 @@ Command = (
     | SendClass
     | SendCatalogue
     | CloseStream
+    | AnswerTakeUp
     | Dial
     | HangUp
     | StartAttempt

@@ -53,6 +53,10 @@ class SchedulerConfig:
     """Seconds without a request before a model's last replica goes, if its allocation lets it."""
     unload_drain_s: float = 10.0
     """Seconds that requests have to finish on a replica that goes; then they move to another."""
+    journal_bytes: int = 128 * 1024 * 1024
+    """Most bytes of streams that broke or ended and are remembered for their clients to come back."""
+    journal_tenant_bytes: int = 32 * 1024 * 1024
+    """The same of one tenant."""
     gateway_buffer_bytes: int = 16 * 1024 * 1024
     """Most output that waits for a gateway which does not take it; past it its stream is closed."""
     worker_silence_s: float = 1.75
@@ -79,7 +83,8 @@ class SchedulerConfig:
     """Least severe messages that are logged."""
 
     def __post_init__(self) -> None:
-        for name in ("queue_limit", "queue_token_limit", "lease_ttl_s", "gateway_buffer_bytes", "worker_silence_s"):
+        positive = ("queue_limit", "queue_token_limit", "lease_ttl_s", "gateway_buffer_bytes", "worker_silence_s")
+        for name in (*positive, "journal_bytes", "journal_tenant_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive", param=name)
         waits = ("replica_up_s", "replica_down_s", "replica_idle_s", "unload_drain_s")
@@ -116,6 +121,8 @@ class SchedulerConfig:
             ttft_bounds_s=(bounds[0], bounds[1], bounds[2]),
             no_worker_grace_s=self.no_worker_grace_s,
             gateway_grace_s=self.gateway_grace_s,
+            journal_bytes=self.journal_bytes,
+            journal_tenant_bytes=self.journal_tenant_bytes,
             await_promises=True,
             replica_up_s=self.replica_up_s,
             replica_down_s=self.replica_down_s,

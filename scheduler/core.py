@@ -21,6 +21,7 @@ from scheduler import (
     overload,
     priorities,
     stalls,
+    takeover,
 )
 from scheduler.allocation import control
 from scheduler.commands import Command
@@ -58,6 +59,7 @@ def _tick(state: State, event: events.Tick, now: float, out: Outbox) -> None:
     """Timers have had their turn already."""
     learning.review(state, now)
     overload.observe(state, now)
+    state.journal.purge(now)
 
 
 def _term_raised(state: State, event: events.TermRaised, now: float, out: Outbox) -> None:
@@ -92,6 +94,7 @@ _HANDLERS: dict[type, Handler] = {
     events.GatewayConnected: admission.connected,
     events.GatewayLost: admission.lost,
     events.Submitted: admission.submitted,
+    events.TakeUpAsked: takeover.asked,
     events.Cancelled: admission.cancelled,
     events.Killed: admission.killed,
     events.Reprioritized: priorities.reprioritized,

@@ -85,6 +85,21 @@ class Submitted:
 
     stream_id: int
     request: request_pb2.Request
+    sealed: bytes = b""
+    """For the journal: what gateways need to go on with the text."""
+    origin_id: str = ""
+    """Name under which its client may ask for it again; empty: the request's id."""
+    claim: int = 0
+    """The journal's, under which it goes on; 0: its client has not come back to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakeUpAsked:
+    """A gateway asks for a stream that a client has come back to. `call` names the answer."""
+
+    call: int
+    tenant: str
+    origin_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,8 @@ class Cancelled:
     stream_id: int
     request_id: str
     reason: str
+    claim: int = 0
+    """Under which it was submitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +250,7 @@ Event = (
     | GatewayConnected
     | GatewayLost
     | Submitted
+    | TakeUpAsked
     | Cancelled
     | Killed
     | Reprioritized

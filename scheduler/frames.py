@@ -149,12 +149,19 @@ def _take(
     choice.append(output.token_ids, output.logprobs)
     charges.produced(live, choice)
     if output.cached_tokens:
+        _found_cached(live, output)
         charges.cached(live, output.cached_tokens, state.policy.cached_cost)
     if output.finish_reason:
         choice.finish_reason = output.finish_reason
         choice.finished = True
     send(state, live, output, out)
     return choice.finished
+
+
+def _found_cached(live: LiveRequest, output: request_pb2.Output) -> None:
+    """Of the first attempt alone: later ones find what was computed for it before."""
+    if live.attempts == live.attempts_before + 1 and not live.request.resume:
+        live.cached_tokens = max(live.cached_tokens, output.cached_tokens)
 
 
 def _begins(state: State, worker: WorkerView, live: LiveRequest, attempt: Attempt, now: float, out: Outbox) -> None:

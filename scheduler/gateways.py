@@ -205,9 +205,11 @@ class GatewayDesk:
                 stream.outflow.acknowledge(request.ack.sequence)
                 stream.wake()
             case "submit":
-                await loop.post(events.Submitted(stream.id, request.submit.request))
+                said = request.submit
+                await loop.post(events.Submitted(stream.id, said.request, said.sealed, said.origin_id, said.claim))
             case "cancel":
-                await loop.post(events.Cancelled(stream.id, request.cancel.request_id, request.cancel.reason))
+                cancel = request.cancel
+                await loop.post(events.Cancelled(stream.id, cancel.request_id, cancel.reason, cancel.claim))
             case "finish":
                 finish = request.finish
                 await loop.post(events.ChoiceFinished(stream.id, finish.request_id, finish.choice, finish.keep_until))

@@ -192,6 +192,7 @@ def _remove(state: State, live: LiveRequest, error: str, out: Outbox) -> None:
     forget_claim(state, live.id, out, tell=True)
     del state.requests[live.id]
     charges.ended(live)
+    state.journal.end(live, error, state.now)
     state.meters.leave(live)
     state.book.departures[live.key[0]] += 1
     if live.attempts:

@@ -62,6 +62,12 @@ class Policy:
     """Seconds that a cancelled id refuses to start. Workers remember epochs of ended attempts as long."""
     tombstone_limit: int = 262_144
     """Most tombstones, and most ended requests whose number of attempts is remembered; the oldest give way."""
+    journal_ttl_s: float = 120.0
+    """Seconds that a stream which broke or ended is remembered for its client to come back."""
+    journal_bytes: int = 128 * 1024 * 1024
+    """Most bytes of such streams; the oldest give way."""
+    journal_tenant_bytes: int = 32 * 1024 * 1024
+    """The same of one tenant."""
     max_retries: int = 3
     """Attempts that may fail by a worker's own word before the request does."""
     avoid_s: float = 5.0

@@ -19,6 +19,7 @@ from llmos.v1 import fleet_pb2
 from scheduler import events
 from scheduler.allocation.intent import Intent
 from scheduler.commands import (
+    AnswerTakeUp,
     CloseStream,
     Command,
     Dial,
@@ -33,6 +34,7 @@ from scheduler.commands import (
 )
 from scheduler.core import Core
 from scheduler.gateways import GatewayDesk
+from scheduler.inquiries import Inquiries
 from scheduler.loop import Loop
 from scheduler.membership import Membership
 from scheduler.policy import Policy
@@ -71,6 +73,7 @@ class Reign:
     def __init__(self, term: int, context: ReignContext) -> None:
         self.core = Core(context.scheduler_id, term, context.policy, context.clock.monotonic())
         self.loop = Loop(self.core, self, context.clock)
+        self.inquiries = Inquiries(self.loop)
         self.gateways = GatewayDesk(self._welcome, context.keep_spans, context.gateway_buffer_bytes)
         self.workers = WorkerLinks(self._link_context(context))
         self.leader_address = ""
@@ -190,6 +193,8 @@ class Reign:
                 self.gateways.class_change(command.stream_id, command.change)
             case SendCatalogue():
                 self.gateways.catalogue(command.stream_id, command.catalogue)
+            case AnswerTakeUp():
+                self.inquiries.answer(command)
             case CloseStream():
                 self.gateways.close(command.stream_id)
             case Dial():

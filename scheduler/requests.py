@@ -182,6 +182,10 @@ class LiveRequest:
     """Where what it produces is counted."""
     output_at: float = 0.0
     """When its last output came; 0: none yet."""
+    claim: int = 0
+    """How often its client had come back when its present gateway took it up."""
+    cached_tokens: int = 0
+    """Prompt tokens that its first attempt found in a prefix cache."""
     id: str = field(init=False)
     """The request's id."""
 

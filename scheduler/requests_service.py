@@ -14,6 +14,7 @@ from scheduler.blobs import BlobCache, chunks
 from scheduler.seat import ReignSeat
 
 _HELLO_S = 10.0
+_MOST_NAMES = 8
 
 
 class RequestsService(requests_pb2_grpc.RequestsServicer):
@@ -52,6 +53,16 @@ class RequestsService(requests_pb2_grpc.RequestsServicer):
         """A blob of the catalogue, in chunks. Raises NotLeader, NotFound, Unavailable."""
         for chunk in chunks(await self._blobs.read(self._seat.leading(), request.sha256)):
             yield requests_pb2.FetchBlobResponse(data=chunk)
+
+    async def TakeUp(  # noqa: N802 - the contract's name
+        self,
+        request: requests_pb2.TakeUpRequest,
+        context: grpc.aio.ServicerContext[requests_pb2.TakeUpRequest, requests_pb2.TakeUpResponse],
+    ) -> requests_pb2.TakeUpResponse:
+        """A stream that a client has come back to. Raises NotLeader, NotFound."""
+        names = tuple(request.origin_ids[:_MOST_NAMES])
+        entry = await self._seat.leading().inquiries.take_up(request.tenant, names)
+        return requests_pb2.TakeUpResponse(entry=entry)
 
 
 async def _hello(requests: AsyncIterator[requests_pb2.ExchangeRequest]) -> requests_pb2.GatewayHello:

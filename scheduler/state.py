@@ -12,6 +12,7 @@ from scheduler.allocation.shares import Reserved
 from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
 from scheduler.forecast import DrainRate
+from scheduler.journal import Journal
 from scheduler.meters import Meters
 from scheduler.placement import NotAgain, Placement, RoomIndex, default_placement
 from scheduler.policy import Policy
@@ -96,6 +97,7 @@ class State:
     """Why a request was cancelled; it must not start any more."""
     last_attempts: Recent[int] = field(init=False)
     """Attempts of ended requests: one that comes again continues the count, as workers refuse epochs they know."""
+    journal: Journal = field(init=False)
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +106,7 @@ class State:
         self.waiting = WaitingRoom(policy)
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
+        self.journal = Journal(policy.journal_ttl_s, policy.journal_bytes, policy.journal_tenant_bytes, self.counters)
         indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims)
         placement = default_placement(indices, policy.candidates, policy.weights)
         reserved = Reserved(self.book, self.requests)

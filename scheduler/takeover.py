@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from llmos.errors import Conflict
+from llmos.errors import Cancelled, Conflict
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
-from scheduler.commands import Order
-from scheduler.events import Submitted
+from scheduler.commands import AnswerTakeUp, Order, SendFailure
+from scheduler.events import Submitted, TakeUpAsked
 from scheduler.fairness import rank_of
-from scheduler.lifecycle import complete, drop_attempt, enqueue, finish_exhausted, last_epoch, send, send_class
+from scheduler.lifecycle import (
+    complete,
+    drop_attempt,
+    enqueue,
+    failure,
+    finish_exhausted,
+    last_epoch,
+    send,
+    send_class,
+)
 from scheduler.requests import STOP, Choice, LiveRequest
 from scheduler.state import Outbox, State
+
+
+def asked(state: State, event: TakeUpAsked, now: float, out: Outbox) -> None:
+    """A client has come back: tell its gateway what is remembered of its stream, and under which claim it goes on."""
+    out.append(AnswerTakeUp(event.call, state.journal.take_up(event.tenant, event.origin_ids, now)))
 
 
 def take_up(state: State, live: LiveRequest, event: Submitted, gateway_id: str, out: Outbox) -> None:
     """Bind a live request to the stream that it came on again and send what was lost between.
 
-    Raises Conflict if its present stream lives: then the id is used twice.
+    A higher claim takes it from the gateway that has it. Raises Conflict if its present stream lives under the same one
+    (then the id is used twice), Cancelled if a later claim has it.
     """
-    if state.stream_of(live) is not None:
+    stream_id = state.stream_of(live)
+    if event.claim < live.claim:
+        raise Cancelled("The stream was taken up elsewhere.")
+    if event.claim == live.claim and stream_id is not None:
         raise Conflict("A request with this id is running.", param="request_id")
+    if stream_id not in (None, event.stream_id):
+        out.append(SendFailure(stream_id, failure(live.id, Cancelled("The stream was taken up elsewhere."))))
+    live.claim = event.claim
     _rebind(state, live, event.stream_id, gateway_id)
     if rank_of(event.request.priority) != live.rank:
         send_class(state, live, out)  # the gateway was away when the class changed
     resume = {entry.choice: entry for entry in event.request.resume}
     held = [resume.get(index, request_pb2.ChoiceResume(choice=index)) for index in range(len(live.choices))]
-    if not all(_agrees(choice, said) for choice, said in zip(live.choices, held, strict=True)):
+    if not all(_agrees(live, choice, said) for choice, said in zip(live.choices, held, strict=True)):
         _start_over(state, live, held, out)
         return
     for choice, said in zip(live.choices, held, strict=True):
@@ -42,8 +63,10 @@ def _rebind(state: State, live: LiveRequest, stream_id: int, gateway_id: str) ->
     state.by_stream[stream_id].add(live.id)
 
 
-def _agrees(choice: Choice, said: request_pb2.ChoiceResume) -> bool:
-    """The gateway holds a beginning of what this scheduler remembers."""
+def _agrees(live: LiveRequest, choice: Choice, said: request_pb2.ChoiceResume) -> bool:
+    """The gateway holds a beginning of what this scheduler remembers, and all that it lacks is known."""
+    if live.request.sampling.HasField("logprobs") and len(said.token_ids) < choice.logprobs_from:
+        return False
     return choice.tokens[: len(said.token_ids)] == list(said.token_ids)
 
 

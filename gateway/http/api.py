@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,12 +14,13 @@ from starlette.types import ASGIApp
 from gateway import validate
 from gateway.config import HttpLimits
 from gateway.http.body import read_json
-from gateway.http.generation import Asked, GenerationResponse
-from gateway.http.shapes import ChatShape, CompletionShape
+from gateway.http.generation import GenerationResponse
+from gateway.http.merge import start_all
+from gateway.http.shapes import shape_of
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.schemas import GenerationBody
 from gateway.tiers import Tier, class_of, granted, tier_of
-from gateway.types import Authenticator, Engine, GenerationRequest, Identity, ModelInfo, TraceHeaders
+from gateway.types import Authenticator, Engine, Generation, GenerationRequest, Identity, ModelInfo, TraceHeaders, View
 from llmos.errors import ModelNotFound, PermissionDenied, Unavailable
 
 
@@ -37,23 +39,13 @@ class Api:
         """POST /v1/chat/completions"""
         identity = self._identify(request)
         body = validate.chat_body(await read_json(request.receive, request.headers, self.limits))
-        inner = validate.chat_request(body)
-        logprobs = inner.params.logprobs is not None
-        shape = ChatShape(include_usage=body.wants_usage, logprobs=logprobs, tier=_tier(body, identity))
-        return self._answer(request, identity, body, [inner], shape)
+        return self._answer(request, identity, body, [validate.chat_request(body)])
 
     async def complete(self, request: Request) -> ASGIApp:
         """POST /v1/completions"""
         identity = self._identify(request)
         body = validate.completion_body(await read_json(request.receive, request.headers, self.limits))
-        inner = list(validate.completion_requests(body))
-        shape = CompletionShape(
-            include_usage=body.wants_usage,
-            logprobs=inner[0].params.logprobs is not None,
-            tier=_tier(body, identity),
-            unfinished="length" if body.wants_reasons else None,
-        )
-        return self._answer(request, identity, body, inner, shape)
+        return self._answer(request, identity, body, list(validate.completion_requests(body)))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -91,20 +83,23 @@ class Api:
         identity: Identity,
         body: GenerationBody,
         inner: list[GenerationRequest],
-        shape: ChatShape | CompletionShape,
     ) -> GenerationResponse:
         timeout = request.headers.get("x-request-timeout")
-        if timeout is not None:
-            deadline_s = validate.timeout_s(timeout)
-            inner = [replace(one, deadline_s=deadline_s) for one in inner]
-        asked = Asked(
-            requests=inner,
-            identity=identity,
-            client_request_id=request.scope["state"]["client_request_id"],
-            trace=TraceHeaders(request.headers.get("traceparent", ""), request.headers.get("tracestate", "")),
+        deadline_s = None if timeout is None else validate.timeout_s(timeout)
+        view = View(
             stream=bool(body.stream),
+            include_usage=body.wants_usage,
+            tier=_tier(body, identity),
+            always_reason=body.wants_reasons,
+            logprobs=inner[0].params.logprobs is not None,
         )
-        return GenerationResponse(self.engine, asked, shape, self.limits)
+        inner = [replace(one, deadline_s=deadline_s, view=view) for one in inner]
+        request_id, trace = request.scope["state"]["client_request_id"], trace_of(request)
+
+        def start() -> Coroutine[Any, Any, Generation]:
+            return start_all(self.engine, inner, identity, request_id=request_id, trace=trace)
+
+        return GenerationResponse(start, shape_of(inner[0].kind, view), self.limits, stream=view.stream)
 
     def _identify(self, request: Request) -> Identity:
         return self.authenticator.authenticate(request.headers.get("authorization"))
@@ -114,6 +109,11 @@ class Api:
             if model.name == name:
                 return model
         raise ModelNotFound(f"The model '{name[:200]}' is not served here; list the models.", param="model")
+
+
+def trace_of(request: Request) -> TraceHeaders:
+    """The trace that the client wants its request to be a part of."""
+    return TraceHeaders(request.headers.get("traceparent", ""), request.headers.get("tracestate", ""))
 
 
 def _tier(body: GenerationBody, identity: Identity) -> Tier | None:

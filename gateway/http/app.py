@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from gateway.http.api import Api
 from gateway.http.attend import ClientGone
 from gateway.http.edge import Edge, on_bug, on_client_gone, on_http_exception, on_llmos_error
+from gateway.http.streams import StreamEndpoints
 from gateway.http.tasks import TaskEndpoints
 from gateway.tasks import Tasks
 from llmos.clock import Clock
@@ -21,6 +22,7 @@ from llmos.errors import LlmosError
 def build_app(api: Api, *, clock: Clock, new_id: Callable[[], str]) -> ASGIApp:
     """The application. `new_id` names requests whose client did not; it must be unguessable."""
     tasks = TaskEndpoints(Tasks(api.engine), api.authenticator, api.limits)
+    streams = StreamEndpoints(api.engine, api.authenticator, api.limits)
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.complete, methods=["POST"]),
@@ -29,6 +31,7 @@ def build_app(api: Api, *, clock: Clock, new_id: Callable[[], str]) -> ASGIApp:
         Route("/v1/score", tasks.score, methods=["POST"]),
         Route("/v1/rerank", tasks.rerank, methods=["POST"]),
         Route("/rerank", tasks.rerank, methods=["POST"]),
+        Route("/v1/streams/{id:path}", streams.take_up, methods=["GET"]),
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.model, methods=["GET"]),
         Route("/health", api.health, methods=["GET"]),

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _CLIENT_GONE = 499
+_NAMED = (("/v1/models/", "/v1/models/{model}"), ("/v1/streams/", "/v1/streams/{id}"))
+"""Paths with a name in them, as metrics have them."""
 _ALWAYS = frozenset({"/health", "/live", "/ready", "/version", "/metrics"})
 """Answered however many requests run, so that probes see a busy gateway as alive."""
 
@@ -94,7 +96,8 @@ class Edge:
 
     def _count(self, scope: Scope, status: int) -> None:
         path = scope["path"]
-        route = path if path in self._routes else "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
+        named = (name for start, name in _NAMED if path.startswith(start))
+        route = path if path in self._routes else next(named, "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_requests.labels(method, route, str(status)).inc()
 

@@ -34,6 +34,8 @@ class EventEncoder:
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
         self._frames: dict[int, _Frame] = {}
+        self._has_others = shape.is_taken_up
+        """The client may hold choices of which nothing has come here."""
 
     def encode(self, delta: Delta) -> bytes:
         """The events of a delta; empty if it brings nothing that a client sees, which the next event then counts."""
@@ -66,7 +68,7 @@ class EventEncoder:
         return events[0] if len(events) == 1 else b"".join(events)
 
     def _id(self, choice: int, progress: ChoiceProgress) -> bytes:
-        if len(self._frames) == 1:
+        if len(self._frames) == 1 and not self._has_others:
             return b"id: %d:%d:%d\n" % (choice, progress.tokens, progress.chars)
         return b"id: %b\n" % self._shape.event_id().encode()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -15,24 +15,12 @@ from gateway.config import HttpLimits
 from gateway.http.attend import ClientGone, attended
 from gateway.http.errors import Headers, error_object, visible
 from gateway.http.event_encoder import EventEncoder
-from gateway.http.merge import start_all
 from gateway.http.shapes import Shape
 from gateway.http.sse import DONE, SseWriter, event
-from gateway.types import Delta, Done, Engine, Event, Generation, GenerationRequest, Identity, Started, TraceHeaders
+from gateway.types import Delta, Done, Event, Generation, Started
 from llmos.errors import InternalError, SlowReader
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a client asked for. Several requests (a completion of several prompts) share one answer."""
-
-    requests: Sequence[GenerationRequest]
-    identity: Identity
-    client_request_id: str
-    trace: TraceHeaders
-    stream: bool
 
 
 class _Direct:
@@ -65,26 +53,23 @@ class _Collected:
 class GenerationResponse:
     """An ASGI response. Once the client is gone, or does not read, the generation is cancelled."""
 
-    def __init__(self, engine: Engine, asked: Asked, shape: Shape, limits: HttpLimits) -> None:
-        self._engine = engine
-        self._asked = asked
+    def __init__(
+        self, start: Callable[[], Coroutine[Any, Any, Generation]], shape: Shape, limits: HttpLimits, *, stream: bool
+    ) -> None:
+        """`start` begins the generation, once; `stream`: events instead of one answer."""
+        self._start = start
+        self._is_stream = stream
         self._shape = shape
         self._limits = limits
         self._encoder = EventEncoder(shape)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises LlmosError until the status line is out; after that errors are events of the stream."""
-        asked = self._asked
         generation = None
         try:
-            generation = await attended(
-                start_all(
-                    self._engine, asked.requests, asked.identity, request_id=asked.client_request_id, trace=asked.trace
-                ),
-                receive,
-            )
+            generation = await attended(self._start(), receive)
             scope["state"]["request_id"] = generation.request_id
-            deliver = self._stream(scope, generation, send) if asked.stream else self._whole(generation, send)
+            deliver = self._stream(scope, generation, send) if self._is_stream else self._whole(generation, send)
             await attended(deliver, receive)
         except ClientGone:
             log.debug("the client of request %s is gone", scope["state"]["request_id"])

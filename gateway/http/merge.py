@@ -38,7 +38,8 @@ async def start_all(
     try:
         for number, request in enumerate(requests):
             own_id = f"{request_id[:120]}-{number}" if request_id else ""
-            started.append(await engine.generate(request, identity, request_id=own_id, trace=trace))
+            part = replace(request, is_part=True)
+            started.append(await engine.generate(part, identity, request_id=own_id, trace=trace))
     except BaseException:
         for generation in started:
             await generation.aclose()

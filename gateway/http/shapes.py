@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gateway.tiers import Tier
-from gateway.types import Delta, Done, Finish, Started, TokenLogprob
+from gateway.types import Delta, Done, Finish, Held, Started, TokenLogprob, View
 from llmos.errors import InternalError
 
 Json = dict[str, Any]
@@ -23,6 +23,7 @@ class ChoiceProgress:
     def __init__(self) -> None:
         self.tokens = 0
         self.chars = 0
+        self.ended = False
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -30,6 +31,17 @@ class ChoiceProgress:
         """Count a delta."""
         self.tokens = delta.index + len(delta.token_ids)
         self.chars += len(delta.text)
+        self.ended = delta.finish is not None
+
+    def begin_at(self, held: Held) -> None:
+        """The client has the beginning from an earlier connection."""
+        self.tokens, self.chars, self.ended = held.tokens, held.chars, held.ended
+        self._offset = held.chars
+
+    @property
+    def event_id(self) -> str:
+        """Without the choice's number."""
+        return f"{self.tokens}:{self.chars}:end" if self.ended else f"{self.tokens}:{self.chars}"
 
     def text_offset(self, token: TokenLogprob) -> int:
         """Where in the choice's text the next token begins, in characters."""
@@ -60,10 +72,18 @@ class Shape(ABC):
         self._unfinished = unfinished
         self._started: Started | None = None
         self._progress: dict[int, ChoiceProgress] = {}
+        self.is_taken_up = False
+        """Its client has the beginning from an earlier connection."""
 
     def start(self, started: Started) -> None:
         """Note what every chunk repeats. Comes first."""
         self._started = started
+
+    def take_up(self, held: Sequence[Held]) -> None:
+        """Go on after what the client has."""
+        for one in held:
+            self.is_taken_up = True
+            self.progress_of(one.choice).begin_at(one)
 
     def opening(self, choice: int) -> Json | None:
         """What a choice's stream begins with, if anything."""
@@ -97,10 +117,7 @@ class Shape(ABC):
 
     def event_id(self) -> str:
         """What the client has so far, as `choice:tokens:characters` per choice, for `Last-Event-ID`."""
-        if len(self._progress) == 1:
-            ((choice, at),) = self._progress.items()
-            return f"{choice}:{at.tokens}:{at.chars}"
-        return ",".join(f"{choice}:{at.tokens}:{at.chars}" for choice, at in sorted(self._progress.items()))
+        return ",".join(f"{choice}:{at.event_id}" for choice, at in sorted(self._progress.items()))
 
     def whole(self, deltas: Mapping[int, Sequence[Delta]], done: Done) -> Json:
         """The response of a request that was not streamed."""
@@ -139,6 +156,18 @@ class Shape(ABC):
 
     @abstractmethod
     def _logprobs_of(self, entries: Sequence[TokenLogprob], progress: ChoiceProgress) -> Json: ...
+
+
+def shape_of(kind: str, view: View) -> Shape:
+    """The shape in which an answer of that kind (`chat`, `completion`) was first shown."""
+    if kind == "chat":
+        return ChatShape(include_usage=view.include_usage, logprobs=view.logprobs, tier=view.tier)
+    return CompletionShape(
+        include_usage=view.include_usage,
+        logprobs=view.logprobs,
+        tier=view.tier,
+        unfinished="length" if view.always_reason else None,
+    )
 
 
 class ChatShape(Shape):

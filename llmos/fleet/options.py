@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,12 +72,21 @@ class FleetOptions:
         """Where every service says, in `<name>.json`, that it serves and on which ports."""
         return self.data_dir / "ready"
 
+    @property
+    def stream_key_file(self) -> Path:
+        """The gateways' common key; it outlives the fleet."""
+        return self.data_dir / "streams.key"
+
 
 def make_folders(options: FleetOptions) -> None:
-    """Make the data folder, for its owner alone, and what is in it. Raises ConfigError."""
+    """Make the data folder, for its owner alone, and what is in it: folders, and the gateways' key. Raises
+    ConfigError."""
     try:
         for folder in (options.data_dir, options.log_dir, options.ready_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not options.stream_key_file.exists():
+            options.stream_key_file.touch(mode=0o600)
+            options.stream_key_file.write_text(f"{secrets.token_hex(32)}\n", encoding="ascii")
     except OSError as error:
         raise ConfigError(
             f"cannot use {options.data_dir} as data folder: {error.strerror}", param="data_dir"

@@ -60,6 +60,7 @@ class ServicePlan:
         command = [*self._service("gateway", name), "--schedulers", ",".join(schedulers)]
         command += ["--http-fd", str(http_fd), "--grpc-port", str(grpc_port), "--share-grpc-port", "true"]
         command += ["--drain-s", f"{DRAIN_S:g}"]
+        command += ["--stream-key-file", str(self._options.stream_key_file)]
         if self._options.keys_file is not None:
             command += ["--keys-file", str(self._options.keys_file)]
         return command

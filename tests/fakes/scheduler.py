@@ -78,6 +78,8 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
         self.answer = answer
         self.hellos: list[requests_pb2.GatewayHello] = []
         self.submits: list[request_pb2.Request] = []
+        self.handles: list[requests_pb2.Submit] = []
+        """Submissions with what came beside the request."""
         self.cancels: list[requests_pb2.Cancel] = []
         self.finishes: list[requests_pb2.Finish] = []
         self.spans: list[fleet_pb2.Span] = []
@@ -185,6 +187,7 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
                 self.hellos.append(message.hello)
             case "submit":
                 self.submits.append(message.submit.request)
+                self.handles.append(message.submit)
                 if self.answer is not None:
                     self.answer(self, message.submit.request)
             case "cancel":

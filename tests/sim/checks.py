@@ -339,7 +339,7 @@ class GatewayBooks:
         now = 0.0 if self._lost_at is None else self._checks.clock() - self._lost_at
         return max(self.alone_s, now)
 
-    def on_connected(self, term: int) -> Iterable[request_pb2.Request]:
+    def on_connected(self, term: int) -> Iterable[requests_pb2.Submit]:
         """See `Receiver`."""
         if term < self.term:
             self._checks.fail("no lower term after a higher one", f"{self._name} follows term {term}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from gateway.session import SessionConfig
+from gateway.session_config import SessionConfig
 from gateway.types import Delta, Done, GenerationRequest, Identity, Params, Progress, Started, TraceHeaders
 from llmos.errors import LlmosError
 from tests.sim.checks import Checks

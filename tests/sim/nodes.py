@@ -12,7 +12,8 @@ from gateway.catalogue import Catalogue
 from gateway.leader import LeaderClient
 from gateway.link import Link
 from gateway.link import LinkConfig as GatewayLinkConfig
-from gateway.session import SessionConfig, Sessions
+from gateway.session import Sessions
+from gateway.session_config import SessionConfig
 from llmos.errors import Unavailable
 from llmos.etcd import EtcdClient, EtcdConfig
 from llmos.internal.v1 import registry_pb2, requests_pb2, work_pb2, work_pb2_grpc

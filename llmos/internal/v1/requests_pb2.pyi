@@ -8,6 +8,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import llmos.internal.v1.journal_pb2
 import llmos.internal.v1.request_pb2
 import llmos.v1.fleet_pb2
 import typing
@@ -138,6 +139,15 @@ class Submit(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: builtins.int
+    SEALED_FIELD_NUMBER: builtins.int
+    ORIGIN_ID_FIELD_NUMBER: builtins.int
+    CLAIM_FIELD_NUMBER: builtins.int
+    sealed: builtins.bytes
+    """What a gateway needs to go on with the text, readable by gateways only. Empty: the stream cannot be taken up."""
+    origin_id: builtins.str
+    """Name under which clients may ask for the stream again; empty: the request's id."""
+    claim: builtins.int
+    """How often the stream had been taken up when this gateway took it up; 0: it is its first."""
     @property
     def request(self) -> llmos.internal.v1.request_pb2.Request:
         """The request."""
@@ -146,9 +156,12 @@ class Submit(google.protobuf.message.Message):
         self,
         *,
         request: llmos.internal.v1.request_pb2.Request | None = ...,
+        sealed: builtins.bytes = ...,
+        origin_id: builtins.str = ...,
+        claim: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["request", b"request"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["claim", b"claim", "origin_id", b"origin_id", "request", b"request", "sealed", b"sealed"]) -> None: ...
 
 global___Submit = Submit
 
@@ -160,17 +173,21 @@ class Cancel(google.protobuf.message.Message):
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    CLAIM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request."""
     reason: builtins.str
-    """For people and traces: `client_gone`, `cancelled`, `killed`, `slow_reader`, `deadline`."""
+    """`client_gone`, `slow_reader`, `deadline`, `broken`: the stream may be taken up again. `cancelled`, `killed`: never."""
+    claim: builtins.int
+    """Claim under which it was submitted; a higher one is not stopped."""
     def __init__(
         self,
         *,
         request_id: builtins.str = ...,
         reason: builtins.str = ...,
+        claim: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["reason", b"reason", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["claim", b"claim", "reason", b"reason", "request_id", b"request_id"]) -> None: ...
 
 global___Cancel = Cancel
 
@@ -469,3 +486,48 @@ class FetchBlobResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
 
 global___FetchBlobResponse = FetchBlobResponse
+
+@typing.final
+class TakeUpRequest(google.protobuf.message.Message):
+    """Asks for a stream that a client has come back to."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    ORIGIN_IDS_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """Whose it must be."""
+    @property
+    def origin_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names that the stream may have; the first that is known counts."""
+
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+        origin_ids: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["origin_ids", b"origin_ids", "tenant", b"tenant"]) -> None: ...
+
+global___TakeUpRequest = TakeUpRequest
+
+@typing.final
+class TakeUpResponse(google.protobuf.message.Message):
+    """What is remembered of it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: builtins.int
+    @property
+    def entry(self) -> llmos.internal.v1.journal_pb2.JournalEntry:
+        """The entry; its `claim` is the asker's."""
+
+    def __init__(
+        self,
+        *,
+        entry: llmos.internal.v1.journal_pb2.JournalEntry | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["entry", b"entry"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["entry", b"entry"]) -> None: ...
+
+global___TakeUpResponse = TakeUpResponse

@@ -49,6 +49,11 @@ class RequestsStub(object):
                 request_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.FetchBlobRequest.SerializeToString,
                 response_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.FetchBlobResponse.FromString,
                 _registered_method=True)
+        self.TakeUp = channel.unary_unary(
+                '/llmos.internal.v1.Requests/TakeUp',
+                request_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpRequest.SerializeToString,
+                response_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpResponse.FromString,
+                _registered_method=True)
 
 
 class RequestsServicer(object):
@@ -73,6 +78,14 @@ class RequestsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TakeUp(self, request, context):
+        """TakeUp hands what the journal has of a stream to the gateway that its client came back to, and gives it a claim: once
+        the gateway submits the request with it, lower claims are over. NOT_FOUND if nothing is remembered for that tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RequestsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -85,6 +98,11 @@ def add_RequestsServicer_to_server(servicer, server):
                     servicer.FetchBlob,
                     request_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.FetchBlobRequest.FromString,
                     response_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.FetchBlobResponse.SerializeToString,
+            ),
+            'TakeUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeUp,
+                    request_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpRequest.FromString,
+                    response_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -146,6 +164,33 @@ class Requests(object):
             '/llmos.internal.v1.Requests/FetchBlob',
             llmos_dot_internal_dot_v1_dot_requests__pb2.FetchBlobRequest.SerializeToString,
             llmos_dot_internal_dot_v1_dot_requests__pb2.FetchBlobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.internal.v1.Requests/TakeUp',
+            llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpRequest.SerializeToString,
+            llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpResponse.FromString,
             options,
             channel_credentials,
             insecure,

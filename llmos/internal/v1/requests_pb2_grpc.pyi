@@ -38,6 +38,14 @@ class RequestsStub:
     ]
     """FetchBlob reads a blob of the catalogue (tokenizer, chat template) by its hash, in chunks."""
 
+    TakeUp: grpc.UnaryUnaryMultiCallable[
+        llmos.internal.v1.requests_pb2.TakeUpRequest,
+        llmos.internal.v1.requests_pb2.TakeUpResponse,
+    ]
+    """TakeUp hands what the journal has of a stream to the gateway that its client came back to, and gives it a claim: once
+    the gateway submits the request with it, lower claims are over. NOT_FOUND if nothing is remembered for that tenant.
+    """
+
 class RequestsAsyncStub:
     """Requests carries requests down and output up: one bidirectional stream per gateway.
 
@@ -57,6 +65,14 @@ class RequestsAsyncStub:
         llmos.internal.v1.requests_pb2.FetchBlobResponse,
     ]
     """FetchBlob reads a blob of the catalogue (tokenizer, chat template) by its hash, in chunks."""
+
+    TakeUp: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.internal.v1.requests_pb2.TakeUpRequest,
+        llmos.internal.v1.requests_pb2.TakeUpResponse,
+    ]
+    """TakeUp hands what the journal has of a stream to the gateway that its client came back to, and gives it a claim: once
+    the gateway submits the request with it, lower claims are over. NOT_FOUND if nothing is remembered for that tenant.
+    """
 
 class RequestsServicer(metaclass=abc.ABCMeta):
     """Requests carries requests down and output up: one bidirectional stream per gateway.
@@ -81,5 +97,15 @@ class RequestsServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[llmos.internal.v1.requests_pb2.FetchBlobResponse], collections.abc.AsyncIterator[llmos.internal.v1.requests_pb2.FetchBlobResponse]]:
         """FetchBlob reads a blob of the catalogue (tokenizer, chat template) by its hash, in chunks."""
+
+    @abc.abstractmethod
+    def TakeUp(
+        self,
+        request: llmos.internal.v1.requests_pb2.TakeUpRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.internal.v1.requests_pb2.TakeUpResponse, collections.abc.Awaitable[llmos.internal.v1.requests_pb2.TakeUpResponse]]:
+        """TakeUp hands what the journal has of a stream to the gateway that its client came back to, and gives it a claim: once
+        the gateway submits the request with it, lower claims are over. NOT_FOUND if nothing is remembered for that tenant.
+        """
 
 def add_RequestsServicer_to_server(servicer: RequestsServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

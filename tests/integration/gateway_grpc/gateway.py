@@ -17,7 +17,8 @@ from gateway.grpc_fleet import FleetServicer
 from gateway.grpc_service import InferenceServicer
 from gateway.leader import LeaderClient
 from gateway.link import Link, LinkConfig
-from gateway.session import SessionConfig, Sessions
+from gateway.session import Sessions
+from gateway.session_config import SessionConfig
 from gateway.stream import Stream
 from gateway.types import Delta, Done, Event, GenerationRequest, Identity, Params, Started, TraceHeaders
 from llmos.clock import Clock, SystemClock

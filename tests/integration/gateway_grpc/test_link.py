@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gateway.session import SessionConfig
+from gateway.session_config import SessionConfig
 from gateway.types import Delta, Event
 from llmos.errors import DeadlineExceeded, Overloaded, SlowReader, Unavailable
 from llmos.internal.v1 import request_pb2
@@ -315,7 +315,7 @@ async def test_a_leader_that_comes_back_in_time_ends_the_grace(new_scheduler: Ne
         stream = await gateway.chat(max_tokens=1)
         name = (await scheduler.next_submit()).request_id
         gateway.sessions.on_lost()
-        assert [request.request_id for request in gateway.sessions.on_connected(1)] == [name]
+        assert [submit.request.request_id for submit in gateway.sessions.on_connected(1)] == [name]
         await asyncio.sleep(0.03)  # longer than the grace
         scheduler.send(output(name, 0, "a", finish=LENGTH))
         assert text_of(await collect(stream)) == "a"

@@ -11,7 +11,7 @@ from gateway.text.tokenizer import ByteTokenizer
 from gateway.trace import RequestTrace
 from gateway.transcript import Shape, Transcript
 from gateway.types import Delta, Done, Event, Started
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import request_pb2, requests_pb2
 from llmos.telemetry import Telemetry
 from tests.fakes.clock import ManualClock
 from tests.fakes.scheduler import LENGTH, output
@@ -23,9 +23,9 @@ class Leader:
     def __init__(self) -> None:
         self.cancelled: list[str] = []
 
-    def submit(self, request: request_pb2.Request) -> None: ...
+    def submit(self, submit: requests_pb2.Submit) -> None: ...
 
-    def cancel(self, request_id: str, reason: str) -> None:
+    def cancel(self, request_id: str, reason: str, claim: int = 0) -> None:
         self.cancelled.append(reason)
 
     def finish(self, request_id: str, choice: int, keep_until: int) -> None: ...

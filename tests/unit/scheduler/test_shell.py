@@ -28,7 +28,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.contract import make_record, make_request
 
 PURE = [
-    "admission", "catalogue", "charges", "commands", "core", "deadlines", "dispatch", "draining", "events", "explain",
+    "admission", "catalogue", "charges", "commands", "core", "deadlines", "dispatch", "draining", "events", "explain", "journal",
     "fairness", "forecast", "frames", "learning", "ledger", "lifecycle", "load_view", "loads", "members", "meters",
     "outflow", "overload", "placement", "policy", "pools", "preemption", "prefix_index", "priorities", "quotas",
     "recent", "requests", "service", "span_ring", "stalls", "state", "takeover", "timers", "timing", "views",
