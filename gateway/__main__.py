@@ -91,7 +91,7 @@ class GatewayProcess:
             telemetry=self._telemetry,
             leader=self._leader,
             rng=rng,
-            vault=Vault(read_keys(config.stream_key_file) if config.stream_key_file is not None else ()),
+            vault=Vault(read_keys(config.stream_key_file) if config.stream_key_file is not None else (), rng),
         )
         self._metrics = Metrics()
         self._metrics.watch("gateway_link", self._link.counters, gauges={"outbox"})

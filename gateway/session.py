@@ -10,7 +10,6 @@ import asyncio
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 from opentelemetry.trace import Span, SpanKind
 
@@ -22,7 +21,7 @@ from gateway.leader import LeaderClient
 from gateway.prepare import Prompt, fit, fleet_request, new_transcript, traced_tokenize
 from gateway.remainder import Remainder
 from gateway.session_config import SessionConfig
-from gateway.stream import Handle, Stream, StreamLimits, Uplink
+from gateway.stream import Handle, Stream, StreamLimits, Upstream
 from gateway.tiers import granted
 from gateway.trace import RequestTrace, span_name, start_attributes
 from gateway.transcript import Transcript, Verdict
@@ -61,20 +60,6 @@ _COUNTED = {verdict: f"outputs_{verdict.value}" for verdict in Verdict}
 AnyRequest = GenerationRequest | TaskRequest
 
 
-class Upstream(Uplink, Protocol):
-    """The link as sessions see it."""
-
-    @property
-    def connected(self) -> bool:
-        """A leader listens."""
-        ...
-
-    @property
-    def lost_for_s(self) -> float | None:
-        """Seconds without a leader; None before the first."""
-        ...
-
-
 class Sessions:
     """Implements `gateway.types.Engine` and `gateway.link.Receiver`. Owns every running stream; one loop only."""
 
@@ -99,7 +84,7 @@ class Sessions:
         self._telemetry = telemetry
         self._leader = leader
         self._rng = rng or random.SystemRandom()
-        self._vault = vault or Vault()
+        self._vault = vault or Vault(rng=self._rng)
         self._comebacks = Comebacks(
             leader, self._vault, catalogue, telemetry=telemetry, clock=clock, patience_s=config.leader_grace_s
         )

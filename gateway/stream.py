@@ -49,6 +49,20 @@ class Uplink(Protocol):
         ...
 
 
+class Upstream(Uplink, Protocol):
+    """The link as sessions see it."""
+
+    @property
+    def connected(self) -> bool:
+        """A leader listens."""
+        ...
+
+    @property
+    def lost_for_s(self) -> float | None:
+        """Seconds without a leader; None before the first."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
     """Bounds of one stream."""

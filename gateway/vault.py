@@ -6,7 +6,7 @@ tenant and request: it cannot be moved to another one.
 
 from __future__ import annotations
 
-import secrets
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +44,16 @@ class Unreadable(Exception):
 class Vault:
     """Seals with the first key, opens with any, so that keys can be changed one gateway at a time."""
 
-    def __init__(self, keys: Sequence[bytes] = ()) -> None:
-        """Without keys one is made up, and only this gateway can open what it seals."""
-        self._ciphers = [AESGCM(key) for key in keys or (secrets.token_bytes(_KEY_BYTES),)]
+    def __init__(self, keys: Sequence[bytes] = (), rng: random.Random | None = None) -> None:
+        """Without keys one is made up, and only this gateway can open what it seals. `rng` must be unguessable."""
+        self._rng = rng or random.SystemRandom()
+        self._ciphers = [AESGCM(key) for key in keys or (self._rng.randbytes(_KEY_BYTES),)]
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Recipe).decode
 
     def seal(self, recipe: Recipe, tenant: str, request_id: str) -> bytes:
         """The blob: nonce, ciphertext, tag."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
+        nonce = self._rng.randbytes(_NONCE_BYTES)
         return nonce + self._ciphers[0].encrypt(nonce, self._encode(recipe), _bound_to(tenant, request_id))
 
     def open(self, blob: bytes, tenant: str, request_id: str) -> Recipe:

@@ -64,9 +64,10 @@ async def test_every_event_says_what_the_client_holds(serve: Serve) -> None:
     for chunk in chunks:
         (choice,) = json.loads(chunk["data"])["choices"]
         held[choice["index"]] = held.get(choice["index"], "") + choice["delta"].get("content", "")
-        points = {int(c): int(chars) for c, _, chars in (part.split(":") for part in chunk["id"].split(","))}
+        parts = [part.removesuffix(":end").split(":") for part in chunk["id"].split(",")]
+        points = {int(c): int(chars) for c, _, chars in parts}
         assert points == {number: len(text) for number, text in held.items()}
-    assert chunks[-1]["id"] == "0:3:3,1:3:3"
+    assert chunks[-1]["id"] == "0:3:3:end,1:3:3:end"
 
 
 @pytest.mark.parametrize("error", [Unavailable("lost"), DeadlineExceeded("late"), KeyError("secret")])
