@@ -96,8 +96,9 @@ async def test_what_has_ended_is_given_again_and_a_whole_answer_too(fleet: Fleet
     assert (at_the_end.text, at_the_end.finishes, at_the_end.done) == ({}, {}, True)
     asked = {"model": "echo", "prompt": "x", "max_tokens": 400, "seed": 8, "logprobs": 1}
     answer = asyncio.create_task(http.post(f"{first}/v1/completions", json=asked, headers={"x-request-id": "mine"}))
-    while "mine" not in (await asyncio.to_thread(fleet.cli, "ps", "--json")).stdout:
-        pass
+    async with asyncio.timeout(20):
+        while "sessions_running 1.0" not in (await http.get(f"{first}/metrics")).text:
+            pass
     answer.cancel()
     assert isinstance((await asyncio.gather(answer, return_exceptions=True))[0], asyncio.CancelledError)
     rest = await http.get(f"{second}/v1/streams/mine")
@@ -130,7 +131,7 @@ async def test_nobody_else_finds_it_and_what_was_cancelled_stays_so(fleet: Fleet
     for request_id in ("req-" + "0" * 32, "no such", "x" * 129):
         answer = await http.get(f"{first}/v1/streams/{request_id}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
-    reader = Reader(body(max_tokens=4000), name="doomed")
+    reader = Reader(body(max_tokens=8000), name="doomed")
     await reader.begin(http, first, 10)
     bad = await http.get(f"{second}/v1/streams/doomed", headers={"last-event-id": "0:1"})
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "last-event-id")
@@ -138,7 +139,8 @@ async def test_nobody_else_finds_it_and_what_was_cancelled_stays_so(fleet: Fleet
     assert (never.status_code, never.json()["error"]["param"]) == (400, "last-event-id")
     back = asyncio.create_task(reader.come_back(http, second))
     await reader.reached(20)
-    assert await asyncio.to_thread(fleet.cli, "kill", "doomed")
+    killed = await asyncio.to_thread(fleet.cli, "kill", "doomed")
+    assert killed.returncode == 0, killed.stderr
     await back
     assert reader.error["code"] == "cancelled"
     assert await Reader({}, request_id="doomed", last_id=reader.last_id).come_back(http, first) == 404
