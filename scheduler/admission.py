@@ -99,6 +99,8 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
     home = state.workers.get(state.claims.get(live.id, ""))
     if request.resume and home is not None:
         live.fingerprint = home.fingerprint
+    if not request.resume:
+        state.budget.accepted()
     state.requests[live.id] = live
     state.by_stream[event.stream_id].add(live.id)
     if request.deadline_ms:

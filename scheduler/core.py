@@ -15,6 +15,7 @@ from scheduler import (
     draining,
     events,
     frames,
+    health,
     learning,
     lifecycle,
     members,
@@ -78,7 +79,9 @@ def _deadline_passed(state: State, event: events.DeadlinePassed, now: float, out
 
 def _retry_due(state: State, event: events.RetryDue, now: float, out: Outbox) -> None:
     live = state.requests.get(event.request_id)
-    if live is not None and live.attempt is None and live.id not in state.waiting and live.id not in state.parked:
+    if live is None or live.attempt is not None or live.id in state.waiting or live.id in state.parked:
+        return
+    if not live.owes_retry or lifecycle.pay(state, live, now, out):
         lifecycle.enqueue(state, live, out)
 
 
@@ -105,6 +108,9 @@ _HANDLERS: dict[type, Handler] = {
     events.DeadlinePassed: _deadline_passed,
     events.RetryDue: _retry_due,
     events.AttemptStalled: stalls.stalled,
+    events.WorkerSlow: health.slow,
+    events.ProbeDue: health.probe_due,
+    events.StageQuantiles: learning.quantiles,
     events.GatewayGraceOver: admission.grace_over,
     events.WorkerSettled: members.worker_settled,
     events.Settled: members.settle,

@@ -27,6 +27,10 @@ _HALF_LIFE_S = 120.0
 """What was seen halves in weight in this time."""
 _RECENT_S = 2.0
 """The same for how slow a worker is now."""
+_USUAL_S = 300.0
+"""The same for how slow it usually is."""
+_KNOWN = 64.0
+"""Observations after which that is known."""
 _HEAVY = 1e12
 _MARGIN_STEP = 0.3
 _MOST_MARGIN = 8.0
@@ -35,7 +39,7 @@ _SCARCE = 2.0
 """How far a bound of few observations lies above the largest of them: so many times it, more."""
 _OWN = 32.0
 """Observations of its own after which a worker is judged by them alone."""
-_COMPARED = 8.0
+_COMPARED = 4.0
 """Recent observations without which a worker is not compared with others."""
 
 
@@ -161,6 +165,9 @@ class Deadlines:
         self._recent: dict[tuple[str, str], Sketch] = {}
         """How slow a worker is with a model now: what it took over what is expected of any worker."""
 
+        self._usual: dict[tuple[str, str], Sketch] = {}
+        """The same over a long time."""
+
     def observe(self, stage: Stage, model: str, worker: str, load: int, value: float, now: float) -> None:
         """A stage, or a part of it, went well and took so long (a prefill: so many times what was expected)."""
         bucket = load_bucket(load)
@@ -188,7 +195,9 @@ class Deadlines:
         recent = self._recent.get((model, worker))
         if recent is None:
             recent = self._recent[model, worker] = Sketch(_RECENT_S)
+            self._usual[model, worker] = Sketch(_USUAL_S)
         recent.add(ratio, now)
+        self._usual[model, worker].add(ratio, now)
 
     def slowness(self, model: str, workers: Iterable[str], now: float) -> dict[str, float]:
         """How many times as slow as the median of its peers each worker is now; of those that can be told."""
@@ -203,10 +212,36 @@ class Deadlines:
             if len(known) > 1
         }
 
+    def slow(self, least: float, now: float) -> list[tuple[str, float, bool]]:
+        """Workers that are `least` times as slow as their peers and, if that is known, nearly so as themselves:
+        (worker, times, known). A worker of a slower kind is not out of order."""
+        found = []
+        for model in {model for model, _ in self._recent}:
+            there = [worker for name, worker in self._recent if name == model]
+            for worker, ratio in self.slowness(model, there, now).items():
+                usual = self._usual[model, worker]
+                known = usual.count(now) >= _KNOWN
+                own = self._recent[model, worker].quantile(0.5) / usual.quantile(0.5)
+                if ratio >= least and (not known or own >= 0.75 * least):
+                    found.append((worker, ratio, known))
+        return sorted(found)
+
+    def tails(self, share: float) -> dict[tuple[str, str], tuple[float, float]]:
+        """By worker and model: what this share of prefills, as times what was expected, and of gaps stays below, at the
+        load at which it is worst."""
+        found: dict[tuple[str, str], tuple[float, float]] = {}
+        for (stage, model, worker, _), times in self._times.items():
+            if worker and stage in ("prefill", "decode"):
+                prefill, gap = found.get((worker, model), (1.0, 0.0))
+                value = times.sketch.quantile(share)
+                found[worker, model] = (max(prefill, value), gap) if stage == "prefill" else (prefill, max(gap, value))
+        return found
+
     def forget(self, worker: str) -> None:
         """A worker is gone for good."""
         self._times = {key: times for key, times in self._times.items() if key[2] != worker}
         self._recent = {key: sketch for key, sketch in self._recent.items() if key[1] != worker}
+        self._usual = {key: sketch for key, sketch in self._usual.items() if key[1] != worker}
 
     def _of(self, stage: Stage, model: str, worker: str, bucket: int) -> StageTimes:
         key = (stage, model, worker, bucket)

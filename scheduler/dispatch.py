@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from llmos.errors import Unavailable
-from scheduler import charges, overload
+from scheduler import charges, health, overload
 from scheduler.commands import StartAttempt
 from scheduler.events import DeadlinePassed, Event, Sweep
 from scheduler.fairness import CLASSES
@@ -71,6 +71,7 @@ def start(state: State, live: LiveRequest, option: Option, now: float, out: Outb
         forget_claim(state, live.id, out, tell=True)
     state.claims.pop(live.id, None)
     worker.set_aside(live.id, attempt)
+    health.began(state, worker, live)
     state.room_changed(worker, option.slot)
     attempt.owed = state.waiting.queue(live.key).owed(live.rank)
     live.attempt = attempt
@@ -123,6 +124,7 @@ def sweep(state: State, event: Sweep, now: float, out: Outbox) -> None:
     _give_up_adapters(state, out)
     _forget_deadlines(state)
     state.quotas.forget(now)
+    health.rescue(state)
     state.waiting.forget(lambda key: not _served(state, key))
     waited_for = state.waiting.keys()
     for key in list(state.nobody_since):

@@ -36,10 +36,11 @@ def drain_due(state: State, event: events.DrainDue, now: float, out: Outbox) -> 
     worker = state.workers.get(event.worker_id)
     if worker is None or worker.drain_look != event.look:
         return
-    if not (worker.connected and worker.draining):
+    if not (worker.connected and (worker.draining or worker.health.emptying)):
         return
     if state.settled:
-        _go_on_here(state, worker, now, out)
+        if worker.draining:
+            _go_on_here(state, worker, now, out)
         _move_on(state, worker, now, out)
     state.timers.at(now + DRAIN_S, event)
 
@@ -52,7 +53,9 @@ def _move_on(state: State, worker: WorkerView, now: float, out: Outbox) -> None:
         if target is None:
             continue
         state.counters["migrations"] += 1
-        drop_attempt(state, live, "worker draining", out, tell=True)
+        if not worker.draining:
+            live.tried.add(worker.id)
+        drop_attempt(state, live, "worker draining" if worker.draining else worker.health.reason, out, tell=True)
         out.append(Queued(live.request))
         dispatch.start(state, live, target, now, out)
         moved += 1

@@ -191,6 +191,36 @@ class AttemptStalled:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerSlow:
+    """By its spans, a worker takes `ratio` times as long as its peers' median. Comes again while that lasts."""
+
+    worker_id: str
+    ratio: float
+    usual_known: bool
+    """It is also slow compared with itself; False: it was not seen for long enough to tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeDue:
+    """Timer: a worker that was put out may be tried again. `turn` counts the times."""
+
+    worker_id: str
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageQuantiles:
+    """What the slow ones of a worker's stages take, by its spans."""
+
+    worker_id: str
+    model: str
+    prefill: float
+    """Times what is expected."""
+    gap_s: float
+    """Between two outputs of a stream."""
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayGraceOver:
     """Timer: a gateway that lost its stream had time to come back."""
 
@@ -261,6 +291,9 @@ Event = (
     | DeadlinePassed
     | RetryDue
     | AttemptStalled
+    | WorkerSlow
+    | ProbeDue
+    | StageQuantiles
     | GatewayGraceOver
     | WorkerSettled
     | Settled

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmos.errors import AttemptLost, from_code
+from llmos.errors import AttemptLost, ClientError, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import charges, learning, members, stalls
+from scheduler import charges, health, learning, members
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -24,8 +24,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         _sample_gap(state, frame, now)
     if frame.step != worker.step or not frame.busy:
         worker.step_at = now
-        if worker.stuck:
-            stalls.set_stuck(state, worker, False)
+        if worker.health.hung:
+            health.on_trial(state, worker)
     worker.step, worker.busy = frame.step, frame.busy
     if frame.fenced:
         state.counters["fenced"] += frame.fenced
@@ -39,6 +39,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         _output(state, worker, output, now, out)
     for failure in frame.failures:
         _failed(state, worker, failure, now, out)
+    if worker.health.probe:
+        health.look_at_probe(state, worker, now)
     if frame.busy:
         worker.busy_at = now
     elif worker.running:
@@ -52,6 +54,7 @@ def _missed(state: State, worker: WorkerView, now: float, out: Outbox) -> None:
         if now - max(worker.busy_at, attempt.begun_at) >= state.policy.lost_attempt_s:
             state.counters["lost_attempts"] += 1
             error = AttemptLost("the worker does not run it any more")
+            health.struck(state, worker, error.message, now)
             retry(state, state.requests[request_id], error, now, out, tell=True)
 
 
@@ -90,6 +93,7 @@ def _output(state: State, worker: WorkerView, output: request_pb2.Output, now: f
     fault = _fault(live, output)
     if fault:
         state.counters["broken_attempts"] += 1
+        health.struck(state, worker, fault, now)
         retry(state, live, AttemptLost(fault), now, out, tell=True)
         return
     choice = live.choices[output.choice]
@@ -198,4 +202,6 @@ def _failed(state: State, worker: WorkerView, failure: request_pb2.Failure, now:
     if isinstance(error, AttemptLost):
         migrate(state, live, error.code, out, tell=False)
     else:
+        if not isinstance(error, ClientError):
+            health.struck(state, worker, error.code, now)
         retry(state, live, error, now, out, tell=False)

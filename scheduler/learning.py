@@ -7,12 +7,15 @@ from collections.abc import Iterable
 
 from llmos.internal.v1 import request_pb2, work_pb2
 from scheduler.commands import Order, Progress
+from scheduler.events import StageQuantiles
 from scheduler.requests import Attempt, LiveRequest
 from scheduler.state import Outbox, State
 from scheduler.workers import WorkerView
 
 _EVERY = 4
 """So many steps are enough to learn from one."""
+_OFTEN_S = 0.25
+"""A slow worker's steps count all the same."""
 _REVIEWED = 16
 _PAUSE_S = 2.0
 """A longer time between two steps is no time of a step."""
@@ -59,8 +62,9 @@ def stepped(state: State, worker: WorkerView, frame: work_pb2.WorkFrame, now: fl
     """A frame with output came: the time since the last one, if the engine was not idle meanwhile, is a step's."""
     steps, before = frame.step - worker.step, worker.output_at
     worker.output_at = now
-    if not worker.busy or steps < 1 or frame.step % _EVERY >= steps:
+    if not worker.busy or steps < 1 or (frame.step % _EVERY >= steps and now - worker.noted_at < _OFTEN_S):
         return
+    worker.noted_at = now
     request_id = frame.outputs[0].request_id
     attempt, live = worker.running.get(request_id), state.requests.get(request_id)
     if attempt is None or live is None or not worker.load.decoding:
@@ -72,3 +76,11 @@ def stepped(state: State, worker: WorkerView, frame: work_pb2.WorkFrame, now: fl
     out.append(Progress(request_id, worker.id, attempt.model, gap, seconds, expected, decoding))
     if now - before <= _PAUSE_S:
         worker.slots[attempt.model].times.step.took(decoding, beside, seconds, now)
+
+
+def quantiles(state: State, event: StageQuantiles, now: float, out: Outbox) -> None:
+    """What spans showed of a worker, for placement."""
+    worker = state.workers.get(event.worker_id)
+    slot = worker.slots.get(event.model) if worker is not None else None
+    if slot is not None:
+        slot.tail_prefill, slot.tail_gap_s = event.prefill, event.gap_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 from llmos.errors import DeadlineExceeded, FleetError, LlmosError, Unavailable
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from llmos.v1 import inference_pb2
-from scheduler import charges
+from scheduler import charges, health
 from scheduler.commands import AttemptOver, Order, Queued, RequestOver, SendClass, SendFailure, SendOutput
 from scheduler.events import RetryDue
 from scheduler.fairness import CLASSES
@@ -82,6 +82,7 @@ def drop_attempt(state: State, live: LiveRequest, error: str, out: Outbox, *, te
     worker = state.workers.get(attempt.worker_id)
     if worker is not None and live.id in worker.running:
         worker.release(live.id)
+        health.over(state, worker, live.id)
         state.prefixes.settle(worker.id, attempt.model, attempt.expected)
         state.room_changed(worker, worker.slots[attempt.model])
         if tell and worker.connected:
@@ -125,8 +126,26 @@ def retry(state: State, live: LiveRequest, error: LlmosError, now: float, out: O
         return
     pause = state.policy.retry_base_s * 2**live.retries
     live.retries += 1
-    state.counters["retries"] += 1
-    state.timers.at(now + pause, RetryDue(live.id))
+    if pay(state, live, now, out):
+        state.timers.at(now + pause, RetryDue(live.id))
+
+
+def pay(state: State, live: LiveRequest, now: float, out: Outbox) -> bool:
+    """Whether a retry is within the budget. If not, a stream that has begun waits until one is, the alternative being
+    to break it; a request without output is told when to come back."""
+    if state.budget.take(now):
+        live.owes_retry = False
+        state.counters["retries"] += 1
+        return True
+    wait = state.budget.wait_s(now)
+    state.counters["retries_refused"] += 1
+    if live.tokens_out:
+        live.owes_retry = True
+        state.timers.at(now + wait, RetryDue(live.id))
+    else:
+        error = "Its worker failed, and others of late: there are no further tries left for now. Try again later."
+        fail(state, live, Unavailable(error, retry_after_s=wait), out)
+    return False
 
 
 def public(error: LlmosError) -> LlmosError:
@@ -149,6 +168,9 @@ def finish_exhausted(state: State, live: LiveRequest, out: Outbox) -> bool:
 def complete(state: State, live: LiveRequest, out: Outbox) -> None:
     """Every choice has ended and its output is on its way."""
     charges.learned(state.waiting.queue(live.key).forecast, live, state.now)
+    worker = state.workers.get(live.attempt.worker_id) if live.attempt is not None else None
+    if worker is not None:
+        health.completed(state, worker, live.id)
     drop_attempt(state, live, "", out, tell=False)
     _remove(state, live, "", out)
 

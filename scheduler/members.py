@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import fleet_pb2
-from scheduler import admission, events
+from scheduler import admission, events, health
 from scheduler.allocation.holdings import restore_jobs
 from scheduler.commands import Dial, HangUp, Order, SendCatalogue
 from scheduler.lifecycle import forget_claim, migrate
@@ -63,7 +63,9 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     if worker.connected:
         _disconnect(state, worker, "stream replaced", out)
     worker.connected = True
-    worker.draining = worker.stuck = False
+    worker.draining = False
+    if worker.health.hung:
+        health.on_trial(state, worker)
     heard_draining(state, worker, event.report.draining)
     if worker.drain_wanted is not None and worker.drain_wanted != event.report.draining:
         order_drain(worker, out)
@@ -105,6 +107,7 @@ def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> N
     for request_id in list(worker.running):
         state.counters["migrations"] += 1
         migrate(state, state.requests[request_id], f"worker lost: {reason}", out, tell=False)
+    health.rescue(state)
 
 
 def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
@@ -138,6 +141,7 @@ def set_draining(state: State, worker: WorkerView, draining: bool) -> None:
     state.standing_changed(worker)
     for slot in worker.slots.values():
         state.room_changed(worker, slot)
+    health.rescue(state)
 
 
 def models_changed(

@@ -9,11 +9,10 @@ computing it again elsewhere. Why these stages and scores: docs/decisions/0013-p
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from scheduler.policy import PlacementWeights
 from scheduler.pools import WorkerPool
 from scheduler.prefix_index import Match, PrefixIndex
 from scheduler.requests import BLOCK_TOKENS, LiveRequest, ModelKey
@@ -155,6 +154,8 @@ class RoomIndex:
     prefixes: PrefixIndex
     claims: Mapping[str, str]
     """Request id to the worker that reported to run it."""
+    on_trial: Collection[str] = ()
+    """Workers that are to be given one request, to see whether they are well again."""
 
     def pool(self, live: LiveRequest) -> WorkerPool | None:
         """Workers to choose from."""
@@ -251,36 +252,6 @@ class HasRoom:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class NotAgain:
-    """No worker on which this request stalled, while another that takes work could hold it, be it full just now."""
-
-    index: RoomIndex
-    clock: Callable[[], float]
-    patience_s: float
-
-    def admits(self, ask: Ask, option: Option) -> bool:
-        live = ask.live
-        if option.worker.id not in live.avoid or self.clock() - live.waits_since > self.patience_s:
-            return True
-        return not any(self._could(live, worker) for worker in self.index.workers.values())
-
-    @staticmethod
-    def _could(live: LiveRequest, worker: WorkerView) -> bool:
-        slot = worker.slot_for(live.key)
-        if slot is None or not worker.usable or worker.id in live.avoid or slot.state != LOADED:
-            return False
-        return slot.total_blocks >= live.blocks and (live.adapter is None or worker.loaded(live.adapter))
-
-
-class Untried:
-    """A worker on which this request has not been lost before."""
-
-    def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
-        tried = ask.live.tried
-        return [-float(option.worker.id in tried) for option in options] if tried else ()
-
-
 class SameNumerics:
     """Continues with the same bytes; any worker does for a request without tokens."""
 
@@ -314,7 +285,7 @@ class FastDecode:
     """Predicted seconds of decoding the answer, with one sequence more than now."""
 
     def scores(self, ask: Ask, options: Sequence[Option]) -> Sequence[float]:
-        tokens = min(ask.live.request.max_tokens, _ANSWER_TOKENS)
+        tokens = min(ask.live.request.max_tokens, ANSWER_TOKENS)
         return [-tokens * option.slot.step_s for option in options]
 
 
@@ -354,33 +325,6 @@ class BestThenSpread:
         return tied[ask.salt % len(tied)]
 
 
-_ANSWER_TOKENS = 256
+ANSWER_TOKENS = 256
 _INSTANT_S = 1e-3
 """Differences below this are none."""
-
-
-def default_placement(index: RoomIndex, candidates: int, weights: PlacementWeights) -> Placement:
-    """Untried workers first, then equal numerics, then the warm one, then the least cost."""
-    few = max(1, candidates // 4)
-    home = Home(index)
-    scorers: Sequence[tuple[float, Scorer]] = (
-        (weights.untried, Untried()),
-        (weights.numerics, SameNumerics()),
-        (weights.home, home),
-        (weights.ttft, FirstTokenSoon()),
-        (weights.work, LittleWork()),
-        (weights.disturbance, LittleDisturbance()),
-        (weights.decode, FastDecode()),
-        (weights.overlap, Overlap()),
-        (weights.pressure, LowPressure()),
-        (weights.spread, TenantSpread()),
-    )
-    return Placement(
-        index=index,
-        sources=(home, Holders(index, few), LeastLoaded(index, few), Handful(index, few // 2)),
-        last_resorts=(Roomiest(index, candidates), Handful(index, 4 * candidates)),
-        filters=(HasRoom(),),
-        scorers=[(weight, scorer) for weight, scorer in scorers if weight],
-        picker=BestThenSpread(weights.tie_share, weights.tie_limit_s),
-        most=candidates,
-    )

@@ -16,6 +16,8 @@ class PlacementWeights:
     """A worker on which it would not continue with the same bytes."""
     home: float = 1e4
     """Any other worker than the one that still runs its earlier attempt."""
+    trial: float = 1e3
+    """A worker that is not to be tried, over one that is."""
     ttft: float = 1.0
     """Each second until its first token, as predicted."""
     work: float = 0.5
@@ -24,6 +26,8 @@ class PlacementWeights:
     """Each second by which its prompt holds up a stream that runs there."""
     decode: float = 0.02
     """Each second of decoding its answer, as predicted."""
+    tail: float = 0.1
+    """Each second that slow prefills and slow steps there take longer than expected."""
     overlap: float = 0.002
     """A prompt of which nothing is cached, over one that is cached."""
     pressure: float = 0.005

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _ACKNOWLEDGE_S = 0.05
 _BACKLOG = 256
+_COMPARE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class Reign:
         yield "promises", self._watch_promises()
         yield "assignments", self.intent.write()
         yield "stalls", self._watch_spans()
+        yield "slow", self._compare_workers()
 
     async def _end(self) -> None:
         await self.gateways.leave(requests_pb2.NotLeader(leader_address=self.leader_address))
@@ -147,6 +149,12 @@ class Reign:
             if len(self.loop) < _BACKLOG:
                 for stall in self.watch.look():
                     self.loop.post_now(stall)
+
+    async def _compare_workers(self) -> None:
+        while True:
+            await asyncio.sleep(_COMPARE_S)
+            for finding in self.watch.compare():
+                self.loop.post_now(finding)
 
     async def _acknowledge(self) -> None:
         while True:
@@ -201,7 +209,7 @@ class Reign:
                 self.workers.dial(command.worker_id, command.address)
             case HangUp():
                 self.workers.hang_up(command.worker_id)
-                self.watch.deadlines.forget(command.worker_id)
+                self.watch.forget(command.worker_id)
             case WriteAssignment():
                 self.intent.assign(command.record)
 

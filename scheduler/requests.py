@@ -157,6 +157,8 @@ class LiveRequest:
     attempts_before: int = 0
     """The count at its beginning."""
     retries: int = 0
+    owes_retry: bool = False
+    """It pauses until its next try can be paid for."""
     tried: set[str] = field(default_factory=set)
     """Workers that an attempt was lost or failed on."""
     avoid: set[str] = field(default_factory=set)

@@ -21,7 +21,8 @@ from llmos.clock import Clock
 from llmos.telemetry import REQUEST_ID
 from scheduler.commands import Progress
 from scheduler.deadlines import Deadlines, Stage
-from scheduler.events import AttemptStalled
+from scheduler.events import AttemptStalled, StageQuantiles, WorkerSlow
+from scheduler.health import SLOW
 from scheduler.spans import ATTEMPT, EXPECTED_S, LOAD, MODEL, TERM, WORKER
 from scheduler.state import State
 
@@ -33,6 +34,8 @@ _AT_LEAST_EVERY_S = 1.0
 """Each open span is looked at so often: its bound may have become shorter."""
 _AGAIN = 0.5
 """What stays stalled is told again after this share of its bound."""
+_TAIL = 0.95
+"""The share of stages that are not slow ones."""
 _STAGES: dict[str, Stage] = {"queue": "queue", "prefill": "prefill", "decode": "decode"}
 
 
@@ -104,6 +107,8 @@ class SpanWatch(SpanProcessor):
         self._by_worker: dict[str, dict[int, None]] = {}
         self._told: dict[str, float] = {}
         """When it was last told that a worker's engine stands still."""
+        self._said: dict[tuple[str, str], tuple[float, float]] = {}
+        """Quantiles that the core knows of."""
         self._not_before = 0.0
         """Whatever happened earlier happened while this process itself stood still."""
         self._looked_at: float | None = None
@@ -166,6 +171,22 @@ class SpanWatch(SpanProcessor):
             self.deadlines.observe("decode", note.model, note.worker_id, note.load, note.gap_s, now)
         self.deadlines.observe("step", note.model, note.worker_id, note.load, note.step_s, now)
         self.deadlines.compare(note.model, note.worker_id, note.step_s / note.expected_s, now)
+
+    def compare(self) -> Iterator[WorkerSlow | StageQuantiles]:
+        """How workers do beside each other; call it about twice a second."""
+        now = self._clock.monotonic()
+        for worker, ratio, known in self.deadlines.slow(SLOW, now):
+            yield WorkerSlow(worker, ratio, known)
+        for (worker, model), (prefill, gap) in self.deadlines.tails(_TAIL).items():
+            before = self._said.get((worker, model), (0.0, 0.0))
+            if abs(prefill - before[0]) > 0.1 * prefill or abs(gap - before[1]) > 0.1 * gap:
+                self._said[worker, model] = (prefill, gap)
+                yield StageQuantiles(worker, model, prefill, gap)
+
+    def forget(self, worker: str) -> None:
+        """A worker is gone for good."""
+        self.deadlines.forget(worker)
+        self._said = {key: said for key, said in self._said.items() if key[0] != worker}
 
     # -- looks -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ another worker to go to: the last one is waited for, whatever it does.
 
 from __future__ import annotations
 
-from scheduler import dispatch
+from scheduler import dispatch, health
 from scheduler.commands import Queued
 from scheduler.events import AttemptStalled
 from scheduler.lifecycle import drop_attempt, migrate
@@ -35,7 +35,7 @@ def stalled(state: State, event: AttemptStalled, now: float, out: Outbox) -> Non
     if event.stage == "step":
         _engine(state, worker, event, now, out)
     elif not _moves(live, attempt, event, now) and now - worker.step_at < _STILL_S:
-        _stream(state, live, attempt, event, now, out)
+        _stream(state, worker, live, event, now, out)
 
 
 def _moves(live: LiveRequest, attempt: Attempt, event: AttemptStalled, now: float) -> bool:
@@ -47,11 +47,12 @@ def _moves(live: LiveRequest, attempt: Attempt, event: AttemptStalled, now: floa
 
 def _engine(state: State, worker: WorkerView, event: AttemptStalled, now: float, out: Outbox) -> None:
     """All steps of a worker stand still."""
-    if worker.loading or now - worker.step_at < event.bound_s or not spare(state, worker):
+    reason = f"engine stands still for {event.waited_s:.1f} s, bound {event.bound_s:.1f} s"
+    if worker.loading or now - worker.step_at < event.bound_s:
+        return
+    if not health.eject(state, worker, reason, now, hung=True):
         return
     state.counters["hangs"] += 1
-    reason = f"engine stands still for {event.waited_s:.1f} s, bound {event.bound_s:.1f} s"
-    set_stuck(state, worker, True)
     for request_id in list(worker.running):
         live = state.requests[request_id]
         live.avoid.add(worker.id)
@@ -59,39 +60,27 @@ def _engine(state: State, worker: WorkerView, event: AttemptStalled, now: float,
         migrate(state, live, reason, out, tell=True)
 
 
-def _stream(state: State, live: LiveRequest, attempt: Attempt, event: AttemptStalled, now: float, out: Outbox) -> None:
+def _stream(
+    state: State, worker: WorkerView, live: LiveRequest, event: AttemptStalled, now: float, out: Outbox
+) -> None:
     """One attempt gets nothing while its worker works."""
     state.counters["stalls"] += 1
-    live.tried.add(attempt.worker_id)
-    live.avoid.add(attempt.worker_id)
-    target = _elsewhere(state, live, attempt)
+    live.tried.add(worker.id)
+    live.avoid.add(worker.id)
+    target = _elsewhere(state, live)
     if target is None:
         return
     state.counters["migrations"] += 1
     reason = f"stalled in {event.stage} for {event.waited_s:.1f} s, bound {event.bound_s:.1f} s"
     drop_attempt(state, live, reason, out, tell=True)
+    health.struck(state, worker, reason, now)
     out.append(Queued(live.request))
     dispatch.start(state, live, target, now, out)
 
 
-def _elsewhere(state: State, live: LiveRequest, attempt: Attempt) -> Option | None:
+def _elsewhere(state: State, live: LiveRequest) -> Option | None:
     """Another worker that has room for it now."""
     if live.attempts - live.attempts_before >= state.policy.max_attempts - 1:
         return None
     target = state.placement.place(live)
     return target if target is not None and target.worker.id not in live.avoid else None
-
-
-def spare(state: State, worker: WorkerView) -> bool:
-    """Whether every model that is loaded there is loaded on another worker that may be given work."""
-    others = [other for other in state.workers.values() if other is not worker and other.usable]
-    loaded = [slot.key for slot in worker.slots.values() if worker.loaded(slot.key)]
-    return all(any(other.loaded(key) for other in others) for key in loaded)
-
-
-def set_stuck(state: State, worker: WorkerView, stuck: bool) -> None:
-    """An engine stands still, or steps again."""
-    worker.stuck = stuck
-    state.standing_changed(worker)
-    for slot in worker.slots.values():
-        state.room_changed(worker, slot)

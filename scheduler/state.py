@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from llmos.v1 import fleet_pb2
 from scheduler.allocation.book import Book
 from scheduler.allocation.shares import Reserved
+from scheduler.budget import Budget
 from scheduler.catalogue import Catalogue
 from scheduler.commands import Command
 from scheduler.forecast import DrainRate
 from scheduler.journal import Journal
 from scheduler.meters import Meters
-from scheduler.placement import NotAgain, Placement, RoomIndex, default_placement
+from scheduler.placement import Placement, RoomIndex
 from scheduler.policy import Policy
 from scheduler.pools import WorkerPool
 from scheduler.prefix_index import PrefixIndex
@@ -23,6 +24,7 @@ from scheduler.recent import Recent
 from scheduler.requests import LiveRequest, ModelKey
 from scheduler.timers import Timers
 from scheduler.timing import FleetTimes
+from scheduler.trust import NotAgain, default_placement
 from scheduler.waiting import WaitingRoom
 from scheduler.workers import LOADED, ModelSlot, WorkerView
 
@@ -90,6 +92,10 @@ class State:
     quotas: Quotas = field(default_factory=Quotas)
     drain: DrainRate = field(default_factory=DrainRate)
     meters: Meters = field(default_factory=Meters)
+    budget: Budget = field(default_factory=Budget)
+    """For second tries."""
+    on_trial: set[str] = field(default_factory=set)
+    """Workers that were put out and are given one request, to see."""
     counters: Counter[str] = field(default_factory=Counter)
     """What was refused or repeated, by name; for people and tests."""
     waiting: WaitingRoom = field(init=False)
@@ -107,7 +113,7 @@ class State:
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
         self.journal = Journal(policy.journal_ttl_s, policy.journal_bytes, policy.journal_tenant_bytes, self.counters)
-        indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims)
+        indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims, self.on_trial)
         placement = default_placement(indices, policy.candidates, policy.weights)
         reserved = Reserved(self.book, self.requests)
         again = NotAgain(indices, lambda: self.now, policy.avoid_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -43,6 +44,10 @@ class ModelSlot:
     """Seconds more for each uncached token."""
     step_s: float = 0.0
     """Predicted seconds between tokens, with one sequence more than now."""
+    tail_prefill: float = 1.0
+    """What a slow prefill takes, times what was expected of it."""
+    tail_gap_s: float = 0.0
+    """What a slow gap between tokens takes."""
     times: Times = field(default_factory=Times)
     """What is learned of the worker's speed with this model."""
     device: str = ""
@@ -127,6 +132,45 @@ class Load:
     """Sequences of the others."""
 
 
+WELL, OUT, TRIAL = "well", "out", "trial"
+
+
+@dataclass(slots=True)
+class Health:
+    """Whether a worker is trusted with work; `scheduler/health.py` decides."""
+
+    standing: str = WELL
+    """`well`, `out`: nothing new, `trial`: one request at a time."""
+    reason: str = ""
+    """Why it is out, or on trial."""
+    strikes: int = 0
+    """Failures in a row that were its own doing."""
+    struck_at: float = -math.inf
+    pause_s: float = 0.0
+    """How long it was out the last time."""
+    turn: int = 0
+    """Counts the times it was put out."""
+    hung: bool = False
+    """It is out until its engine steps again."""
+    emptying: bool = False
+    """What runs there moves on."""
+    probe: str = ""
+    """The request that it is tried with."""
+    failed_trials: int = 0
+    """In a row."""
+    slow_since: float = 0.0
+    slow_at: float = -math.inf
+    """When it was first and last told of as slow."""
+    unproven: bool = False
+    """It has never been seen to be faster."""
+    slow_by_nature: bool = False
+
+    @property
+    def takes(self) -> bool:
+        """It may be given work."""
+        return self.standing == WELL or (self.standing == TRIAL and not self.probe)
+
+
 @dataclass(slots=True)
 class WorkerView:
     """A worker that is registered, or whose stream lives, or both."""
@@ -136,8 +180,7 @@ class WorkerView:
     connected: bool = False
     draining: bool = False
     """It takes nothing new: by its own word, or because that is wanted."""
-    stuck: bool = False
-    """Its engine stood still for longer than it ever should, and has not stepped since."""
+    health: Health = field(default_factory=Health)
     drain_wanted: bool | None = None
     """What an operator ordered last: empty it, or take it back. None: nothing."""
     drain_look: int = 0
@@ -162,6 +205,8 @@ class WorkerView:
     """When the counter last moved, or the engine last had nothing to do."""
     output_at: float = 0.0
     """When the last frame with output came."""
+    noted_at: float = 0.0
+    """When the traces were last told of its progress."""
     busy: bool = False
     busy_at: float = 0.0
     """When it last said that it had something to do."""
@@ -174,7 +219,7 @@ class WorkerView:
     @property
     def usable(self) -> bool:
         """May be given new work."""
-        return self.connected and not self.draining and not self.stuck
+        return self.connected and not self.draining and self.health.takes
 
     @property
     def loading(self) -> bool:
