@@ -12,6 +12,7 @@
     |   |-- PermissionDenied            the key's role does not allow it                 403
     |   |-- NotFound                    no such resource                                 404
     |   |   `-- ModelNotFound           the fleet does not serve that model              404
+    |   |-- Quarantined                 workers died of the very same request           422
     |   |-- Conflict                    the request id is in use                         409
     |   |-- PayloadTooLarge             body or header over its limit                    413
     |   `-- Cancelled                   the client cancelled                             499
@@ -25,6 +26,7 @@
     |   |-- NotLeader                   this scheduler does not lead; knows who does
     |   |-- StaleTerm                   a record carries a term below one already seen
     |   |-- AttemptLost                 worker died or broke the contract; re-dispatched
+    |   |   `-- EngineLost              its engine ended under it: the request may be why
     |   `-- EtcdError                   etcd refused or cannot be reached
     |       |-- EtcdUnavailable         no endpoint answered within the deadline
     |       |-- EtcdAuthFailed          user, password or role refused
@@ -147,6 +149,14 @@ class Conflict(ClientError):
     http_status = 409
 
 
+class Quarantined(ClientError):
+    """Workers died of this request, or of one that was the same; it is not run again for a while."""
+
+    code = "request_quarantined"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 422
+
+
 class PayloadTooLarge(ClientError):
     """A body or header is larger than its limit."""
 
@@ -240,6 +250,12 @@ class AttemptLost(FleetError):
 
     code = "attempt_lost"
     grpc_status = grpc.StatusCode.ABORTED
+
+
+class EngineLost(AttemptLost):
+    """The engine that computed the attempt ended."""
+
+    code = "engine_lost"
 
 
 class EtcdError(FleetError):

@@ -11,7 +11,7 @@ from llmos.errors import (
     UnsupportedFeature,
 )
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
-from scheduler import charges, events, overload, takeover
+from scheduler import charges, events, overload, suspects, takeover
 from scheduler.commands import CloseStream, Order, SendCatalogue, SendFailure
 from scheduler.journal import BREAKS
 from scheduler.lifecycle import complete, discard, enqueue, fail, failure, finish_exhausted, forget_claim
@@ -64,6 +64,7 @@ def submitted(state: State, event: events.Submitted, now: float, out: Outbox) ->
             takeover.take_up(state, live, event, gateway_id, out)
             return
         _check_life(state, event, now)
+        suspects.check(state, request, now)
         _accept(state, event, gateway_id, now, out)
     except LlmosError as error:
         out.append(SendFailure(event.stream_id, failure(request.request_id, error)))

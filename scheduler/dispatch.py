@@ -72,6 +72,8 @@ def start(state: State, live: LiveRequest, option: Option, now: float, out: Outb
     state.claims.pop(live.id, None)
     worker.set_aside(live.id, attempt)
     health.began(state, worker, live)
+    if live.suspect:
+        worker.suspect = live.id
     state.room_changed(worker, option.slot)
     attempt.owed = state.waiting.queue(live.key).owed(live.rank)
     live.attempt = attempt

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmos.errors import AttemptLost, ClientError, from_code
+from llmos.errors import AttemptLost, ClientError, EngineLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import charges, health, learning, members
+from scheduler import charges, health, learning, members, suspects
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -39,6 +39,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         _output(state, worker, output, now, out)
     for failure in frame.failures:
         _failed(state, worker, failure, now, out)
+    if worker.suspect:
+        suspects.look(state, worker)
     if worker.health.probe:
         health.look_at_probe(state, worker, now)
     if frame.busy:
@@ -199,6 +201,10 @@ def _failed(state: State, worker: WorkerView, failure: request_pb2.Failure, now:
     if live is None:
         return
     error = from_code(failure.code, failure.message, param=failure.param or None)
+    if isinstance(error, EngineLost):
+        health.struck(state, worker, error.message, now)
+        if suspects.engine_lost(state, worker, live, out):
+            return
     if isinstance(error, AttemptLost):
         migrate(state, live, error.code, out, tell=False)
     else:

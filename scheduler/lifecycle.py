@@ -83,6 +83,9 @@ def drop_attempt(state: State, live: LiveRequest, error: str, out: Outbox, *, te
     if worker is not None and live.id in worker.running:
         worker.release(live.id)
         health.over(state, worker, live.id)
+        if worker.suspect == live.id:
+            worker.suspect = ""
+            state.looking.update(slot.key for slot in worker.slots.values())
         state.prefixes.settle(worker.id, attempt.model, attempt.expected)
         state.room_changed(worker, worker.slots[attempt.model])
         if tell and worker.connected:

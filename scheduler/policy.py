@@ -80,6 +80,10 @@ class Policy:
     """Attempts of any kind before a request is given up."""
     retry_base_s: float = 0.05
     """Pause before the first retry; doubles with each."""
+    quarantine_s: float = 600.0
+    """Seconds that a request which workers died of is refused."""
+    quarantine_limit: int = 4096
+    """Most such requests that are remembered."""
     lookahead: int = 16
     """Waiting requests of a model that are tried when the first one does not fit."""
     bypass_limit: int = 64

@@ -163,6 +163,12 @@ class LiveRequest:
     """Workers that an attempt was lost or failed on."""
     avoid: set[str] = field(default_factory=set)
     """Those of them on which it stalled: none of them is given it again while another could hold it."""
+    suspect: bool = False
+    """An engine ended under it, and it may be why: it runs beside no other suspect."""
+    deaths: int = 0
+    """Engines that ended under it since it was last cleared."""
+    died_on: set[str] = field(default_factory=set)
+    """Workers whose engines they were."""
     fingerprint: str = ""
     """Numerics of the worker that produced the first tokens; empty before."""
     prefix: Sequence[int] = ()

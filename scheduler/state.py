@@ -24,7 +24,7 @@ from scheduler.recent import Recent
 from scheduler.requests import LiveRequest, ModelKey
 from scheduler.timers import Timers
 from scheduler.timing import FleetTimes
-from scheduler.trust import NotAgain, default_placement
+from scheduler.trust import NotAgain, OneSuspect, default_placement
 from scheduler.waiting import WaitingRoom
 from scheduler.workers import LOADED, ModelSlot, WorkerView
 
@@ -99,6 +99,8 @@ class State:
     counters: Counter[str] = field(default_factory=Counter)
     """What was refused or repeated, by name; for people and tests."""
     waiting: WaitingRoom = field(init=False)
+    quarantine: Recent[str] = field(init=False)
+    """Fingerprints of requests that workers died of; by whom it was found."""
     tombstones: Recent[str] = field(init=False)
     """Why a request was cancelled; it must not start any more."""
     last_attempts: Recent[int] = field(init=False)
@@ -110,6 +112,7 @@ class State:
         policy = self.policy
         self.book.listed = not policy.await_promises
         self.waiting = WaitingRoom(policy)
+        self.quarantine = Recent(policy.quarantine_s, policy.quarantine_limit)
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
         self.journal = Journal(policy.journal_ttl_s, policy.journal_bytes, policy.journal_tenant_bytes, self.counters)
@@ -117,7 +120,7 @@ class State:
         placement = default_placement(indices, policy.candidates, policy.weights)
         reserved = Reserved(self.book, self.requests)
         again = NotAgain(indices, lambda: self.now, policy.avoid_s)
-        self.placement = replace(placement, filters=(*placement.filters, reserved, again))
+        self.placement = replace(placement, filters=(*placement.filters, reserved, again, OneSuspect()))
 
     def stream_of(self, live: LiveRequest) -> int | None:
         """Where its output goes now; None while its gateway is away or has not taken it up again."""

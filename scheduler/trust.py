@@ -62,6 +62,14 @@ class NotAgain:
         return slot.total_blocks >= live.blocks and (live.adapter is None or worker.loaded(live.adapter))
 
 
+class OneSuspect:
+    """Filter of placement: no worker is given a second suspect."""
+
+    def admits(self, ask: Ask, option: Option) -> bool:
+        """See `placement.Filter`."""
+        return not ask.live.suspect or not option.worker.suspect
+
+
 class Untried:
     """A worker on which this request has not been lost before."""
 

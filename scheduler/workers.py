@@ -181,6 +181,8 @@ class WorkerView:
     draining: bool = False
     """It takes nothing new: by its own word, or because that is wanted."""
     health: Health = field(default_factory=Health)
+    suspect: str = ""
+    """The suspect that runs there; one at most."""
     drain_wanted: bool | None = None
     """What an operator ordered last: empty it, or take it back. None: nothing."""
     drain_look: int = 0

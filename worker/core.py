@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmos.clock import Clock
-from llmos.errors import AttemptLost, FleetError, InvalidRequest, LlmosError, StaleTerm, Unavailable
+from llmos.errors import AttemptLost, EngineLost, FleetError, InvalidRequest, LlmosError, StaleTerm, Unavailable
 from llmos.internal.v1 import request_pb2, work_pb2
 from worker import wire
 from worker.attempts import AttemptTable, Running, Verdict
@@ -212,7 +212,7 @@ class WorkerCore:
         self._state.ready = self._state.busy = False
         self._state.steps_before = self._state.step
         self._cache.forget_all()
-        error = AttemptLost(f"The worker's engine ended ({reason}).")
+        error = EngineLost(f"The worker's engine ended ({reason}).")
         for running in list(self._table.running):
             self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
         self._wake()

@@ -108,6 +108,9 @@ class SimWorker:
     """Sequences get no token from this index on, while the engine steps."""
     steps: int = 0
     """The engine's counter."""
+    poison: int | None = None
+    """A prompt with this token kills the engine at the step after its third token; a fresh one takes over at once."""
+    deaths: int = 0
     hung: bool = False
     """The engine makes no step; the worker goes on to send frames."""
 
@@ -216,6 +219,8 @@ class SimWorker:
         frame = work_pb2.WorkFrame(
             sequence=self.sequence, step=self.steps, busy=bool(self.running) or self.hung, draining=self.draining
         )
+        if self._dies():
+            self._end_engine()
         for id_, running in list(self.running.items()):
             for choice in range(running.request.choices):
                 if not running.done[choice] and not self._stands(running.positions[choice]):
@@ -226,6 +231,18 @@ class SimWorker:
         self.failures.clear()
         frame.models.extend(self.node_models())
         return frame
+
+    def _dies(self) -> bool:
+        """The poison is past its third token, here or on an earlier worker."""
+        return any(self.poison in one.request.token_ids and one.positions[0] > 2 for one in self.running.values())
+
+    def _end_engine(self) -> None:
+        self.deaths += 1
+        for id_, running in list(self.running.items()):
+            epoch = request_pb2.Epoch(term=running.epoch[0], attempt=running.epoch[1])
+            failure = request_pb2.Failure(request_id=id_, epoch=epoch, code="engine_lost", message="aborted")
+            self.failures.append(failure)
+            self._over(id_)
 
     def _stands(self, position: int) -> bool:
         return self.hung or (self.stall_after is not None and position >= self.stall_after)

@@ -30,8 +30,8 @@ async def test_a_killed_engine_is_reported_and_started_again(worker: WorkerProce
         os.kill(first_engine, signal.SIGKILL)
         await scheduler.until(lambda: len(scheduler.failures) == 2)
         assert {(failure.request_id, failure.code) for failure in scheduler.failures} == {
-            ("a", "attempt_lost"),
-            ("b", "attempt_lost"),
+            ("a", "engine_lost"),
+            ("b", "engine_lost"),
         }
         received = list(scheduler.tokens["a", 0])
         assert received == expected(len(received))

@@ -85,7 +85,7 @@ async def _kill_and_resume(scheduler: SchedulerClient, worker: WorkerProcess, to
     await scheduler.until(lambda: scheduler.models["tiny"].state == fleet_pb2.MODEL_STATE_LOADING)
     await scheduler.until(lambda: scheduler.models["tiny"].state == fleet_pb2.MODEL_STATE_LOADED)
     received = list(scheduler.tokens["broken", 0])
-    assert [failure.code for failure in scheduler.failures] == ["attempt_lost"]
+    assert [failure.code for failure in scheduler.failures] == ["engine_lost"]
     assert len(received) < tokens
     scheduler.send(dispatch("broken", model="tiny", attempt=2, max_tokens=tokens, resume={0: received}))
     (again,) = await scheduler.done("broken")

@@ -15,7 +15,7 @@ from scheduler import events
 from scheduler.policy import Policy
 from tests.unit.scheduler.arena import Arena, make_request
 
-_FAILURES = st.sampled_from(["overloaded", "attempt_lost", "unavailable", "unsupported_feature"])
+_FAILURES = st.sampled_from(["overloaded", "attempt_lost", "engine_lost", "unavailable", "unsupported_feature"])
 
 
 class Fleet(RuleBasedStateMachine):

@@ -31,8 +31,8 @@ PURE = [
     "admission", "budget", "catalogue", "charges", "commands", "core", "deadlines", "dispatch", "draining", "events",
     "explain", "fairness", "forecast", "frames", "health", "journal", "learning", "ledger", "lifecycle", "load_view",
     "loads", "members", "meters", "outflow", "overload", "placement", "policy", "pools", "preemption", "prefix_index",
-    "priorities", "quotas", "recent", "requests", "service", "span_ring", "stalls", "state", "takeover", "timers",
-    "timing", "trust", "views", "waiting", "workers", "allocation/__init__", "allocation/assignments",
+    "priorities", "quotas", "recent", "requests", "service", "span_ring", "stalls", "state", "suspects", "takeover",
+    "timers", "timing", "trust", "views", "waiting", "workers", "allocation/__init__", "allocation/assignments",
     "allocation/book", "allocation/check", "allocation/claims", "allocation/control", "allocation/holdings",
     "allocation/leaving", "allocation/replicas", "allocation/shares",
 ]  # fmt: skip

@@ -134,7 +134,7 @@ def test_a_lost_engine_loses_attempts_but_not_orders() -> None:
     frame = rig.core.next_frame()
     assert [output.request_id for output in frame.outputs] == ["a"]
     assert {failure.request_id for failure in frame.failures} == {"a", "b"}
-    assert {failure.code for failure in frame.failures} == {"attempt_lost"}
+    assert {failure.code for failure in frame.failures} == {"engine_lost"}
     assert [(model.name, model.state, model.free_blocks) for model in frame.models] == [("echo", LOADING, 0)]
     rig.send(dispatch("c"))
     assert [failure.code for failure in rig.core.next_frame().failures] == ["attempt_lost"]

@@ -1,0 +1,113 @@
+"""Queries of death: found after two engines, innocents never blamed, refused for a while; on virtual time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llmos.internal.v1 import request_pb2
+from scheduler.policy import Policy
+from tests.unit.scheduler.arena import Arena, make_request
+
+POISON = 4999
+
+
+def fleet(workers: int, policy: Policy | None = None) -> Arena:
+    arena = Arena(policy)
+    for number in range(workers):
+        arena.add_worker(f"w{number}", 64).poison = POISON
+    arena.connect()
+    arena.advance(2.0)
+    return arena
+
+
+def deadly(request_id: str = "poison", **fields: object) -> request_pb2.Request:
+    request = make_request(request_id, max_tokens=40, **fields)
+    request.token_ids.append(POISON)
+    return request
+
+
+def deaths(arena: Arena) -> int:
+    return sum(worker.deaths for worker in arena.workers.values())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_query_of_death_costs_two_engines_and_innocents_go_on(workers: int) -> None:
+    arena = fleet(workers)
+    innocents = [arena.submit(make_request(f"r{i}", max_tokens=40)) for i in range(7)]
+    poison = arena.submit(deadly())
+    arena.run(400)
+    assert poison.error == "request_quarantined"
+    assert deaths(arena) == 2
+    assert all(client.finished == [True] for client in innocents)
+    if workers > 1:
+        assert all(worker.deaths <= 1 for worker in arena.workers.values()), "on two distinct workers"
+    arena.check_idle()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_innocents_are_never_blamed(seed: int) -> None:
+    """Batches at random, poison anywhere in them: two engines each, and everybody else ends well."""
+    rng = random.Random(seed)
+    arena = fleet(rng.choice((1, 2, 3, 4)))
+    count = rng.randint(2, 16)
+    place = rng.randrange(count)
+    clients = []
+    for number in range(count):
+        one = deadly() if number == place else make_request(f"r{number}", prompt=rng.randint(3, 90), max_tokens=40)
+        clients.append(arena.submit(one))
+        if rng.random() < 0.3:
+            arena.run(rng.randint(1, 5))
+    arena.run(900)
+    errors = {client.request.request_id: client.error for client in clients if client.error}
+    assert errors == {"poison": "request_quarantined"}
+    assert deaths(arena) == 2
+    assert all(client.finished == [True] for client in clients if not client.error)
+    arena.check_idle()
+
+
+def test_quarantine_is_the_tenants_own_and_expires() -> None:
+    arena = fleet(2, Policy(quarantine_s=60.0))
+    arena.submit(deadly())
+    arena.run(300)
+    again = arena.submit(deadly("again"))
+    arena.deliver_output()
+    assert again.error == "request_quarantined"
+    assert deaths(arena) == 2, "it was not run"
+    other = arena.submit(make_request("fine", max_tokens=4))
+    arena.run()
+    assert other.finished == [True]
+    arena.submit(deadly("theirs", tenant="other"))
+    assert "theirs" in arena.core.state.requests
+    arena.cancel("theirs")
+    arena.advance(61.0)
+    arena.submit(deadly("later"))
+    assert "later" in arena.core.state.requests
+
+
+def test_no_worker_runs_two_suspects() -> None:
+    arena = fleet(2)
+    for number in range(8):
+        arena.submit(make_request(f"r{number}", max_tokens=60))
+    arena.submit(deadly())
+    state = arena.core.state
+    for _ in range(60):
+        for worker_id in arena.workers:
+            arena.deliver_orders(worker_id)
+            arena.step(worker_id)
+        arena.advance(0.02)
+        for worker in state.workers.values():
+            there = [state.requests[one] for one in worker.running]
+            assert sum(live.suspect for live in there) <= 1
+            assert worker.suspect == next((live.id for live in there if live.suspect), "")
+    assert state.counters["suspected"] > 1
+
+
+def test_worker_killed_once_makes_no_suspects() -> None:
+    arena = fleet(2)
+    clients = [arena.submit(make_request(f"r{i}", max_tokens=20)) for i in range(8)]
+    arena.kill("w0")
+    assert not any(live.suspect for live in arena.core.state.requests.values())
+    arena.run()
+    assert all(client.finished == [True] for client in clients)
