@@ -17,6 +17,7 @@ from scheduler.reign import Reign
 from scheduler.requests import LiveRequest, blocks_needed
 from scheduler.workers import LOADED, WorkerView
 from tests.sim.trace import Trace
+from tests.sim.trust_books import TrustBooks
 from worker.backends.echo import EchoBackend
 from worker.core import WorkerCore
 
@@ -121,6 +122,7 @@ class ReignBooks:
         """Of the last attempt begun."""
         self._known: dict[str, dict[int, int]] = {}
         """Tokens of each choice that this leader has been told of or has sent."""
+        self._trust = TrustBooks(self._state, checks.fail)
         self._handle = reign.core.handle
         reign.core.handle = self.handle  # type: ignore[method-assign]
 
@@ -132,6 +134,7 @@ class ReignBooks:
             self._accepted.add(submitted)
             for held in event.request.resume:  # type: ignore[union-attr]
                 self._knows(submitted, held.choice, len(held.token_ids))
+        self._trust.before(event, now)
         try:
             commands = self._handle(event, now)
         except Exception as error:
@@ -146,6 +149,7 @@ class ReignBooks:
                 self._checks.fail("outputs go to who asked", f"{submitted} bound to another stream")
         for command in commands:
             self._look(command)
+        self._trust.after(commands, now)
         if fresh and submitted not in self._state.requests:
             self._accepted.discard(submitted)
         if isinstance(event, events.Cancelled | events.Killed) and event.request_id not in self._state.requests:

@@ -317,7 +317,7 @@ class SimClient:
 
     def _excused(self, gateway: SimGateway, error: LlmosError) -> bool:
         """The scheduler's refusal, or a resumable error of a gateway that shuts down or had no leader for long."""
-        if error.code in ("overloaded", "conflict"):
+        if error.code in ("overloaded", "conflict", "request_quarantined"):
             return not any(self.tokens)
         alone = self.checks.gateways[gateway.name].longest_alone_s > _LEADER_GRACE_S
         return error.code == "unavailable" and (alone or gateway.stop.is_set())

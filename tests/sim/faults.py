@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmos.internal.v1 import request_pb2, work_pb2
 from scheduler import events
 from tests.sim.nodes import SimProcess, SimScheduler, SimWorker
 from tests.sim.vloop import NOWHERE, Node
@@ -132,6 +134,25 @@ def _lose_piece(world: World, fault: Fault) -> None:
         outbox.add = lose  # type: ignore[method-assign]
 
 
+def _lose_pieces(world: World, fault: Fault) -> Callable[[], None] | None:
+    """For a while, every fourth piece of a worker's output never leaves it."""
+    process = _process(world, fault)
+    if not isinstance(process, SimWorker) or process.core is None:
+        return None
+    outbox = process.core._outbox
+    whole, seen = outbox.add_frame, itertools.count()
+
+    def lose(frame: work_pb2.WorkFrame, taken: Sequence[request_pb2.Output]) -> None:
+        whole(frame, [output for output in taken if next(seen) % 4 != 3])
+
+    outbox.add_frame = lose  # type: ignore[method-assign]
+
+    def end() -> None:
+        outbox.add_frame = whole  # type: ignore[method-assign]
+
+    return end
+
+
 def _isolate_leader(world: World, fault: Fault) -> Callable[[], None] | None:
     """Whoever leads, from etcd and workers, sometimes from gateways too, for long enough to be followed by another."""
     for process in world.processes.values():
@@ -247,9 +268,10 @@ KINDS: dict[str, tuple[int, str, Apply]] = {
     "freeze worker": (8, "worker", _freeze),
     "stop worker": (5, "worker", _terminate),
     "crash engine": (6, "worker", _crash_engine),
-    "slow engine": (3, "worker", _slow_engine),
-    "hang engine": (3, "worker", _hang_engine),
+    "slow engine": (5, "worker", _slow_engine),
+    "hang engine": (5, "worker", _hang_engine),
     "lose piece": (6, "worker", _lose_piece),
+    "lose pieces": (5, "worker", _lose_pieces),
     "kill request": (6, "member", _kill_request),
     "kill scheduler": (9, "scheduler", _kill),
     "freeze scheduler": (9, "scheduler", _freeze),

@@ -14,17 +14,21 @@ from gateway import session, transcript
 from llmos.etcd import lease
 from scheduler import (
     admission,
+    budget,
     charges,
     core,
     events,
     frames,
+    health,
     leadership,
     lifecycle,
     members,
     outflow,
     recent,
     seat,
+    suspects,
     takeover,
+    trust,
     workers,
 )
 from scheduler import requests as live_requests
@@ -229,6 +233,38 @@ def _charged_twice(stack: ExitStack) -> None:
             charges._charge(live, 2 * fresh if live.attempts > 1 else fresh)
 
     put(stack, charges, "produced", produced)
+
+
+@mutant("retries are not paid for")
+def _retries_unpaid(stack: ExitStack) -> None:
+    put(stack, budget.Budget, "take", lambda self, now: True)
+
+
+@mutant("a worker is put out although it is the last one")
+def _last_worker_put_out(stack: ExitStack) -> None:
+    put(stack, health, "spare", lambda state, worker: True)
+    put(stack, health, "rescue", _nothing)
+
+
+@mutant("a worker that was put out is never tried again")
+def _never_tried_again(stack: ExitStack) -> None:
+    handler(stack, events.ProbeDue, _nothing)
+
+
+@mutant("a request goes back to the worker that it stalled or died on")
+def _tried_again(stack: ExitStack) -> None:
+    put(stack, trust.NotAgain, "admits", lambda self, ask, option: True)
+    put(stack, trust.Untried, "scores", lambda self, ask, options: ())
+
+
+@mutant("suspects of an engine's end run together")
+def _suspects_together(stack: ExitStack) -> None:
+    put(stack, trust.OneSuspect, "admits", lambda self, ask, option: True)
+
+
+@mutant("whatever ran on an engine that ended is to blame")
+def _blamed_at_once(stack: ExitStack) -> None:
+    put(stack, suspects, "DEATHS", 1)
 
 
 # etcd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -293,7 +294,11 @@ class SimGateway(SimProcess):
         )
         running = asyncio.create_task(link.run(ground.checks.gateway(self.name, link, sessions)), name=self.name)
         await self.stop.wait()
-        await sessions.drain(3.0)
+        sessions.retire()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(3.0):
+                await sessions.idle()
+        sessions.close()
         await asyncio.sleep(0.3)
         await _end([running])
         self.kill()

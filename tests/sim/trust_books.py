@@ -1,0 +1,100 @@
+"""Second tries: where they go, what they cost, who is blamed. Books of one leader's core, kept apart from its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from scheduler import events
+from scheduler.commands import SendFailure, StartAttempt
+from scheduler.state import State
+from scheduler.workers import OUT, WorkerView
+
+_WINDOW_S, _RESERVE, _SHARE = 10.0, 3, 0.1
+_PAUSE_LATE_S = 2.0
+
+
+class TrustBooks:
+    """Follows one core. `fail` notes a violation."""
+
+    def __init__(self, state: State, fail: Callable[[str, str], None]) -> None:
+        self._state, self._fail = state, fail
+        self._deaths: Counter[str] = Counter()
+        """Engines that ended under a request."""
+        self._accepted = 0
+        self._began: float | None = None
+        self._out_since: dict[str, tuple[int, float]] = {}
+
+    def before(self, event: events.Event, now: float) -> None:
+        """An event is about to be handled."""
+        self._began = now if self._began is None else self._began
+        if isinstance(event, events.WorkerFrame):
+            for failure in event.frame.failures:
+                self._deaths[failure.request_id] += failure.code == "engine_lost"
+        elif isinstance(event, events.Submitted):
+            self._accepted += not event.request.resume
+
+    def after(self, commands: list[Any], now: float) -> None:
+        """It was handled."""
+        for command in commands:
+            if isinstance(command, StartAttempt):
+                self._started(command, now)
+            elif isinstance(command, SendFailure) and command.failure.code == "request_quarantined":
+                self._blamed(command.failure.request_id)
+        self._budget(now)
+        for worker in self._state.workers.values():
+            if worker.health.standing == OUT:
+                self._put_out(worker, now)
+            else:
+                self._out_since.pop(worker.id, None)
+
+    def _started(self, command: StartAttempt, now: float) -> None:
+        state = self._state
+        live, worker = state.requests.get(command.request.request_id), state.workers[command.worker_id]
+        if live is None or live.attempt is None or live.attempt.worker_id != worker.id:
+            return
+        suspects = [one for one in worker.running if one in state.requests and state.requests[one].suspect]
+        if live.suspect and len(suspects) > 1:
+            self._fail("suspects share no worker", f"{sorted(suspects)} on {worker.id}")
+        waited = now - live.waits_since
+        if worker.id in live.avoid and waited < state.policy.avoid_s and not live.request.resume:
+            others = [one.id for one in state.workers.values() if self._could(one, live)]
+            if others:
+                self._fail("second tries go elsewhere", f"{live.id} again on {worker.id}, not on {others}")
+
+    @staticmethod
+    def _could(worker: WorkerView, live: Any) -> bool:
+        slot = worker.slot_for(live.key)
+        return (
+            worker.usable
+            and worker.id not in live.avoid
+            and worker.loaded(live.key)
+            and slot is not None
+            and slot.total_blocks >= live.blocks
+        )
+
+    def _blamed(self, request_id: str) -> None:
+        if self._deaths[request_id] < 2:
+            self._fail("innocents are not blamed", f"{request_id} after {self._deaths[request_id]} deaths")
+
+    def _budget(self, now: float) -> None:
+        spent = self._state.counters["retries"] + self._state.counters["hedges"]
+        windows = 1 + int((now - (self._began or now)) / _WINDOW_S)
+        if spent > _SHARE * self._accepted + _RESERVE * windows:
+            self._fail(
+                "second tries keep to their budget", f"{spent} of {self._accepted} requests in {windows} windows"
+            )
+
+    def _put_out(self, worker: WorkerView, now: float) -> None:
+        health = worker.health
+        turn, since = self._out_since.get(worker.id, (0, now))
+        fresh = turn != health.turn
+        since = now if fresh else since
+        self._out_since[worker.id] = (health.turn, since)
+        if not health.hung and now - since > health.pause_s + _PAUSE_LATE_S:
+            self._fail("who is put out is tried again", f"{worker.id} after {now - since:.1f} s")
+        others = [one for one in self._state.workers.values() if one.usable]
+        lonely = [slot.key for slot in worker.slots.values() if worker.loaded(slot.key)]
+        if fresh and worker.connected and any(not any(one.loaded(key) for one in others) for key in lonely):
+            self._fail("the last worker is never put out", worker.id)
