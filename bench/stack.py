@@ -36,14 +36,18 @@ SHARE = 0.2
 """Of what the stack can carry, for latencies."""
 PACE = 50.0
 """Tokens per second of a stream for latencies."""
+ANSWER_S = 2.0
+"""How long an answer takes then. The requests come evenly spread over it."""
 SECONDS, QUICK_SECONDS, ROUNDS = 6.0, 4.0, 3
 _WARM_S = 2.0
 
 
-def saturate(port: int, streams: int, seconds: float, tokens: int = LONG, *, trace: bool = False) -> Mapping[str, Any]:
+def saturate(
+    port: int, streams: int, seconds: float, tokens: int = LONG, *, trace: bool = False, spread_s: float = 0.0
+) -> Mapping[str, Any]:
     """Load a server with so many streams. Raises SideError."""
     body = {"model": "echo", "prompt": PROMPT, "max_tokens": tokens}
-    found = load(port=port, body=body, streams=streams, warm_s=_WARM_S, seconds=seconds, trace=trace)
+    found = load(port=port, body=body, streams=streams, warm_s=_WARM_S, seconds=seconds, trace=trace, spread_s=spread_s)
     if found["errors"]:
         raise SideError(f"the load met an error: {found['errors'][0]}")
     return found
@@ -114,7 +118,7 @@ def latency(capacity: float, seconds: float) -> Iterator[Row]:
     """From the engine's emission of a token to its arrival at the client, at a fifth of the capacity."""
     streams = max(1, round(SHARE * capacity / PACE))
     with fleet("--echo-tokens-per-second", str(PACE)) as ours:
-        found = saturate_ours(ours.http_port, streams, seconds, int(PACE), trace=True)
+        found = saturate_ours(ours.http_port, streams, seconds, int(PACE * ANSWER_S), trace=True, spread_s=ANSWER_S)
         made = emitted_ns(ours.grpc_port, list(found["times_ns"]))
     ages = [(found["times_ns"][name][at] - times[at]) / 1e6 for name, times in made.items() for at in (0, 1)]
     if not ages:

@@ -38,6 +38,8 @@ class Load:
     """Each so many streams, the text of the first answer is kept."""
     trace: bool = False
     """Keep when the first and the last event of each request came."""
+    spread_s: float = 0.0
+    """The streams begin evenly over this time: those that begin together ask together for ever."""
 
 
 @dataclass(slots=True)
@@ -105,7 +107,9 @@ class Client:
 
     def run(self) -> Loaded:
         """Until the time is over."""
+        first, pause_s = time.perf_counter(), self._load.spread_s / self._load.streams
         for number in range(self._load.streams):
+            self._until(first + number * pause_s)
             stream = Stream(number, self._load)
             self._streams.append(stream)
             self._selector.register(stream.sock, selectors.EVENT_READ, stream)
