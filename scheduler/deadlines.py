@@ -35,7 +35,7 @@ _HEAVY = 1e12
 _MARGIN_STEP = 0.3
 _MOST_MARGIN = 8.0
 _REFRESH, _FEW = 16, 32.0
-_SCARCE = 2.0
+_SCARCE = 1.0
 """How far a bound of few observations lies above the largest of them: so many times it, more."""
 _OWN = 32.0
 """Observations of its own after which a worker is judged by them alone."""
@@ -61,7 +61,7 @@ class StageRule:
 
 RULES: dict[Stage, StageRule] = {
     "queue": StageRule(prior=60.0, prior_weight=16.0, floor_s=5.0),
-    "prefill": StageRule(prior=10.0, prior_weight=8.0, floor_s=1.5),
+    "prefill": StageRule(prior=6.0, prior_weight=8.0, floor_s=1.5, miss_rate=0.01),
     "decode": StageRule(prior=5.0, prior_weight=8.0, floor_s=1.0),
     "step": StageRule(prior=2.0, prior_weight=4.0, floor_s=2.0, times=5.0, miss_rate=0.01),
     "load": StageRule(prior=200.0, prior_weight=2.0, floor_s=30.0, times=3.0),
@@ -170,24 +170,25 @@ class Deadlines:
 
     def observe(self, stage: Stage, model: str, worker: str, load: int, value: float, now: float) -> None:
         """A stage, or a part of it, went well and took so long (a prefill: so many times what was expected)."""
-        bucket = load_bucket(load)
+        bucket = _bucket(stage, load)
         for name in (worker, "") if worker else ("",):
             self._of(stage, model, name, bucket).observe(value, now)
 
     def bound_s(self, stage: Stage, model: str, worker: str, load: int, now: float, expected_s: float = 1.0) -> float:
         """Seconds after which it counts as stalled. `expected_s` scales the bound of a prefill."""
-        rule, bucket = RULES[stage], load_bucket(load)
+        rule, bucket = RULES[stage], _bucket(stage, load)
         everywhere = self._of(stage, model, "", bucket).upper()
         own = self._times.get((stage, model, worker, bucket))
         seconds = everywhere
         if own is not None and worker:
-            share = min(1.0, own.sketch.count(now) / _OWN)
-            seconds = share * own.upper() + (1.0 - share) * max(own.upper(), everywhere)
+            # With few of its own, what the others showed stands in for the rest, not the prior.
+            known = own.sketch.count(now) >= _OWN
+            seconds = own.upper() if known else max(everywhere, own.sketch.quantile(1.0))
         return max(rule.floor_s, rule.times * seconds * expected_s)
 
     def quantile(self, stage: Stage, model: str, worker: str, load: int, share: float) -> float:
         """What this share of a worker's stages take; 0: nothing was seen."""
-        known = self._times.get((stage, model, worker, load_bucket(load)))
+        known = self._times.get((stage, model, worker, _bucket(stage, load)))
         return known.sketch.quantile(share) if known is not None else 0.0
 
     def compare(self, model: str, worker: str, ratio: float, now: float) -> None:
@@ -254,3 +255,8 @@ class Deadlines:
 def load_bucket(load: int) -> int:
     """Sequences that run beside it, in powers of four: bounds of a busy worker are its own."""
     return 0 if load < 4 else 1 if load < 16 else 2 if load < 64 else 3
+
+
+def _bucket(stage: Stage, load: int) -> int:
+    """What a prefill is expected to take knows of the load already."""
+    return 0 if stage == "prefill" else load_bucket(load)

@@ -81,8 +81,8 @@ def test_prefill_is_bound_in_terms_of_what_is_expected() -> None:
     deadlines = Deadlines()
     for number in range(200):
         deadlines.observe("prefill", "m", "w", 0, 1.2, number / 10)
-    short, long = (deadlines.bound_s("prefill", "m", "w", 0, 20.0, expected) for expected in (1.0, 100.0))
-    assert long == pytest.approx(100 * short, rel=0.01)
+    short, long = (deadlines.bound_s("prefill", "m", "w", 0, 20.0, expected) for expected in (10.0, 100.0))
+    assert long == pytest.approx(10 * short, rel=0.01)
 
 
 def test_slowness_is_told_from_the_peers_median() -> None:
