@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 import psutil
 
 from tests.faults.fleet import until
-from tests.faults.proxy import FaultProxy, Way
 from tests.faults.scenario import Act
 from tests.faults.services import Service
 from tests.faults.world import World
@@ -196,65 +195,33 @@ def until_whole(measure: str = "", timeout_s: float = 30.0) -> Act:
     return act
 
 
-def proxy_before(name: str | Pick) -> Callable[[World], Awaitable[FaultProxy]]:
-    """The fault proxy before a service."""
-
-    async def find(world: World) -> FaultProxy:
-        return world.fleet.proxies[name if isinstance(name, str) else (await name(world)).name]
-
-    return find
-
-
-def stall(name: str | Pick, *ways: Way) -> Act:
-    """Nothing passes any more; connections stay open."""
+def leave_all(measure: str) -> Act:
+    """Every client resets its connection; how long until nothing of them is left."""
 
     async def act(world: World) -> None:
-        proxy = await proxy_before(name)(world)
         world.injected_now()
-        proxy.stall(*ways)
+        world.clients.leave.set()
+        await until(lambda: all(stream.over for stream in world.clients.streams), "clients to leave", 5.0)
+        begun = max((stream.left_at for stream in world.clients.streams), default=time.monotonic())
+        await world.released()
+        world.times[measure] = time.monotonic() - begun
 
     return act
 
 
-def reset(name: str | Pick) -> Act:
-    """RST on every connection."""
+def gone(pick: Pick, measure: str = "") -> Act:
+    """Wait until the leader has forgotten a worker."""
 
     async def act(world: World) -> None:
-        proxy = await proxy_before(name)(world)
-        world.injected_now()
-        proxy.reset()
+        service, begun = await pick(world), time.monotonic()
 
-    return act
+        async def forgotten() -> bool:
+            load = await world.fleet.load()
+            return load is not None and all(node.id != service.id for node in load.nodes)
 
-
-def flip(name: str | Pick, reads: int, way: Way = "down") -> Act:
-    """Flip a bit in each of the next reads."""
-
-    async def act(world: World) -> None:
-        proxy = await proxy_before(name)(world)
-        world.injected_now()
-        proxy.ways[way].flips = reads
-
-    return act
-
-
-def roughen(name: str | Pick, *, delay_s: float = 0.0, slice_bytes: int = 0) -> Act:
-    """Delay and slice, both directions."""
-
-    async def act(world: World) -> None:
-        proxy = await proxy_before(name)(world)
-        world.injected_now()
-        for mischief in proxy.ways.values():
-            mischief.delay_s, mischief.slice_bytes = delay_s, slice_bytes
-
-    return act
-
-
-def heal(name: str | Pick) -> Act:
-    """The proxy passes everything again."""
-
-    async def act(world: World) -> None:
-        (await proxy_before(name)(world)).heal()
+        await until(forgotten, f"{service.name} to be forgotten")
+        if measure:
+            world.times[measure] = time.monotonic() - begun
 
     return act
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,6 +55,10 @@ class Streamed:
     """Typed ends that were seen: [DONE], or an error."""
     last_event_id: str = ""
     request_id: str = ""
+    leave_at: int = 0
+    """It resets its connection once it has so many tokens; 0: it stays."""
+    left_at: float = 0.0
+    """When it did, monotonic."""
 
     @property
     def reached(self) -> int:
@@ -62,7 +68,7 @@ class Streamed:
     @property
     def over(self) -> bool:
         """It has ended somehow."""
-        return bool(self.ends or self.error or self.broken)
+        return bool(self.ends or self.error or self.broken or self.left_at)
 
     def counts(self) -> Counts:
         """What was lost, duplicated, corrupted."""
@@ -72,9 +78,14 @@ class Streamed:
         for choice in range(self.choices):
             expected, got = expected_text(self.prompt, self.seed, self.tokens, choice), self.texts.get(choice, "")
             found.add(compare(expected, got))
-            if not self.error and not self.broken and (len(got) < len(expected) or not self.finishes.get(choice)):
+            if (
+                not self.left_at
+                and not self.error
+                and not self.broken
+                and (len(got) < len(expected) or not self.finishes.get(choice))
+            ):
                 found.lost = 1
-        if self.ends != 1:
+        if self.ends != 1 and not self.left_at:
             found.lost = 1
         return found
 
@@ -138,9 +149,13 @@ class Clients:
             )
             for number in range(load.streams)
         ]
+        for stream in self.streams[: load.leavers]:
+            stream.leave_at = rng.randrange(1, load.tokens * 2 // 3)
         self.asked = Asked()
         self.enough = asyncio.Event()
         """Set once the events are over: askers end."""
+        self.leave = asyncio.Event()
+        """Every stream resets its connection."""
 
     @property
     def reached(self) -> int:
@@ -190,6 +205,10 @@ class Clients:
                 stream.request_id = stream.request_id or answer.headers.get("x-request-id", "")
                 async for line in answer.aiter_lines():
                     stream.take(line)
+                    if self.leave.is_set() or 0 < stream.leave_at <= stream.reached:
+                        _linger_not(answer)
+                        stream.left_at = time.monotonic()
+                        return
             if not stream.ends:
                 stream.broken = "closed without an end"
         except (httpx.HTTPError, OSError) as error:
@@ -226,6 +245,12 @@ class Clients:
                 self.asked.counts.lost += len(text) < len(expected)
                 self.asked.answered_at.append((begun, time.monotonic()))
             await asyncio.sleep(_BREATH_S)
+
+
+def _linger_not(answer: httpx.Response) -> None:
+    """Closing the connection will be a reset."""
+    sock = answer.extensions["network_stream"].get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def _code(answer: httpx.Response) -> str:

@@ -7,13 +7,16 @@ import contextlib
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import psutil
 
 from llmos.v1 import fleet_pb2
 from llmos.v1.fleet_pb2_grpc import FleetStub
 from tests.fakes.etcd_server import EtcdCluster, EtcdServer, free_port
+from tests.faults.kernel import SmallDisk
 from tests.faults.ledger import Ledger
 from tests.faults.proxy import FaultProxy
 from tests.faults.scenario import Shape
@@ -39,6 +42,15 @@ async def until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0
         raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a service listens, where its peers reach it, where it reaches etcd."""
+
+    port: int
+    public: str
+    etcd: str
+
+
 class Fleet:
     """`async with Fleet(shape, ledger) as fleet:` starts it and leaves nothing."""
 
@@ -49,6 +61,7 @@ class Fleet:
         self.proxies: dict[str, FaultProxy] = {}
         """By name of the service that they stand before; `etcd` too."""
         self.etcd: list[EtcdServer] = []
+        self.disk: SmallDisk | None = None
         self._undo = contextlib.AsyncExitStack()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._etcd_addresses: list[str] = []
@@ -68,6 +81,8 @@ class Fleet:
         """End every process, in whatever state it is."""
         for channel in self._channels.values():
             await channel.close()
+        if self.disk is not None:
+            self.disk.clear()
         for service in reversed(self.services):
             await asyncio.to_thread(service.end)
         for member in self.etcd:
@@ -135,11 +150,9 @@ class Fleet:
         """Undo what a scenario did: thaw, recall, replace; then wait until all is as at the start."""
         for proxy in self.proxies.values():
             proxy.heal()
-        for member in self.etcd:
-            with contextlib.suppress(ProcessLookupError, RuntimeError):
-                member.thaw()
-            if not _runs(member):
-                await asyncio.to_thread(member.start)
+        if self.disk is not None:
+            self.disk.clear()
+        await self.revive_etcd()
         fresh = []
         for service in self.services:
             if service.alive and not service.marked:
@@ -151,6 +164,20 @@ class Fleet:
         for service in fresh:
             await asyncio.to_thread(service.wait_ready)
         await self.wait_whole()
+
+    async def revive_etcd(self) -> None:
+        """Thaw the members that are frozen, start those that are not there."""
+        dead = []
+        for member in self.etcd:
+            with contextlib.suppress(ProcessLookupError, RuntimeError):
+                member.thaw()
+            if not _runs(member):
+                member.stop()
+                member.spawn()
+                self.ledger.note("process", member.pid)
+                dead.append(member)
+        for member in dead:
+            await asyncio.to_thread(member.wait_until_healthy)
 
     async def wait_whole(self, timeout_s: float = 60.0) -> None:
         """Until every gateway serves and the leader sees exactly our workers, ready."""
@@ -176,15 +203,14 @@ class Fleet:
 
     async def _start(self) -> None:
         await asyncio.to_thread(self._start_etcd)
-        if self.shape.proxied:
-            self._etcd_addresses = [await self._before("etcd", self._etcd_addresses[0])]
+        beside = "tests.faults.doubles." if self.shape.doubles else ""
         for number in range(self.shape.schedulers):
-            await self._add("scheduler", number, "scheduler", self._scheduler_flags)
+            await self._add("scheduler", number, f"{beside}scheduler", self._scheduler_flags)
         for number in range(self.shape.workers):
             await self._add("worker", number, "tests.faults.doubles.worker", self._worker_flags)
         for number in range(self.shape.gateways):
             wrap = ("prlimit", f"--nofile={self.shape.open_files}") if self.shape.open_files else ()
-            await self._add("gateway", number, "gateway", self._gateway_flags, wrap)
+            await self._add("gateway", number, f"{beside}gateway", self._gateway_flags, wrap)
         for service in self.services:
             service.spawn()
         for service in self.services:
@@ -192,6 +218,8 @@ class Fleet:
         await self.wait_whole()
 
     def _start_etcd(self) -> None:
+        if self.shape.small_disk:
+            self.disk = SmallDisk(self.ledger, self.ledger.folder, self.shape.small_disk)
         folder = self.ledger.folder / "etcd"
         if self.shape.members > 1:
             cluster = EtcdCluster(folder)
@@ -209,13 +237,18 @@ class Fleet:
         role: str,
         number: int,
         module: str,
-        flags: Callable[[int, str], list[str]],
+        flags: Callable[[Places], list[str]],
         wrap: tuple[str, ...] = (),
     ) -> None:
-        port = free_port()
-        public = await self._before(f"{role}-{number}", f"127.0.0.1:{port}") if role != "gateway" else ""
-        self.services.append(Service(role, number, module, lambda: flags(port, public), self.ledger, wrap=wrap))
-        self.services[-1].address = public
+        port, name = free_port(), f"{role}-{number}"
+        public = await self._before(name, f"127.0.0.1:{port}") if role != "gateway" else ""
+        etcd = [await self._before(f"etcd-{name}", self._etcd_addresses[0])] if role != "gateway" else []
+        etcd = etcd if self.shape.proxied else self._etcd_addresses
+        service = Service(
+            role, number, module, lambda: flags(Places(port, public, ",".join(etcd))), self.ledger, wrap=wrap
+        )
+        service.address = public
+        self.services.append(service)
 
     async def _before(self, name: str, target: str) -> str:
         """The address of a proxy before the target, if the shape has proxies."""
@@ -225,33 +258,24 @@ class Fleet:
         self.proxies[name] = await self._undo.enter_async_context(proxy)
         return proxy.address
 
-    def _scheduler_flags(self, port: int, public: str) -> list[str]:
-        flags = ["--port", str(port), "--advertise", public, "--etcd-endpoints", ",".join(self._etcd_addresses)]
+    def _scheduler_flags(self, at: Places) -> list[str]:
+        flags = ["--port", str(at.port), "--advertise", at.public, "--etcd-endpoints", at.etcd]
         return [*flags, "--lease-ttl-s", "2", *self.shape.scheduler_flags]
 
-    def _worker_flags(self, port: int, public: str) -> list[str]:
-        flags = ["--port", str(port), "--advertise", public, "--etcd-endpoints", ",".join(self._etcd_addresses)]
-        speed = str(self.shape.speed)
-        return [
-            *flags,
-            "--backend",
-            "echo",
-            "--model",
-            "echo",
-            "--echo-tokens-per-second",
-            speed,
-            *self.shape.worker_flags,
-        ]
+    def _worker_flags(self, at: Places) -> list[str]:
+        flags = ["--port", str(at.port), "--advertise", at.public, "--etcd-endpoints", at.etcd]
+        flags += ["--backend", "echo", "--model", "echo", "--echo-tokens-per-second", str(self.shape.speed)]
+        return [*flags, *self.shape.worker_flags]
 
-    def _gateway_flags(self, port: int, public: str) -> list[str]:
+    def _gateway_flags(self, at: Places) -> list[str]:
         schedulers = ",".join(service.address for service in self.of("scheduler"))
-        return ["--schedulers", schedulers, "--http-port", str(port), "--grpc-port", "0", *self.shape.gateway_flags]
+        return ["--schedulers", schedulers, "--http-port", str(at.port), "--grpc-port", "0", *self.shape.gateway_flags]
 
 
 def _runs(member: EtcdServer) -> bool:
     try:
-        return bool(member.pid)
-    except RuntimeError:
+        return psutil.Process(member.pid).status() != psutil.STATUS_ZOMBIE
+    except (RuntimeError, psutil.NoSuchProcess):
         return False
 
 

@@ -1,8 +1,8 @@
 """Everything a run makes outside its own memory is written down first, so that it can be undone, even by the next run.
 
-One folder per run below the system's temporary folder; `made.jsonl` in it lists processes, control groups, mounts and
-network namespaces in the order in which they were made. `undo` takes them back in reverse; `sweep` does it for runs
-whose process is gone.
+One folder per fleet below the system's temporary folder, and beside it (a file system may be mounted on it) a list of
+processes, control groups, mounts and network namespaces in the order in which they were made. `undo` takes them back in
+reverse; `sweep` does it for runs whose process is gone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Ledger:
     def __init__(self, name: str = "") -> None:
         self.folder = HOME / f"run-{os.getpid()}{name}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._path = self.folder / "made.jsonl"
+        self._path = _list_of(self.folder)
 
     def note(self, kind: str, what: str | int) -> None:
         """About to make a `kind` (process, cgroup, mount, netns); of processes: have made."""
@@ -45,10 +45,14 @@ class Ledger:
         _undo(self.folder)
 
 
+def _list_of(folder: Path) -> Path:
+    return folder.with_suffix(".made")
+
+
 def sweep() -> int:
     """Undo what runs that are no more have left; how many they were."""
     found = 0
-    for folder in HOME.glob("run-*"):
+    for folder in {path.with_suffix("") for path in HOME.glob("run-*")}:
         owner = folder.name.removeprefix("run-").split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             _undo(folder)
@@ -58,10 +62,11 @@ def sweep() -> int:
 
 def _undo(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        entries = [json.loads(line) for line in (folder / "made.jsonl").read_text().splitlines()]
+        entries = [json.loads(line) for line in _list_of(folder).read_text().splitlines()]
         for entry in reversed(entries):
             _UNDO[entry["kind"]](entry)
     shutil.rmtree(folder, ignore_errors=True)
+    _list_of(folder).unlink(missing_ok=True)
 
 
 def _end_process(entry: dict[str, object]) -> None:

@@ -9,4 +9,5 @@ from tests.faults.scenario import Scenario
 def planned(*, quick: bool, seeds: int | None, first: int, only: str) -> list[tuple[Scenario, int]]:
     """Scenarios with seeds. `seeds`: so many random ones besides; None: the default number."""
     found = [(scenario, first) for scenario in rows.every() if scenario.quick or not quick]
-    return [(scenario, seed) for scenario, seed in found if only.lower() in scenario.name.lower()]
+    wanted = [part.strip().lower() for part in only.split(",")]
+    return [(one, seed) for one, seed in found if any(part in one.name.lower() for part in wanted)]

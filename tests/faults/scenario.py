@@ -23,7 +23,11 @@ class Shape:
     speed: int = 30
     """Tokens per second of one stream."""
     proxied: bool = False
-    """A fault proxy before each worker, each scheduler and etcd."""
+    """A fault proxy before each worker and each scheduler, and before etcd one for each service."""
+    doubles: bool = False
+    """Schedulers and gateways take orders too (see `doubles`)."""
+    small_disk: int = 0
+    """Bytes of the file system that etcd's data and all logs lie on; 0: the disk."""
     apart: bool = False
     """Workers and schedulers in network namespaces of their own, behind one router."""
     torch: bool = False
@@ -48,6 +52,8 @@ class Load:
     returns: bool = True
     """A client whose connection breaks comes back at another gateway with `Last-Event-ID`."""
     choices: int = 1
+    leavers: int = 0
+    """So many of the streams reset their connection at a token that the seed says, and do not come back."""
     prompt: str = "story"
     patience_s: float = 45.0
     """A stream that has not ended by then counts as lost."""

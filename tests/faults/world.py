@@ -14,6 +14,7 @@ import httpx
 from llmos.v1 import fleet_pb2
 from tests.faults.clients import Clients
 from tests.faults.fleet import Fleet, until
+from tests.faults.kernel import ControlGroup
 from tests.faults.scenario import Event, Result, Scenario
 from tests.faults.services import Service
 from tests.faults.verdict import Counts, quantile
@@ -47,7 +48,10 @@ class World:
     """The core's counters by term, as last seen, less what they were before."""
     before: dict[int, Counter[str]] = field(default_factory=dict)
     loads: list[tuple[float, fleet_pb2.GetLoadResponse]] = field(default_factory=list)
+    groups: dict[str, ControlGroup] = field(default_factory=dict)
+    """Control groups by service."""
     begun_at: float = field(default_factory=time.monotonic)
+    begun_unix_s: float = field(default_factory=time.time)
 
     def choose(self, part: str, role: str) -> Service:
         """The same service for the same part throughout; which one, the seed says."""
@@ -78,6 +82,18 @@ class World:
             return max(min(hits) - since, 1e-3) if hits else 0.0
 
         return float(await until(found, f"a log to say {pattern!r}", timeout_s))
+
+    async def released(self, timeout_s: float = 10.0) -> None:
+        """Until no request waits or runs, and every KV block is free. Raises TimeoutError."""
+
+        async def free() -> bool:
+            load = await self.fleet.load()
+            if load is None or any(queue.waiting or queue.running for queue in load.queues):
+                return False
+            models = [model for node in load.nodes for model in node.models if model.total_blocks]
+            return all(model.free_blocks == model.total_blocks for model in models)
+
+        await until(free, "every request and every KV block to be released", timeout_s)
 
     async def sample(self) -> None:
         """Look at the leader's counters and its load until cancelled."""
@@ -148,6 +164,10 @@ async def _due(world: World, event: Event) -> None:
 
 async def _judge(world: World) -> Result:
     scenario, clients = world.scenario, world.clients
+    try:
+        await world.released()
+    except TimeoutError as error:
+        world.problems.append(str(error))
     counts = Counts(injected=world.injected)
     for stream in clients.streams:
         counts.add(stream.counts())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from tests.faults.rows import schedulers, workers
+from tests.faults.rows import clients, schedulers, stores, workers
 from tests.faults.scenario import Scenario
 
 
-def every() -> list[Scenario]:
-    """All single scenarios, in the order in which they run: those of one shape one after the other."""
-    found = [*workers.SCENARIOS, *schedulers.SCENARIOS]
+def every(*, full: bool = False) -> list[Scenario]:
+    """All single scenarios, in the order in which they run: those of one shape one after the other.
+
+    `full` adds those that last minutes.
+    """
+    found = [*workers.SCENARIOS, *schedulers.SCENARIOS, *stores.SCENARIOS, *clients.SCENARIOS]
+    if full:
+        found += [stores.outage(600, 18_000)]
     shapes = list(dict.fromkeys(one.shape for one in found))
     return sorted(found, key=lambda one: shapes.index(one.shape))

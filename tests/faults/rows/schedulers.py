@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tests.faults.acts import freeze, heal, kill, leader, pause, stall, thaw, until_answered, until_logged
+from tests.faults.acts import freeze, kill, leader, pause, thaw, until_answered, until_logged
+from tests.faults.network_acts import heal, stall
 from tests.faults.rows.workers import PROXIED
 from tests.faults.scenario import Event, Load, Scenario
 
@@ -40,9 +41,9 @@ SCENARIOS = (
         "leader cut off from etcd",
         "lease expired, worker or leader alive",
         (
-            Event("nothing passes to or from etcd", stall("etcd"), tokens=20),
+            Event("nothing passes to or from etcd", stall("etcd-"), tokens=20),
             Event("every lease expires", pause(8.0)),
-            Event("etcd is back", heal("etcd")),
+            Event("etcd is back", heal("etcd-")),
         ),
         PROXIED,
         Load(tokens=400),

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from tests.faults.acts import (
     freeze,
-    heal,
     kill,
     kill_engine,
     order,
     pause,
     recall,
-    reset,
-    roughen,
-    stall,
     thaw,
     until_logged,
     until_moved,
     worker,
 )
+from tests.faults.network_acts import heal, reset, roughen, stall
 from tests.faults.scenario import Event, Load, Scenario, Shape
 
 LOST = r"worker \S+ lost"
@@ -79,6 +76,18 @@ SCENARIOS = (
         notice=LOST,
         targets={"detection_s": 2.0, "gap_s": 2.5},
         quick=True,
+    ),
+    Scenario(
+        "engine hangs",
+        "engine hangs, RPC alive",
+        (
+            Event("SIGSTOP to an engine, its worker answers", freeze(worker(), engine_only=True), tokens=20),
+            Event("its streams move", until_moved(worker())),
+            Event("SIGCONT, late tokens are marked", thaw(worker())),
+            Event(_LATE, pause(1.0)),
+        ),
+        load=Load(tokens=260),
+        targets={"gap_s": 3.0},
     ),
     Scenario(
         "stream stalls",

@@ -1,0 +1,76 @@
+"""What scenarios look at after the load has ended. Each says what is wrong, or nothing."""
+
+from __future__ import annotations
+
+from tests.faults.scenario import Check
+from tests.faults.world import World
+
+
+def never(counter: str) -> Check:
+    """A counter of the core that must not have moved."""
+
+    async def check(world: World) -> str:
+        count = world.total(counter)
+        return f"{counter} {count}, not 0" if count else ""
+
+    return check
+
+
+def at_least(counter: str, least: int = 1) -> Check:
+    """A counter of the core that must have moved: the fault was real."""
+
+    async def check(world: World) -> str:
+        count = world.total(counter)
+        return f"{counter} {count}, not {least} at least" if count < least else ""
+
+    return check
+
+
+def same_leader() -> Check:
+    """Nobody else was elected."""
+
+    async def check(world: World) -> str:
+        terms = sorted(world.counters)
+        return f"terms {terms}, not one" if len(terms) != 1 else ""
+
+    return check
+
+
+def logged(pattern: str, role: str) -> Check:
+    """A log of a role shows it, since the first fault."""
+
+    async def check(world: World) -> str:
+        found = [one for one in world.fleet.of(role) if one.first_line(pattern, world.fault_unix_s)]
+        return "" if found else f"no {role} logged {pattern!r}"
+
+    return check
+
+
+def not_logged(pattern: str) -> Check:
+    """No log shows it since the scenario began."""
+
+    async def check(world: World) -> str:
+        hits = [hit[1] for one in world.fleet.services if (hit := one.first_line(pattern, world.begun_unix_s))]
+        return f"logged: {hits[0][:200]}" if hits else ""
+
+    return check
+
+
+def all_alive() -> Check:
+    """No process has ended."""
+
+    async def check(world: World) -> str:
+        dead = [one.name for one in world.fleet.services if not one.alive]
+        return f"ended: {', '.join(dead)}" if dead else ""
+
+    return check
+
+
+def at_most(fact: str, most: float) -> Check:
+    """Something that an event measured."""
+
+    async def check(world: World) -> str:
+        value = world.facts.get(fact, world.times.get(fact, -1.0))
+        return "" if 0 <= value <= most else f"{fact} {value:g}, not {most:g} at most"
+
+    return check
