@@ -58,7 +58,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only the scenarios that `make test` runs")
     parser.add_argument("--seeds", type=int, metavar="N", help="so many random singles, pairs and triples in all")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default: 0)")
-    parser.add_argument("--only", default="", metavar="NAME", help="only scenarios whose name contains NAME, or one of NAME,NAME")
+    parser.add_argument(
+        "--only", default="", metavar="NAME", help="only scenarios whose name contains NAME, or one of NAME,NAME"
+    )
     parser.add_argument("--json", action="store_true", help="results as JSON on standard output")
     parser.add_argument("--list", action="store_true", help="name the scenarios and end")
     parser.add_argument("--write-docs", action="store_true", help="write docs/faults.md from this run")

@@ -156,6 +156,23 @@ def until_logged(pattern: str, measure: str = "", timeout_s: float = 30.0) -> Ac
     return act
 
 
+def until_counted(counter: str, measure: str = "detection_s", timeout_s: float = 30.0) -> Act:
+    """Wait until the leader has counted it."""
+
+    async def act(world: World) -> None:
+        term = max(world.counters, default=0)
+        before = world.before.get(term, {}).get(counter, 0)
+
+        async def counted() -> bool:
+            load = await world.fleet.load()
+            return load is not None and load.counters.get(counter, 0) > (before if load.term == term else 0)
+
+        await until(counted, f"the leader to count {counter}", timeout_s)
+        world.times.setdefault(measure, time.monotonic() - world.fault_at)
+
+    return act
+
+
 def until_moved(pick: Pick, timeout_s: float = 20.0) -> Act:
     """Wait until nothing of the clients runs on a worker any more, as the leader sees it."""
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from itertools import pairwise
+
+import grpc
+
+from llmos.v1 import fleet_pb2
 from tests.faults.scenario import Check
 from tests.faults.world import World
 
@@ -74,3 +80,33 @@ def at_most(fact: str, most: float) -> Check:
         return "" if 0 <= value <= most else f"{fact} {value:g}, not {most:g} at most"
 
     return check
+
+
+def moved_elsewhere() -> Check:
+    """Every attempt that was given up has a successor on another worker, and says why it was given up."""
+
+    async def check(world: World) -> str:
+        moved = 0
+        for stream in world.clients.streams:
+            attempts = await attempts_of(world, stream.request_id)
+            for before, after in pairwise(attempts):
+                moved += 1
+                if before.attributes.get("llmos.worker") == after.attributes.get("llmos.worker"):
+                    return f"{stream.request_id} was dispatched to {before.attributes.get('llmos.worker')} again"
+                if not before.attributes.get("llmos.reason"):
+                    return f"the trace of {stream.request_id} does not say why it moved"
+        world.facts["moved"] = moved
+        return "" if moved else "no trace shows a request that moved"
+
+    return check
+
+
+async def attempts_of(world: World, request_id: str) -> list[fleet_pb2.Span]:
+    """The attempts at a request, in order, from the leader's ring."""
+    for gateway in world.fleet.of("gateway"):
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            answer = await world.fleet.stub(gateway).GetTrace(fleet_pb2.GetTraceRequest(id=request_id), timeout=5)
+            return sorted(
+                (span for span in answer.spans if span.name == "attempt"), key=lambda span: span.start_unix_ns
+            )
+    return []

@@ -18,7 +18,14 @@ from tests.faults.scenario import Load
 from tests.faults.verdict import Counts, compare
 from worker.backends.echo import echo_token, prompt_digest
 
-_MODEL = "echo"
+KINDS: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "top_p": 0.95},
+    "four": {"n": 4, "temperature": 0.8},
+    "penalties": {"temperature": 0.7, "frequency_penalty": 0.6, "presence_penalty": 0.4},
+    "json": {"temperature": 0.9, "guided_json": {"type": "array", "items": {"type": "integer"}, "minItems": 40}},
+}
+"""Kinds of requests by name."""
 _BREATH_S = 0.05
 _RETURNS = 40
 """Tries to come back after a break; with the pause between them about ten seconds."""
@@ -35,11 +42,11 @@ def expected_text(prompt: str, seed: int, tokens: int, choice: int = 0) -> str:
 class Streamed:
     """One stream and all that a client can say of it."""
 
-    prompt: str
-    tokens: int
-    seed: int
+    body: dict[str, object]
+    """What is asked for."""
     gateway: int
-    choices: int = 1
+    expected: dict[int, str]
+    """By choice; of a real model, what the undisturbed run gave."""
     texts: dict[int, str] = field(default_factory=dict)
     finishes: dict[int, str] = field(default_factory=dict)
     times_s: list[float] = field(default_factory=list)
@@ -59,11 +66,13 @@ class Streamed:
     """It resets its connection once it has so many tokens; 0: it stays."""
     left_at: float = 0.0
     """When it did, monotonic."""
+    _id: str = ""
+    _data: str = ""
 
     @property
     def reached(self) -> int:
-        """Tokens of the choice that has fewest."""
-        return min((len(self.texts.get(choice, "")) for choice in range(self.choices)), default=0)
+        """Events with text so far, per choice."""
+        return len(self.times_s) // max(1, len(self.expected))
 
     @property
     def over(self) -> bool:
@@ -75,8 +84,8 @@ class Streamed:
         found = Counts()
         if self.status != 200:
             return found  # refused, not accepted
-        for choice in range(self.choices):
-            expected, got = expected_text(self.prompt, self.seed, self.tokens, choice), self.texts.get(choice, "")
+        for choice, expected in self.expected.items():
+            got = self.texts.get(choice, "")
             found.add(compare(expected, got))
             if (
                 not self.left_at
@@ -94,12 +103,17 @@ class Streamed:
         return max((later - earlier for earlier, later in pairwise(self.times_s) if later >= since), default=0.0)
 
     def take(self, line: str) -> None:
-        """One line of server-sent events."""
+        """One line of server-sent events. An event counts once the empty line behind it is there."""
         if line.startswith("id:"):
-            self.last_event_id = line[3:].strip()
-        if not line.startswith("data:"):
-            return
-        data = line[5:].strip()
+            self._id = line[3:].strip()
+        elif line.startswith("data:"):
+            self._data = line[5:].strip()
+        elif not line and self._data:
+            self._event(self._data)
+            self.last_event_id = self._id or self.last_event_id
+            self._id = self._data = ""
+
+    def _event(self, data: str) -> None:
         if data == "[DONE]":
             self.ends += 1
             return
@@ -143,12 +157,7 @@ class Clients:
         self.load = load
         self._urls = list(urls)
         self._http = client
-        self.streams = [
-            Streamed(
-                f"{load.prompt} {number} of {seed}", load.tokens, rng.getrandbits(31), number % len(urls), load.choices
-            )
-            for number in range(load.streams)
-        ]
+        self.streams = [self._stream(number, seed, rng) for number in range(load.streams)]
         for stream in self.streams[: load.leavers]:
             stream.leave_at = rng.randrange(1, load.tokens * 2 // 3)
         self.asked = Asked()
@@ -156,6 +165,27 @@ class Clients:
         """Set once the events are over: askers end."""
         self.leave = asyncio.Event()
         """Every stream resets its connection."""
+
+    def _stream(self, number: int, seed: int, rng: random.Random) -> Streamed:
+        load = self.load
+        kind = KINDS[load.kinds[number % len(load.kinds)]]
+        prompt, own_seed = f"{load.prompt} {number} of {seed}", rng.getrandbits(31)
+        body = {
+            "model": load.model,
+            "prompt": prompt,
+            "max_tokens": load.tokens,
+            "seed": own_seed,
+            "stream": True,
+            **kind,
+        }
+        choices = range(int(str(body.get("n", 1))))
+        expected = {choice: expected_text(prompt, own_seed, load.tokens, choice) for choice in choices}
+        return Streamed(body, number % len(self._urls), expected)
+
+    def expect(self, undisturbed: Sequence[Streamed]) -> None:
+        """From now on what another run gave is what must come."""
+        for stream, before in zip(self.streams, undisturbed, strict=True):
+            stream.expected = dict(before.texts)
 
     @property
     def reached(self) -> int:
@@ -165,28 +195,20 @@ class Clients:
 
     async def follow(self, stream: Streamed) -> None:
         """Read one stream to its end, coming back after breaks if the load says so."""
-        body = {
-            "model": _MODEL,
-            "prompt": stream.prompt,
-            "max_tokens": stream.tokens,
-            "seed": stream.seed,
-            "n": stream.choices,
-            "stream": True,
-        }
         try:
             async with asyncio.timeout(self.load.patience_s):
-                await self._once(stream, "POST", "/v1/completions", body)
+                await self._once(stream, "POST", "/v1/completions", stream.body)
                 while stream.broken and self.load.returns and stream.returns < _RETURNS:
-                    await self._come_back(stream, body)
+                    await self._come_back(stream)
         except TimeoutError:
             stream.broken = stream.broken or "no end in time"
 
-    async def _come_back(self, stream: Streamed, body: dict[str, object]) -> None:
+    async def _come_back(self, stream: Streamed) -> None:
         stream.returns += 1
         stream.gateway = (stream.gateway + 1) % len(self._urls)
         stream.broken = ""
         if not stream.request_id:
-            await self._once(stream, "POST", "/v1/completions", body)  # nothing was accepted yet
+            await self._once(stream, "POST", "/v1/completions", stream.body)  # nothing was accepted yet
         else:
             await self._once(stream, "GET", f"/v1/streams/{stream.request_id}", None)
         if stream.broken:
@@ -224,8 +246,8 @@ class Clients:
     async def ask(self, number: int) -> None:
         """Short requests, one after the other, until it is enough."""
         prompt = f"ask {number}"
-        expected = expected_text(prompt, 7, 4)
-        body = {"model": _MODEL, "prompt": prompt, "max_tokens": 4, "seed": 7}
+        expected = "" if self.load.unknown else expected_text(prompt, 7, 4)
+        body = {"model": self.load.model, "prompt": prompt, "max_tokens": 4, "seed": 7}
         url = self._urls[number % len(self._urls)]
         while not self.enough.is_set():
             begun = time.monotonic()
@@ -241,6 +263,7 @@ class Clients:
             else:
                 self.asked.answers += 1
                 text = answer.json()["choices"][0]["text"]
+                expected = expected or text
                 self.asked.counts.add(compare(expected, text))
                 self.asked.counts.lost += len(text) < len(expected)
                 self.asked.answered_at.append((begun, time.monotonic()))

@@ -51,7 +51,11 @@ class Load:
     """Clients that ask for a short answer, again and again, until the last event is over."""
     returns: bool = True
     """A client whose connection breaks comes back at another gateway with `Last-Event-ID`."""
-    choices: int = 1
+    kinds: tuple[str, ...] = ("greedy",)
+    """Of the streams in turn (see `clients.KINDS`)."""
+    model: str = "echo"
+    unknown: bool = False
+    """Nobody can compute the answers: an undisturbed run comes first and says what they are."""
     leavers: int = 0
     """So many of the streams reset their connection at a token that the seed says, and do not come back."""
     prompt: str = "story"

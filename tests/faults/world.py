@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from llmos.v1 import fleet_pb2
-from tests.faults.clients import Clients
+from tests.faults.clients import Clients, Streamed
 from tests.faults.fleet import Fleet, until
 from tests.faults.kernel import ControlGroup
 from tests.faults.scenario import Event, Result, Scenario
@@ -110,6 +110,8 @@ async def play(scenario: Scenario, seed: int, fleet: Fleet) -> Result:
     limits = httpx.Limits(max_connections=scenario.load.streams + scenario.load.askers + 8)
     async with httpx.AsyncClient(timeout=scenario.load.patience_s, limits=limits, trust_env=False) as http:
         clients = Clients(fleet.urls, scenario.load, seed, http)
+        if scenario.load.unknown:
+            clients.expect(await _undisturbed(scenario, seed, fleet, http))
         world = World(scenario, seed, fleet, clients, random.Random(f"{scenario.name} {seed}"))
         load = await fleet.load()
         if load is not None:
@@ -121,6 +123,18 @@ async def play(scenario: Scenario, seed: int, fleet: Fleet) -> Result:
                 if complaint:
                     world.problems.append(f"{name}: {complaint}")
         return await _judge(world)
+
+
+async def _undisturbed(scenario: Scenario, seed: int, fleet: Fleet, http: httpx.AsyncClient) -> list[Streamed]:
+    """The same streams with nothing happening."""
+    clients = Clients(fleet.urls, scenario.load, seed, http)
+    async with asyncio.TaskGroup() as group:
+        for stream in clients.streams:
+            group.create_task(clients.follow(stream))
+    broken = [stream.error or stream.broken for stream in clients.streams if stream.error or stream.broken]
+    if broken:
+        raise RuntimeError(f"the undisturbed run failed: {broken[0]}")
+    return clients.streams
 
 
 async def _checked(world: World, check: object) -> str:

@@ -6,6 +6,7 @@ Orders are files in the folder that LLMOS_TEST_ORDERS names, one folder per work
     invalid  every output comes with an index too far
     hog      takes 8 MiB with every step, until it dies of it
     leak     takes 256 KiB with every step, and goes on
+    mute     every second attempt that runs when it appears gets no token any more
     abort    ends the process at a step in which a prompt contains `POISON`
 """
 
@@ -63,10 +64,19 @@ class FaultyEcho(echo.EchoBackend):
         result = super().step()
         if "invalid" in found:
             result = _each(result, lambda output: dataclasses.replace(output, index=output.index + 3))
+        if "mute" in found:
+            result = self._muted(result)
         return self._as_stale(result) if "stale" in found else result
 
     def _take(self, size: int) -> None:
         self._taken.append(bytearray(os.urandom(4096) * (size // 4096)))
+
+    def _muted(self, result: StepResult) -> StepResult:
+        ordered_at = (self._orders / "mute").stat().st_mtime
+        running = [(output.request_id, output.epoch) for output in result.outputs]
+        silent = {name for name in running if self._admitted[name] < ordered_at and sum(name[0].encode()) % 2}
+        outputs = [output for output in result.outputs if (output.request_id, output.epoch) not in silent]
+        return dataclasses.replace(result, outputs=outputs)
 
     def _as_stale(self, result: StepResult) -> StepResult:
         ordered_at = (self._orders / "stale").stat().st_mtime

@@ -78,18 +78,6 @@ SCENARIOS = (
         quick=True,
     ),
     Scenario(
-        "engine hangs",
-        "engine hangs, RPC alive",
-        (
-            Event("SIGSTOP to an engine, its worker answers", freeze(worker(), engine_only=True), tokens=20),
-            Event("its streams move", until_moved(worker())),
-            Event("SIGCONT, late tokens are marked", thaw(worker())),
-            Event(_LATE, pause(1.0)),
-        ),
-        load=Load(tokens=260),
-        targets={"gap_s": 3.0},
-    ),
-    Scenario(
         "stream stalls",
         "stream stalls after k tokens",
         (

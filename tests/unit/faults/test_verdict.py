@@ -27,7 +27,7 @@ def test_what_was_planted_is_found(got: str, found: Counts) -> None:
 
 
 def stream(text: str, **more: object) -> Streamed:
-    made = Streamed("p", 60, 3, 0, texts={0: text}, finishes={0: "length"}, status=200, ends=1)
+    made = Streamed({}, 0, {0: TEXT}, texts={0: text}, finishes={0: "length"}, status=200, ends=1)
     for name, value in more.items():
         setattr(made, name, value)
     return made
@@ -49,12 +49,15 @@ def test_a_typed_error_is_an_end() -> None:
 
 
 def test_events_are_taken_as_they_come() -> None:
-    made = Streamed("p", 2, 3, 0, status=200)
+    made = Streamed({}, 0, {0: "ab"}, status=200)
     for line in (
         "id: 7",
         'data: {"choices": [{"index": 0, "text": "' + "ab" + '", "finish_reason": "length"}]}',
         "",
         "data: [DONE]",
+        "",
+        "id: 8",
+        "data: {cut",
     ):
         made.take(line)
     assert (made.texts, made.finishes, made.ends, made.last_event_id) == ({0: "ab"}, {0: "length"}, 1, "7")
