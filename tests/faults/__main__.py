@@ -19,7 +19,7 @@ from tests.faults import page, report
 from tests.faults.ledger import sweep
 from tests.faults.plan import planned
 from tests.faults.runner import Runner
-from tests.faults.scenario import Result
+from tests.faults.scenario import Result, Scenario
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     progress = report.Progress(console, len(scenarios))
     began = time.monotonic()
     try:
-        results = asyncio.run(_run(scenarios, progress))
+        results = asyncio.run(_run(scenarios, progress, write_docs=options.write_docs))
     except KeyboardInterrupt:
         console.print("interrupted; everything that was made is taken back")
         return 130
@@ -48,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(report.as_json(results, time.monotonic() - began)) + "\n")
     else:
         report.summarise(console, results, time.monotonic() - began)
-    if options.write_docs:
-        page.write(results, time.monotonic() - began)
     return 0 if all(result.ok for result in results) else 1
 
 
@@ -67,11 +65,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-async def _run(scenarios: list[tuple[object, int]], progress: report.Progress) -> list[Result]:
+async def _run(scenarios: list[tuple[Scenario, int]], progress: report.Progress, *, write_docs: bool) -> list[Result]:
     results: list[Result] = []
+    began = time.monotonic()
     async with Runner(progress.told) as runner:
         for scenario, seed in scenarios:
-            results += await runner.run([scenario], seed)  # type: ignore[list-item]
+            results += await runner.run([scenario], seed)
+            if write_docs:  # after each one: an interrupted run has its page too
+                page.write(results, time.monotonic() - began)
     return results
 
 

@@ -269,7 +269,10 @@ class Fleet:
 
     def _gateway_flags(self, at: Places) -> list[str]:
         schedulers = ",".join(service.address for service in self.of("scheduler"))
-        return ["--schedulers", schedulers, "--http-port", str(at.port), "--grpc-port", "0", *self.shape.gateway_flags]
+        key = self.ledger.folder / "streams.key"
+        key.write_text("5a" * 32 + "\n")
+        flags = ["--schedulers", schedulers, "--http-port", str(at.port), "--grpc-port", "0"]
+        return [*flags, "--stream-key-file", str(key), *self.shape.gateway_flags]
 
 
 def _runs(member: EtcdServer) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.faults.rows import clients, schedulers, stalls, stores, workers
+from tests.faults.rows import clients, gateways, innocents, schedulers, stalls, stores, workers
 from tests.faults.scenario import Scenario
 
 
@@ -11,7 +11,15 @@ def every(*, full: bool = False) -> list[Scenario]:
 
     `full` adds those that last minutes.
     """
-    found = [*workers.SCENARIOS, *stalls.SCENARIOS, *schedulers.SCENARIOS, *stores.SCENARIOS, *clients.SCENARIOS]
+    found = [
+        *workers.SCENARIOS,
+        *stalls.SCENARIOS,
+        *schedulers.SCENARIOS,
+        *stores.SCENARIOS,
+        *clients.SCENARIOS,
+        *gateways.SCENARIOS,
+        *innocents.SCENARIOS,
+    ]
     if full:
         found += [stores.outage(600, 18_000)]
     shapes = list(dict.fromkeys(one.shape for one in found))
