@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import psutil
@@ -22,11 +23,11 @@ def worker(part: str = "victim") -> Pick:
 
     async def pick(world: World) -> Service:
         if part not in world.chosen:
-            busy = {row.worker for row in await world.fleet.requests()}
-            candidates = [
-                one for one in world.fleet.of("worker") if one.id in busy and one not in world.chosen.values()
-            ]
-            world.chosen[part] = world.rng.choice(candidates or world.fleet.of("worker"))
+            running = Counter(row.worker for row in await world.fleet.requests())
+            free = [one for one in world.fleet.of("worker") if one not in world.chosen.values()]
+            most = max((running[one.id] for one in free), default=0)
+            # One with a short request only would show nothing.
+            world.chosen[part] = world.rng.choice([one for one in free if 2 * running[one.id] >= most])
         return world.chosen[part]
 
     return pick

@@ -243,6 +243,12 @@ class Clients:
         else:
             stream.status, stream.error = answer.status_code, code
 
+    async def say(self, prompt: str) -> str:
+        """One request, answered whole. Returns `answered`, or the code of its error."""
+        body = {"model": self.load.model, "prompt": prompt, "max_tokens": 4, "seed": 7}
+        answer = await self._http.post(f"{self._urls[0]}/v1/completions", json=body, timeout=self.load.patience_s)
+        return "answered" if answer.status_code == 200 else _code(answer)
+
     async def ask(self, number: int) -> None:
         """Short requests, one after the other, until it is enough."""
         prompt = f"ask {number}"

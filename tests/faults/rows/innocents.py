@@ -1,12 +1,86 @@
-"""Workers that run out of memory: alone."""
+"""Who harms others: requests that kill engines, workers that run out of memory; and gateways out of descriptors."""
 
 from __future__ import annotations
 
-from tests.faults.acts import order, pause, worker
+import asyncio
+import contextlib
+import time
+
+from tests.faults.acts import order, pause, until_answered, worker
+from tests.faults.checks import all_alive
+from tests.faults.doubles.engine import POISON
 from tests.faults.kernel_acts import limit_memory
-from tests.faults.scenario import Event, Load, Scenario
+from tests.faults.rows.workers import ENGINE_ENDED
+from tests.faults.scenario import Act, Event, Load, Scenario, Shape
+from tests.faults.world import World
+
+_QUARANTINED = "request_quarantined"
+_MOST_LOST = 2
+
+
+def crowd(count: int) -> Act:
+    """So many connections that ask for nothing, to each gateway, for three seconds."""
+
+    async def act(world: World) -> None:
+        world.injected_now()
+        writers = []
+        for url in world.fleet.urls:
+            for _ in range(count):
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+                    writers.append(writer)
+        await asyncio.sleep(3.0)
+        world.facts["connections"] = len(writers)
+        for writer in writers:
+            writer.close()
+        world.fault_at = time.monotonic()
+
+    return act
+
+
+def poison() -> Act:
+    """A request whose prompt ends every engine that computes it; said again, it must be refused at once."""
+
+    async def act(world: World) -> None:
+        world.injected_now()
+        for service in world.fleet.of("worker"):
+            service.order("abort")
+            service.marked = True
+        answers = [await world.clients.say(f"a {POISON} prompt") for _ in range(2)]
+        if answers != [_QUARANTINED] * 2:
+            world.problems.append(f"the poisonous request got {answers}")
+        lost = [one.name for one in world.fleet.of("worker") if one.first_line(ENGINE_ENDED, world.fault_unix_s)]
+        world.facts["engines_lost"] = len(lost)
+        if len(lost) > _MOST_LOST:
+            world.problems.append(f"engines lost: {', '.join(lost)}")
+
+    return act
+
 
 SCENARIOS = (
+    Scenario(
+        "query of death",
+        "query of death",
+        (Event("a prompt that ends engines, among streams", poison(), tokens=20),),
+        load=Load(streams=16, tokens=250),
+        targets={"gap_s": 2.5},
+        note="the streams that ran beside it are innocent, all of them end whole",
+    ),
+    Scenario(
+        "file descriptors run out",
+        "file descriptors run out",
+        (
+            Event("200 connections to gateways that may open 128 files", crowd(200), tokens=20),
+            Event("a new request is answered", until_answered()),
+        ),
+        Shape(open_files=128),
+        Load(tokens=200),
+        checks=(("every service lives", all_alive()),),
+        errors=frozenset({"ReadError", "ConnectError", "ReadTimeout", "overloaded", "too_many_requests", "503"}),
+        targets={"gap_s": 1.0},
+        note="who comes while there is none is refused; the streams that run go on",
+    ),
     Scenario(
         "out of memory",
         "out of memory",
