@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmos.errors import AttemptLost, ClientError, EngineLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import charges, health, learning, members, suspects
+from scheduler import charges, decay, health, learning, members, suspects
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -43,6 +43,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         suspects.look(state, worker)
     if worker.health.probe:
         health.look_at_probe(state, worker, now)
+    if frame.uses:
+        decay.heard(state, worker, frame.uses, now, out)
     if frame.busy:
         worker.busy_at = now
     elif worker.running:

@@ -67,6 +67,9 @@ def attached(state: State, event: events.WorkerAttached, now: float, out: Outbox
     if worker.health.hung:
         health.on_trial(state, worker)
     heard_draining(state, worker, event.report.draining)
+    if event.report.drain_reason:  # an earlier leader ordered it
+        report = event.report
+        worker.restart = work_pb2.Drain(restart=True, reason=report.drain_reason, detail=report.drain_detail)
     if worker.drain_wanted is not None and worker.drain_wanted != event.report.draining:
         order_drain(worker, out)
     worker.attachments += 1
@@ -121,7 +124,7 @@ def _forget(state: State, worker: WorkerView, out: Outbox) -> None:
 def order_drain(worker: WorkerView, out: Outbox) -> None:
     """Tell a worker what an operator wants of it. One that is away is told when it comes back."""
     if worker.connected and worker.drain_wanted is not None:
-        drain = work_pb2.Drain(undo=not worker.drain_wanted)
+        drain = worker.restart or work_pb2.Drain(undo=not worker.drain_wanted)
         out.append(Order(worker.id, work_pb2.Command(drain=drain)))
 
 

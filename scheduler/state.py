@@ -73,6 +73,8 @@ class State:
     """How long all workers of a model take."""
     claims: dict[str, str] = field(default_factory=dict)
     """Request id to the worker that reported to run it and has not been told otherwise."""
+    afresh_until: float = 0.0
+    """Until then no other worker is started afresh."""
     nobody_since: dict[ModelKey, float] = field(default_factory=dict)
     """Since when no connected worker could ever serve a model that somebody waits for."""
     largest: dict[ModelKey, int] = field(default_factory=dict)

@@ -62,7 +62,18 @@ def _worker(worker: WorkerView) -> fleet_pb2.Node:
         state=_worker_state(worker),
         capacity=record.capacity,
         running=len(worker.running),
+        uses=worker.decay.uses.values(),
+        drain_reason=_drain_reason(worker),
+        drain_detail=worker.restart.detail if worker.restart is not None else "",
     )
+
+
+def _drain_reason(worker: WorkerView) -> fleet_pb2.DrainReason.ValueType:
+    if not worker.draining:
+        return fleet_pb2.DRAIN_REASON_UNSPECIFIED
+    if worker.restart is not None:
+        return worker.restart.reason
+    return fleet_pb2.DRAIN_REASON_ORDERED if worker.drain_wanted else fleet_pb2.DRAIN_REASON_LEAVING
 
 
 def _worker_state(worker: WorkerView) -> fleet_pb2.NodeState.ValueType:

@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from llmos.internal.v1 import registry_pb2, request_pb2
+from llmos.internal.v1 import registry_pb2, request_pb2, work_pb2
 from llmos.v1 import fleet_pb2
 from scheduler.requests import Attempt, ModelKey
 from scheduler.timing import Times
+from scheduler.usage import Decay
 
 LOADED = fleet_pb2.MODEL_STATE_LOADED
 AVAILABLE = fleet_pb2.MODEL_STATE_AVAILABLE
@@ -185,6 +186,12 @@ class WorkerView:
     """The suspect that runs there; one at most."""
     drain_wanted: bool | None = None
     """What an operator ordered last: empty it, or take it back. None: nothing."""
+    restart: work_pb2.Drain | None = None
+    """The order to be started afresh, once it was given."""
+    decay: Decay = field(default_factory=Decay)
+    """What it uses of what can run out."""
+    ended: int = 0
+    """Attempts that ended there."""
     drain_look: int = 0
     """Counts the times it began to drain."""
     attachments: int = 0
@@ -266,6 +273,7 @@ class WorkerView:
     def release(self, request_id: str) -> None:
         """An attempt is over: give its blocks back."""
         attempt = self.running.pop(request_id)
+        self.ended += 1
         if not attempt.started:
             self.started(attempt)
         self.load.decoding -= attempt.sequences

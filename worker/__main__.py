@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 
 from llmos import cgroups
 from llmos.addresses import host_port
@@ -18,8 +19,8 @@ from llmos.clock import Clock, SystemClock
 from llmos.config import from_command_line
 from llmos.errors import LlmosError
 from llmos.etcd import EtcdClient
-from llmos.internal.v1 import registry_pb2, work_pb2_grpc
-from llmos.lifetime import Stop, first_of, run_until_signal
+from llmos.internal.v1 import registry_pb2, work_pb2, work_pb2_grpc
+from llmos.lifetime import EXIT_RESTART, Stop, first_of, run_until_signal
 from llmos.ready import write_ready
 from llmos.rpc import RpcServer
 from llmos.store import Store, default_store_path
@@ -37,6 +38,7 @@ from worker.registration import Registration
 from worker.service import WorkService
 from worker.shelf import Shelf
 from worker.spans import ExecuteSpans
+from worker.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class WorkerProcess:
         self._config = config
         self._clock = clock
         self._rng = rng
+        self._drain_s = config.drain_s
         self._id = config.id or f"worker-{secrets.token_hex(4)}"
 
     async def serve(self, stop: Stop) -> None:
@@ -70,10 +73,12 @@ class WorkerProcess:
         spare_after_s = _SPARE_AFTER_S if config.spare_engine and config.backend == "torch" else None
         link = EngineLink(_setup(config, held), core, clock=self._clock, rng=self._rng, spare_after_s=spare_after_s)
         core.connect(link)
+        core.on_restart = partial(self._start_afresh, stop)
+        vitals = Vitals(capacity.memory_bytes, lambda: (os.getpid(), link.pid, link.spare_pid))
         server = RpcServer(config.host, config.port, tls=config.tls)
         server.add(work_pb2_grpc.add_WorkServicer_to_server, WorkService(core, held), "llmos.internal.v1.Work")
         try:
-            async with _beside(stop, link.run(), _tick(core)):
+            async with _beside(stop, link.run(), _tick(core, vitals)):
                 if await _first(link.ready, stop):
                     await server.start()
                     async with self._registered(server.port, capacity, held, shelf, stop):
@@ -87,11 +92,19 @@ class WorkerProcess:
             await link.close()
             await asyncio.to_thread(telemetry.shutdown, _GRACE_S)
 
+    def _start_afresh(self, stop: Stop, order: work_pb2.Drain) -> None:
+        """The scheduler has seen that something runs out here: end, and let whoever supervises this start it again."""
+        if not stop.is_set():
+            log.warning("to be started afresh: %s", order.detail)
+            self._drain_s = order.within_ms / 1000
+            stop.status = EXIT_RESTART
+            stop.set()
+
     async def _drain(self, core: WorkerCore, stop: Stop) -> None:
         """Until nothing runs here, the time is up, or a second signal comes; what is left then goes on elsewhere."""
-        log.info("draining for at most %.0f s", self._config.drain_s)
+        log.info("draining for at most %.0f s", self._drain_s)
         core.drain()
-        deadline = self._clock.monotonic() + self._config.drain_s
+        deadline = self._clock.monotonic() + self._drain_s
         while not (core.idle or stop.hurry.is_set() or self._clock.monotonic() >= deadline):  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
 
@@ -141,9 +154,10 @@ async def _beside(stop: asyncio.Event, *works: Coroutine[None, None, None]) -> A
             raise result
 
 
-async def _tick(core: WorkerCore) -> None:
+async def _tick(core: WorkerCore, vitals: Vitals) -> None:
     while True:
         await asyncio.sleep(_TICK_S)
+        core.uses = vitals.measure()
         core.tick()
 
 
@@ -181,6 +195,7 @@ def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
         threads=config.threads or cgroups.whole_cores(cgroups.read()),
         tokens_per_second=config.echo_tokens_per_second,
         load_s=config.echo_load_s,
+        leak_bytes=config.echo_leak_bytes,
         models=tuple(model.engine for model in held),
         log_level=config.log_level,
         precision=config.precision,

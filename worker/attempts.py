@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from llmos.errors import LlmosError
 from llmos.internal.v1 import request_pb2, work_pb2
 from llmos.v1 import inference_pb2
 from worker.backend import Epoch
-from worker.wire import epoch_from_wire
+from worker.wire import epoch_from_wire, epoch_to_wire
 
 TOMBSTONE_TTL_S = 120.0
 """As long as the scheduler keeps its journal: nothing older can be dispatched again."""
@@ -178,3 +179,16 @@ class AttemptTable:
             if len(self._fences) <= self._limit and self._fences[oldest].expires_s > now:
                 return
             del self._fences[oldest]
+
+
+def cancel_of(running: Running) -> work_pb2.Command:
+    """The order to stop an attempt."""
+    order = work_pb2.CancelAttempt(request_id=running.request_id, epoch=epoch_to_wire(running.epoch))
+    return work_pb2.Command(cancel=order)
+
+
+def failure_of(request_id: str, epoch: Epoch, error: LlmosError) -> request_pb2.Failure:
+    """An attempt's failure by an error of the tree."""
+    return request_pb2.Failure(
+        request_id=request_id, epoch=epoch_to_wire(epoch), code=error.code, message=error.message
+    )

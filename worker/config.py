@@ -48,6 +48,8 @@ class WorkerConfig:
     """Speed of one echo stream; 0: as fast as possible."""
     echo_load_s: float = 0.0
     """Seconds that loading an echo model takes."""
+    echo_leak_bytes: int = 0
+    """Bytes of memory that each step of the echo engine loses for good, to test what becomes of a worker that leaks."""
     lease_ttl_s: float = 5.0
     """Seconds after which its record vanishes from etcd once it no longer renews it."""
     drain_s: float = 10.0
@@ -80,7 +82,7 @@ class WorkerConfig:
         for name in ("lease_ttl_s", "orphan_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive", param=name)
-        for name in ("drain_s", "echo_tokens_per_second", "echo_load_s", "memory_limit", "threads"):
+        for name in ("drain_s", "echo_tokens_per_second", "echo_load_s", "memory_limit", "threads", "echo_leak_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative", param=name)
         if not 0 <= self.port <= 65_535:

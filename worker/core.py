@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from llmos.clock import Clock
 from llmos.errors import AttemptLost, EngineLost, FleetError, InvalidRequest, LlmosError, StaleTerm, Unavailable
 from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.v1 import fleet_pb2
 from worker import wire
-from worker.attempts import AttemptTable, Running, Verdict
+from worker.attempts import AttemptTable, Running, Verdict, cancel_of, failure_of
 from worker.backend import Epoch
 from worker.cache_view import CacheView
 from worker.outbox import Outbox
@@ -83,6 +84,11 @@ class WorkerCore:
         """Streams and batches of lower terms that no frame has told of."""
         self._alone_since = clock.monotonic()
         self._leaving = self._emptied = self._announced_drain = False
+        self._restart = work_pb2.Drain()
+        self.on_restart: Callable[[work_pb2.Drain], None] = lambda order: None
+        """Told when this worker is to be started afresh."""
+        self.uses: list[fleet_pb2.ResourceUse] = []
+        """What its processes use, for the next frame."""
 
     def connect(self, engine: CommandSink) -> None:
         """Where commands go; once, before the engine is ready."""
@@ -178,6 +184,8 @@ class WorkerCore:
         frame.fenced, self._fenced = self._fenced, 0
         frame.models.extend(self._shelf.take_changes())
         frame.spans.extend(self._spans.drain())
+        frame.uses.extend(self.uses)
+        self.uses = []
         frame.cache.extend(self._cache.take())
         self._wake_if_sendable()
         return frame
@@ -214,7 +222,7 @@ class WorkerCore:
         self._cache.forget_all()
         error = EngineLost(f"The worker's engine ended ({reason}).")
         for running in list(self._table.running):
-            self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
+            self._fail(running.request_id, running.epoch, failure_of(running.request_id, running.epoch, error))
         self._wake()
 
     # Decisions
@@ -239,6 +247,8 @@ class WorkerCore:
             models=self._shelf.all(),
             numerics_fingerprint=self._state.fingerprint,
             draining=self.draining,
+            drain_reason=self._restart.reason,
+            drain_detail=self._restart.detail,
         )
 
     def _obey(self, commands: Iterable[work_pb2.Command]) -> None:
@@ -264,6 +274,9 @@ class WorkerCore:
                     forward.extend(self._unload(command))
                 case "drain":
                     self._emptied = not command.drain.undo
+                    if command.drain.restart and not self._restart.restart:
+                        self._restart = command.drain
+                        self.on_restart(command.drain)
                     self._wake()
                 case "resend_cache":
                     self._cache.resend(command.resend_cache.model)
@@ -276,12 +289,12 @@ class WorkerCore:
         verdict = self._table.judge(dispatch, self._clock.monotonic())
         if verdict is Verdict.STALE:
             error: LlmosError = StaleTerm("A newer attempt at this request is known.")
-            self._outbox.add_failure(_failure(request_id, epoch, error))
+            self._outbox.add_failure(failure_of(request_id, epoch, error))
         if verdict not in (Verdict.BEGIN, Verdict.REPLACE):
             return []
         refusal = self._refusal(dispatch.request.model, dispatch.request.adapter, verdict)
         if refusal is not None:
-            self._outbox.add_failure(_failure(request_id, epoch, refusal))
+            self._outbox.add_failure(failure_of(request_id, epoch, refusal))
             return []
         older = self._table.get(request_id)
         if older is not None:
@@ -291,7 +304,7 @@ class WorkerCore:
         self._spans.begin(dispatch)
         if not running.open_choices:
             self._complete(running)
-            return [] if older is None else [_cancel(older)]
+            return [] if older is None else [cancel_of(older)]
         return [command]
 
     def _refusal(self, model: str, adapter: str, verdict: Verdict) -> LlmosError | None:
@@ -310,7 +323,7 @@ class WorkerCore:
         if not self._table.cancel(request_id, epoch, self._clock.monotonic()) or running is None:
             return []
         self._spans.end(request_id, running.epoch, "cancelled")
-        return [_cancel(running)]
+        return [cancel_of(running)]
 
     def _finish(self, command: work_pb2.Command) -> Iterable[work_pb2.Command]:
         finish = command.finish
@@ -327,7 +340,7 @@ class WorkerCore:
         self._cache.forget(name)
         error = AttemptLost(f"The model {name} was unloaded.")
         for running in [running for running in self._table.running if running.uses(name)]:
-            self._fail(running.request_id, running.epoch, _failure(running.request_id, running.epoch, error))
+            self._fail(running.request_id, running.epoch, failure_of(running.request_id, running.epoch, error))
         return [command]
 
     def _take_output(self, output: request_pb2.Output) -> bool:
@@ -339,8 +352,8 @@ class WorkerCore:
             return False
         if output.index != running.next_index(output.choice):
             error = AttemptLost("The engine left a gap in its output.")
-            self._fail(output.request_id, running.epoch, _failure(output.request_id, running.epoch, error))
-            self._to_engine([_cancel(running)])
+            self._fail(output.request_id, running.epoch, failure_of(output.request_id, running.epoch, error))
+            self._to_engine([cancel_of(running)])
             return False
         if self._table.advance(output):
             self._complete(running)
@@ -367,7 +380,7 @@ class WorkerCore:
             for command in commands:
                 if command.WhichOneof("order") == "dispatch":
                     request_id, epoch = command.dispatch.request.request_id, command.dispatch.epoch
-                    failure = _failure(request_id, wire.epoch_from_wire(epoch), AttemptLost(error.message))
+                    failure = failure_of(request_id, wire.epoch_from_wire(epoch), AttemptLost(error.message))
                     self._fail(request_id, wire.epoch_from_wire(epoch), failure)
 
     def _wake_if_sendable(self) -> None:
@@ -377,17 +390,6 @@ class WorkerCore:
     def _wake(self) -> None:
         if self._stream is not None:
             self._stream.wake()
-
-
-def _cancel(running: Running) -> work_pb2.Command:
-    order = work_pb2.CancelAttempt(request_id=running.request_id, epoch=wire.epoch_to_wire(running.epoch))
-    return work_pb2.Command(cancel=order)
-
-
-def _failure(request_id: str, epoch: Epoch, error: LlmosError) -> request_pb2.Failure:
-    return request_pb2.Failure(
-        request_id=request_id, epoch=wire.epoch_to_wire(epoch), code=error.code, message=error.message
-    )
 
 
 def _in_order(entry: tuple[str, Epoch]) -> tuple[str, int, int]:

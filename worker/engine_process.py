@@ -70,6 +70,7 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     tokens_per_second: float
     load_s: float = 0.0
+    leak_bytes: int = 0
     models: tuple[EngineModel, ...]
     log_level: str = "info"
     precision: Precision = "auto"
@@ -263,6 +264,7 @@ def serve(sock: socket.socket) -> int:
             threads=setup.threads,
             tokens_per_second=setup.tokens_per_second,
             load_s=setup.load_s,
+            leak_bytes=setup.leak_bytes,
             precision=setup.precision,
         )
     except SetupError as error:

@@ -11,7 +11,7 @@ from llmos.cli.flags import AsJson, DataDir
 if TYPE_CHECKING:
     from llmos.cli.connection import Target
     from llmos.fleet.state import Member
-    from llmos.v1.fleet_pb2 import Capacity, Node, NodeModel
+    from llmos.v1.fleet_pb2 import Capacity, Node, NodeModel, ResourceUse
 
 
 def nodes(data_dir: DataDir = None, as_json: AsJson = False) -> None:
@@ -83,8 +83,32 @@ def node_json(node: Node, member: Member | None = None) -> dict[str, object]:
         "state": output.enum_name(fleet_pb2.NodeState, node.state),
         "capacity": _capacity_json(node.capacity) if node.HasField("capacity") else None,
         "restarts": None if member is None else member.restarts,
-        "detail": "" if member is None else member.said,
+        "detail": _detail(node, member),
+        "uses": [_use_json(use) for use in node.uses],
     }
+
+
+def _use_json(use: ResourceUse) -> dict[str, object]:
+    from llmos.v1 import fleet_pb2
+
+    return {
+        "kind": output.enum_name(fleet_pb2.ResourceKind, use.kind),
+        "used": use.used,
+        "limit": use.limit,
+        "growth_per_s": round(use.growth_per_s, 3),
+        "growth_per_request": round(use.growth_per_request, 3),
+        "left_s": round(use.left_s, 1),
+    }
+
+
+def _detail(node: Node, member: Member | None) -> str:
+    """Why it takes nothing new; else why it was started again last."""
+    from llmos.v1 import fleet_pb2
+
+    if node.drain_reason:
+        reason = output.enum_name(fleet_pb2.DrainReason, node.drain_reason)
+        return f"{reason}: {node.drain_detail}" if node.drain_detail else reason
+    return "" if member is None else member.said
 
 
 def _member_json(member: Member) -> dict[str, object]:
@@ -101,6 +125,7 @@ def _member_json(member: Member) -> dict[str, object]:
         "capacity": None,
         "restarts": member.restarts,
         "detail": f"{member.name} {member.said}",
+        "uses": [],
     }
 
 
@@ -155,7 +180,7 @@ def _row(node: Node, member: Member | None) -> list[str]:
         _capacity_text(node.capacity) if node.HasField("capacity") else "",
         str(node.running),
         "" if member is None else str(member.restarts),
-        "" if member is None else member.said,
+        _detail(node, member),
     ]
 
 

@@ -102,7 +102,7 @@ class Fleet:
         return await order_drain(fleet, node_id, undo, self._timeout_s)
 
 
-WORKER_COLUMNS = ("WORKER", "STATE", "KV", "RUN", "TOK/S", "STEP/S", "DEVICES")
+WORKER_COLUMNS = ("WORKER", "STATE", "KV", "MEMORY", "RUN", "TOK/S", "STEP/S", "DEVICES")
 MODEL_COLUMNS = ("MODEL", "REPL", "WAIT", "RUN", "TOK/S", "TTFT 50/95/99 ms", "GAP 50/95/99 ms")
 QUEUE_COLUMNS = ("CLASS", "TENANT", "WEIGHT", "WAIT", "TOKENS", "RUN", "TOK/S")
 REQUEST_COLUMNS = ("REQUEST", "STATE", "CLASS", "TENANT", "MODEL", "WORKER", "IN", "OUT", "AGE")
@@ -116,7 +116,7 @@ def worker_rows(snapshot: Snapshot) -> list[Row]:
         load = loads.get(node.id, fleet_pb2.WorkerLoad())
         state = output.enum_name(fleet_pb2.NodeState, node.state)
         numbers = (str(node.running), f"{load.tokens_per_s:,.0f}", f"{load.steps_per_s:,.0f}")
-        rows.append((node.id, (node.id, state, kv_bar(node), *numbers, _devices(node))))
+        rows.append((node.id, (node.id, state, kv_bar(node), _memory(node), *numbers, _devices(node))))
     return rows
 
 
@@ -187,6 +187,15 @@ def kv_bar(node: fleet_pb2.Node) -> str:
     taken = max(0, total - sum(model.free_blocks for model in node.models)) / total
     full = round(taken * _BAR)
     return f"{'█' * full}{'░' * (_BAR - full)} {taken:4.0%}"
+
+
+def _memory(node: fleet_pb2.Node) -> str:
+    """Main memory of its processes, and how long it lasts where that can be foretold."""
+    for use in node.uses:
+        if use.kind == fleet_pb2.RESOURCE_KIND_MEMORY:
+            left = f", {output.seconds_text(use.left_s)} left" if use.left_s else ""
+            return f"{output.bytes_text(use.used)}/{output.bytes_text(use.limit)}{left}"
+    return "-"
 
 
 def snapshot_json(snapshot: Snapshot) -> dict[str, object]:

@@ -163,6 +163,70 @@ DEVICE_KIND_GPU: DeviceKind.ValueType  # 2
 """A graphics processor with its own memory."""
 global___DeviceKind = DeviceKind
 
+class _ResourceKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ResourceKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ResourceKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RESOURCE_KIND_UNSPECIFIED: _ResourceKind.ValueType  # 0
+    """Not set."""
+    RESOURCE_KIND_MEMORY: _ResourceKind.ValueType  # 1
+    """Main memory that only its processes hold, swapped out or not, in bytes."""
+    RESOURCE_KIND_FILES: _ResourceKind.ValueType  # 2
+    """Open file descriptors, of the process that has most."""
+    RESOURCE_KIND_THREADS: _ResourceKind.ValueType  # 3
+    """Threads of all its processes."""
+
+class ResourceKind(_ResourceKind, metaclass=_ResourceKindEnumTypeWrapper):
+    """What of a node can run out."""
+
+RESOURCE_KIND_UNSPECIFIED: ResourceKind.ValueType  # 0
+"""Not set."""
+RESOURCE_KIND_MEMORY: ResourceKind.ValueType  # 1
+"""Main memory that only its processes hold, swapped out or not, in bytes."""
+RESOURCE_KIND_FILES: ResourceKind.ValueType  # 2
+"""Open file descriptors, of the process that has most."""
+RESOURCE_KIND_THREADS: ResourceKind.ValueType  # 3
+"""Threads of all its processes."""
+global___ResourceKind = ResourceKind
+
+class _DrainReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DrainReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DrainReason.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DRAIN_REASON_UNSPECIFIED: _DrainReason.ValueType  # 0
+    """Not set: it does."""
+    DRAIN_REASON_ORDERED: _DrainReason.ValueType  # 1
+    """An operator ordered it."""
+    DRAIN_REASON_LEAVING: _DrainReason.ValueType  # 2
+    """It is about to leave, by its own word."""
+    DRAIN_REASON_MEMORY: _DrainReason.ValueType  # 3
+    """It runs out of main memory, and is started afresh before."""
+    DRAIN_REASON_FILES: _DrainReason.ValueType  # 4
+    """It runs out of file descriptors, likewise."""
+    DRAIN_REASON_THREADS: _DrainReason.ValueType  # 5
+    """It runs out of threads, likewise."""
+
+class DrainReason(_DrainReason, metaclass=_DrainReasonEnumTypeWrapper):
+    """Why a node takes nothing new."""
+
+DRAIN_REASON_UNSPECIFIED: DrainReason.ValueType  # 0
+"""Not set: it does."""
+DRAIN_REASON_ORDERED: DrainReason.ValueType  # 1
+"""An operator ordered it."""
+DRAIN_REASON_LEAVING: DrainReason.ValueType  # 2
+"""It is about to leave, by its own word."""
+DRAIN_REASON_MEMORY: DrainReason.ValueType  # 3
+"""It runs out of main memory, and is started afresh before."""
+DRAIN_REASON_FILES: DrainReason.ValueType  # 4
+"""It runs out of file descriptors, likewise."""
+DRAIN_REASON_THREADS: DrainReason.ValueType  # 5
+"""It runs out of threads, likewise."""
+global___DrainReason = DrainReason
+
 class _ModelState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -294,6 +358,44 @@ class Capacity(google.protobuf.message.Message):
 global___Capacity = Capacity
 
 @typing.final
+class ResourceUse(google.protobuf.message.Message):
+    """How much of a resource a node's processes use, and how that develops."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    USED_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    GROWTH_PER_S_FIELD_NUMBER: builtins.int
+    GROWTH_PER_REQUEST_FIELD_NUMBER: builtins.int
+    LEFT_S_FIELD_NUMBER: builtins.int
+    kind: global___ResourceKind.ValueType
+    """Which."""
+    used: builtins.int
+    """Used, as of the last look."""
+    limit: builtins.int
+    """What may be used."""
+    growth_per_s: builtins.float
+    """Growth per second, by the leader's robust estimate; 0: none that is certain."""
+    growth_per_request: builtins.float
+    """Growth per attempt that ended there, likewise."""
+    left_s: builtins.float
+    """Seconds until the limit is reached if it goes on like this; 0: it is not growing."""
+    def __init__(
+        self,
+        *,
+        kind: global___ResourceKind.ValueType = ...,
+        used: builtins.int = ...,
+        limit: builtins.int = ...,
+        growth_per_s: builtins.float = ...,
+        growth_per_request: builtins.float = ...,
+        left_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["growth_per_request", b"growth_per_request", "growth_per_s", b"growth_per_s", "kind", b"kind", "left_s", b"left_s", "limit", b"limit", "used", b"used"]) -> None: ...
+
+global___ResourceUse = ResourceUse
+
+@typing.final
 class NodeModel(google.protobuf.message.Message):
     """A model on a worker."""
 
@@ -367,6 +469,9 @@ class Node(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     CAPACITY_FIELD_NUMBER: builtins.int
     RUNNING_FIELD_NUMBER: builtins.int
+    USES_FIELD_NUMBER: builtins.int
+    DRAIN_REASON_FIELD_NUMBER: builtins.int
+    DRAIN_DETAIL_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Unique id."""
     role: global___NodeRole.ValueType
@@ -383,6 +488,10 @@ class Node(google.protobuf.message.Message):
     """How it stands."""
     running: builtins.int
     """Requests running on it."""
+    drain_reason: global___DrainReason.ValueType
+    """Why it takes nothing new."""
+    drain_detail: builtins.str
+    """The same with the numbers, one line for people."""
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeModel]:
         """Models of a worker."""
@@ -390,6 +499,10 @@ class Node(google.protobuf.message.Message):
     @property
     def capacity(self) -> global___Capacity:
         """Totals of a worker."""
+
+    @property
+    def uses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ResourceUse]:
+        """What of a worker can run out."""
 
     def __init__(
         self,
@@ -404,9 +517,12 @@ class Node(google.protobuf.message.Message):
         state: global___NodeState.ValueType = ...,
         capacity: global___Capacity | None = ...,
         running: builtins.int = ...,
+        uses: collections.abc.Iterable[global___ResourceUse] | None = ...,
+        drain_reason: global___DrainReason.ValueType = ...,
+        drain_detail: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "backend", b"backend", "capacity", b"capacity", "host", b"host", "id", b"id", "models", b"models", "pid", b"pid", "role", b"role", "running", b"running", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "backend", b"backend", "capacity", b"capacity", "drain_detail", b"drain_detail", "drain_reason", b"drain_reason", "host", b"host", "id", b"id", "models", b"models", "pid", b"pid", "role", b"role", "running", b"running", "state", b"state", "uses", b"uses"]) -> None: ...
 
 global___Node = Node
 

@@ -22,7 +22,20 @@ from llmos.fleet.state import FleetState, read_state
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 from tests.fakes.fleet import wait_for
 
-NODE_KEYS = ["id", "role", "pid", "host", "address", "backend", "models", "state", "capacity", "restarts", "detail"]
+NODE_KEYS = [
+    "id",
+    "role",
+    "pid",
+    "host",
+    "address",
+    "backend",
+    "models",
+    "state",
+    "capacity",
+    "restarts",
+    "detail",
+    "uses",
+]
 REQUEST_KEYS = ["id", "state", "model", "tenant", "class", "worker", "attempt", "tokens_in", "tokens_out", "age_ms"]
 
 

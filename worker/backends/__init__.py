@@ -15,13 +15,20 @@ USES_GPUS: dict[BackendName, bool] = {"echo": True, "torch": False}
 
 
 def create(
-    name: str, *, threads: int, tokens_per_second: float, precision: Precision = "auto", load_s: float = 0.0
+    name: str,
+    *,
+    threads: int,
+    tokens_per_second: float,
+    precision: Precision = "auto",
+    load_s: float = 0.0,
+    leak_bytes: int = 0,
 ) -> tuple[Backend, str]:
     """Make a backend and its numerics fingerprint. Raises MissingExtra without the `worker` extra for `torch`."""
     if name == "echo":
         from worker.backends import echo
 
-        return echo.EchoBackend(tokens_per_second=tokens_per_second, load_s=load_s), echo.FINGERPRINT
+        backend = echo.EchoBackend(tokens_per_second=tokens_per_second, load_s=load_s, leak_bytes=leak_bytes)
+        return backend, echo.FINGERPRINT
     if name == "torch":
         return _torch(threads, precision)
     raise ConfigError(f"unknown backend '{name}'; known: echo, torch", param="backend")

@@ -107,7 +107,8 @@ class _Pool:
 class EchoBackend:
     """Implements `worker.backend.Backend`. One tick gives each running choice one token.
 
-    `tokens_per_second` is the speed of one stream; 0: as fast as possible. `load_s` is how long loading a model takes.
+    `tokens_per_second` is the speed of one stream; 0: as fast as possible. `load_s` is how long loading a model takes;
+    `leak_bytes` are lost with every tick.
     """
 
     def __init__(
@@ -115,11 +116,14 @@ class EchoBackend:
         *,
         tokens_per_second: float = 0.0,
         load_s: float = 0.0,
+        leak_bytes: int = 0,
         clock: Clock | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._period_s = 1.0 / tokens_per_second if tokens_per_second > 0 else 0.0
         self._load_s = load_s
+        self._leak_bytes = leak_bytes
+        self._leaked: list[bytes] = []
         self._clock = clock or SystemClock()
         self._sleep = sleep
         self._pools: dict[str, _Pool] = {}
@@ -191,6 +195,8 @@ class EchoBackend:
         """See `Backend`. Paced: sleeps a little and gives nothing while the next tick is not due."""
         if not self.busy() or not self._tick_is_due():
             return StepResult()
+        if self._leak_bytes:
+            self._leaked.append(b"\x01" * self._leak_bytes)
         outputs: list[Output] = []
         stages: list[StageDone] = []
         for pool in self._pools.values():

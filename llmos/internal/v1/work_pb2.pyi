@@ -244,14 +244,30 @@ class Drain(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     UNDO_FIELD_NUMBER: builtins.int
+    RESTART_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    WITHIN_MS_FIELD_NUMBER: builtins.int
     undo: builtins.bool
     """Take new work again instead."""
+    restart: builtins.bool
+    """When empty, end with the exit status that asks to be started afresh. Nothing undoes that."""
+    reason: llmos.v1.fleet_pb2.DrainReason.ValueType
+    """Why, for a restart."""
+    detail: builtins.str
+    """The same with the numbers, one line for the log."""
+    within_ms: builtins.int
+    """Milliseconds after which a restart leaves what is not done to others."""
     def __init__(
         self,
         *,
         undo: builtins.bool = ...,
+        restart: builtins.bool = ...,
+        reason: llmos.v1.fleet_pb2.DrainReason.ValueType = ...,
+        detail: builtins.str = ...,
+        within_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["undo", b"undo"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["detail", b"detail", "reason", b"reason", "restart", b"restart", "undo", b"undo", "within_ms", b"within_ms"]) -> None: ...
 
 global___Drain = Drain
 
@@ -342,6 +358,8 @@ class WorkerReport(google.protobuf.message.Message):
     MODELS_FIELD_NUMBER: builtins.int
     NUMERICS_FINGERPRINT_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    DRAIN_REASON_FIELD_NUMBER: builtins.int
+    DRAIN_DETAIL_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Unique per process start."""
     highest_term: builtins.int
@@ -352,6 +370,10 @@ class WorkerReport(google.protobuf.message.Message):
     """
     draining: builtins.bool
     """It empties itself, on SIGTERM or by order."""
+    drain_reason: llmos.v1.fleet_pb2.DrainReason.ValueType
+    """Why, if it was ordered to be started afresh."""
+    drain_detail: builtins.str
+    """The same with the numbers."""
     @property
     def running(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RunningAttempt]:
         """Attempts that it runs; the scheduler cancels those that it does not want."""
@@ -369,8 +391,10 @@ class WorkerReport(google.protobuf.message.Message):
         models: collections.abc.Iterable[llmos.v1.fleet_pb2.NodeModel] | None = ...,
         numerics_fingerprint: builtins.str = ...,
         draining: builtins.bool = ...,
+        drain_reason: llmos.v1.fleet_pb2.DrainReason.ValueType = ...,
+        drain_detail: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "highest_term", b"highest_term", "models", b"models", "numerics_fingerprint", b"numerics_fingerprint", "running", b"running", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drain_detail", b"drain_detail", "drain_reason", b"drain_reason", "draining", b"draining", "highest_term", b"highest_term", "models", b"models", "numerics_fingerprint", b"numerics_fingerprint", "running", b"running", "worker_id", b"worker_id"]) -> None: ...
 
 global___WorkerReport = WorkerReport
 
@@ -415,6 +439,7 @@ class WorkFrame(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     CACHE_FIELD_NUMBER: builtins.int
     FENCED_FIELD_NUMBER: builtins.int
+    USES_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Counts this stream's frames from 1."""
     step: builtins.int
@@ -445,6 +470,10 @@ class WorkFrame(google.protobuf.message.Message):
     def cache(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CacheChange]:
         """What prefix caches hold since the last frame, or no longer hold."""
 
+    @property
+    def uses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[llmos.v1.fleet_pb2.ResourceUse]:
+        """What its processes use, when they were looked at since the last frame."""
+
     def __init__(
         self,
         *,
@@ -458,8 +487,9 @@ class WorkFrame(google.protobuf.message.Message):
         draining: builtins.bool = ...,
         cache: collections.abc.Iterable[global___CacheChange] | None = ...,
         fenced: builtins.int = ...,
+        uses: collections.abc.Iterable[llmos.v1.fleet_pb2.ResourceUse] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["busy", b"busy", "cache", b"cache", "draining", b"draining", "failures", b"failures", "fenced", b"fenced", "models", b"models", "outputs", b"outputs", "sequence", b"sequence", "spans", b"spans", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "cache", b"cache", "draining", b"draining", "failures", b"failures", "fenced", b"fenced", "models", b"models", "outputs", b"outputs", "sequence", b"sequence", "spans", b"spans", "step", b"step", "uses", b"uses"]) -> None: ...
 
 global___WorkFrame = WorkFrame
 

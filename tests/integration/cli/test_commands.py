@@ -64,7 +64,20 @@ def test_nodes_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> Non
     status, out, _ = terminal.run("nodes", "--json")
     assert status == 0
     scheduler, worker = json.loads(out)
-    keys = ["id", "role", "pid", "host", "address", "backend", "models", "state", "capacity", "restarts", "detail"]
+    keys = [
+        "id",
+        "role",
+        "pid",
+        "host",
+        "address",
+        "backend",
+        "models",
+        "state",
+        "capacity",
+        "restarts",
+        "detail",
+        "uses",
+    ]
     assert list(scheduler) == list(worker) == keys
     assert (scheduler["role"], scheduler["state"], scheduler["capacity"]) == ("scheduler", "ready", None)
     assert (worker["role"], worker["state"], worker["backend"], worker["pid"]) == ("worker", "ready", "echo", 11)

@@ -28,13 +28,14 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.contract import make_record, make_request
 
 PURE = [
-    "admission", "budget", "catalogue", "charges", "commands", "core", "deadlines", "dispatch", "draining", "events",
-    "explain", "fairness", "forecast", "frames", "health", "journal", "learning", "ledger", "lifecycle", "load_view",
-    "loads", "members", "meters", "outflow", "overload", "placement", "policy", "pools", "preemption", "prefix_index",
-    "priorities", "quotas", "recent", "requests", "service", "span_ring", "stalls", "state", "suspects", "takeover",
-    "timers", "timing", "trust", "views", "waiting", "workers", "allocation/__init__", "allocation/assignments",
-    "allocation/book", "allocation/check", "allocation/claims", "allocation/control", "allocation/holdings",
-    "allocation/leaving", "allocation/replicas", "allocation/shares",
+    "admission", "budget", "catalogue", "charges", "commands", "core", "deadlines", "decay", "dispatch",
+    "draining", "events", "explain", "fairness", "forecast", "frames", "health", "journal", "learning",
+    "ledger", "lifecycle", "load_view", "loads", "members", "meters", "outflow", "overload", "placement",
+    "policy", "pools", "preemption", "prefix_index", "priorities", "quotas", "recent", "requests", "service",
+    "span_ring", "slope", "stalls", "state", "suspects", "takeover", "timers", "timing", "trust", "usage",
+    "views", "waiting", "workers", "allocation/__init__", "allocation/assignments", "allocation/book",
+    "allocation/check", "allocation/claims", "allocation/control", "allocation/holdings", "allocation/leaving",
+    "allocation/replicas", "allocation/shares",
 ]  # fmt: skip
 TLS = TlsConfig(ca_file=Path("ca.pem"), cert_file=Path("cert.pem"), key_file=Path("key.pem"))
 FORBIDDEN = {"asyncio", "grpc", "opentelemetry", "random", "secrets", "socket", "threading", "time", "datetime", "os"}
