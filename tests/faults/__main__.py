@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -26,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     options = _parse(argv)
     console = Console(stderr=options.json, highlight=False)
+    if options.docs_from:
+        page.write(*page.read(options.docs_from))
+        return 0
     scenarios = planned(quick=options.quick, seeds=options.seeds, first=options.first, only=options.only)
     if options.list:
         for scenario, seed in scenarios:
@@ -62,6 +66,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="results as JSON on standard output")
     parser.add_argument("--list", action="store_true", help="name the scenarios and end")
     parser.add_argument("--write-docs", action="store_true", help="write docs/faults.md from this run")
+    parser.add_argument(
+        "--docs-from", type=Path, nargs="+", metavar="FILE", help="write docs/faults.md from what --json printed"
+    )
     return parser.parse_args(argv)
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.machine import describe
 from tests.faults import report
 from tests.faults.scenario import Result
+from tests.faults.verdict import Counts
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 _COUNTS = ("injected", "lost", "duplicated", "corrupted", "stale_accepted")
 _HEAD = """# Faults: what was injected, what clients missed
 
-Written by `python -m tests.faults --write-docs` from one run of `make faults`; do not edit. Real processes, real
-requests over HTTP, the tokens of every stream checked one by one. *Lost*: an accepted request without exactly one end
-(a result or a typed error), or with a token missing. *Stale accepted*: tokens of an attempt that was over. Counts are
-asserted; times are reported beside their targets. `docs/decisions/0020-the-fault-harness.md` says how it works.
+Written by `python -m tests.faults` (`--write-docs`, or `--docs-from` what `--json` printed); do not edit. Real
+processes, real requests over HTTP, the tokens of every stream checked one by one. *Lost*: an accepted request without
+exactly one end (a result or a typed error), or with a token missing. *Stale accepted*: tokens of an attempt that was
+over. Counts are asserted; times are reported beside their targets. `docs/decisions/0020-the-fault-harness.md` says how
+it works.
 
 """
 
@@ -33,6 +36,24 @@ def write(results: list[Result], wall_s: float) -> None:
     for row in dict.fromkeys(result.row for result in results):
         lines += _section(row, [result for result in results if result.row == row])
     PAGE.write_text(_HEAD + "\n".join(lines).rstrip() + "\n")
+
+
+def read(paths: list[Path]) -> tuple[list[Result], float]:
+    """What `--json` printed, of one run or of several side by side: results, and seconds of the longest."""
+    runs = [json.loads(path.read_text()) for path in paths]
+    found = []
+    for one in (one for run in runs for one in run["scenarios"]):
+        counts = Counts(**{name: one[name] for name in _COUNTS})
+        times = {name: value for name, value in one.items() if name.endswith("_s") and value is not None}
+        times.pop("wall_s")
+        known = {
+            "targets": one["targets"],
+            "failures": one["failures"],
+            "facts": one["facts"],
+            "note": one.get("note", ""),
+        }
+        found.append(Result(one["name"], one["row"], one["seed"], counts, times, wall_s=one["wall_s"], **known))
+    return found, max(run["wall_s"] for run in runs)
 
 
 def _section(row: str, results: list[Result]) -> list[str]:

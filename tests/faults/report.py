@@ -60,6 +60,7 @@ def as_json(results: list[Result], wall_s: float) -> dict[str, object]:
                 **times,
                 "targets": dict(one.targets),
                 "facts": one.facts,
+                "note": one.note,
                 "failures": one.failures,
                 "wall_s": one.wall_s,
             }
