@@ -246,6 +246,7 @@ def choice_finished(state: State, event: events.ChoiceFinished, now: float, out:
     if choice.finished:
         return
     choice.keep_until = event.keep_until
+    state.journal.changed(live.id)
     charges.cut(live, choice, event.keep_until)
     if len(choice.tokens) >= event.keep_until:
         choice.truncate(event.keep_until)

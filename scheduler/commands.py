@@ -56,6 +56,15 @@ class AnswerTakeUp:
 
 
 @dataclass(frozen=True, slots=True)
+class SendJournal:
+    """Send records of the journal to those who follow it, or the whole of it to one who begins to."""
+
+    records: Sequence[journal_pb2.JournalRecord]
+    newcomer: int = 0
+    """Its stream; 0: what has changed, for everybody else."""
+
+
+@dataclass(frozen=True, slots=True)
 class Dial:
     """Attach to a worker, and again after every break, until told to hang up."""
 
@@ -193,6 +202,7 @@ Command = (
     | SendCatalogue
     | CloseStream
     | AnswerTakeUp
+    | SendJournal
     | Dial
     | HangUp
     | StartAttempt

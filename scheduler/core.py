@@ -21,6 +21,7 @@ from scheduler import (
     members,
     overload,
     priorities,
+    replication,
     stalls,
     takeover,
 )
@@ -61,6 +62,7 @@ def _tick(state: State, event: events.Tick, now: float, out: Outbox) -> None:
     learning.review(state, now)
     overload.observe(state, now)
     state.journal.purge(now)
+    replication.tell(state, now, out)
 
 
 def _term_raised(state: State, event: events.TermRaised, now: float, out: Outbox) -> None:
@@ -98,6 +100,9 @@ _HANDLERS: dict[type, Handler] = {
     events.GatewayLost: admission.lost,
     events.Submitted: admission.submitted,
     events.TakeUpAsked: takeover.asked,
+    events.FollowerJoined: replication.joined,
+    events.FollowerLeft: replication.left,
+    events.JournalInherited: replication.inherited,
     events.Cancelled: admission.cancelled,
     events.Killed: admission.killed,
     events.Reprioritized: priorities.reprioritized,

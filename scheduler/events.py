@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmos.internal.v1 import registry_pb2, request_pb2, work_pb2
+from llmos.internal.v1 import journal_pb2, registry_pb2, request_pb2, work_pb2
 from llmos.v1 import fleet_pb2
 from scheduler.deadlines import Stage
 
@@ -100,6 +100,29 @@ class TakeUpAsked:
     call: int
     tenant: str
     origin_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FollowerJoined:
+    """A scheduler that stands by wants the journal. `follower` names its stream."""
+
+    follower: int
+
+
+@dataclass(frozen=True, slots=True)
+class FollowerLeft:
+    """Its stream ended."""
+
+    follower: int
+
+
+@dataclass(frozen=True, slots=True)
+class JournalInherited:
+    """What this scheduler knows of an earlier leader's journal, oldest first; and ids that were cancelled, with the
+    reasons."""
+
+    entries: tuple[journal_pb2.JournalEntry, ...]
+    cancelled: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +304,9 @@ Event = (
     | GatewayLost
     | Submitted
     | TakeUpAsked
+    | FollowerJoined
+    | FollowerLeft
+    | JournalInherited
     | Cancelled
     | Killed
     | Reprioritized

@@ -155,6 +155,7 @@ def _take(
     if choice.keep_until is not None:
         output = _cut(choice, output)
     choice.append(output.token_ids, output.logprobs)
+    state.journal.grown(live.id)
     charges.produced(live, choice)
     if output.cached_tokens:
         _found_cached(live, output)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmos.internal.v1 import journal_pb2, request_pb2
 from scheduler.requests import Choice, LiveRequest
@@ -43,6 +43,8 @@ class Entry:
     over_at: float = 0.0
     """When it broke or ended."""
     size: int = 0
+    sent: list[tuple[int, bool]] = field(default_factory=list)
+    """What followers know of each choice: its tokens, and whether it has ended."""
 
     def message(self, now: float) -> journal_pb2.JournalEntry:
         """As it stands. Not to be changed by who gets it."""
@@ -72,6 +74,10 @@ class Journal:
         self._bytes_of: dict[str, int] = {}
         self.bytes = 0
         """Of everything that is over."""
+        self.followed = False
+        """Somebody keeps a copy: what changes is marked."""
+        self.marks: dict[str, bool] = {}
+        """Requests that followers must hear of; True: all that is known, not just what was added."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -79,6 +85,33 @@ class Journal:
     def get(self, request_id: str) -> Entry | None:
         """What is remembered of a request."""
         return self._entries.get(request_id)
+
+    def grown(self, request_id: str) -> None:
+        """A request has more output."""
+        if self.followed:
+            self.marks.setdefault(request_id, False)
+
+    def changed(self, request_id: str) -> None:
+        """A request is not just longer than it was."""
+        if self.followed:
+            self.marks[request_id] = True
+
+    def entries(self) -> Iterable[tuple[str, Entry]]:
+        """All of them: what is over in order of its time."""
+        yield from [(request_id, self._entries[request_id]) for request_id in self._over]
+        yield from [item for item in self._entries.items() if item[1].live is not None]
+
+    def inherit(self, said: journal_pb2.JournalEntry, now: float) -> None:
+        """Take over what an earlier leader remembered; oldest first. What lived there is broken until its gateway, or
+        its client, comes."""
+        request_id = said.request.request_id
+        if request_id in self._entries or said.age_ms >= 1000 * self._ttl_s:
+            return
+        entry = Entry(said.origin_id, said.request, said.sealed, said.claim, said.open_from, kept=said)
+        entry.phase = BROKEN if said.phase == LIVE else said.phase
+        self._entries[request_id] = entry
+        self._by_origin[said.origin_id] = request_id
+        self._lay_down(entry, now - said.age_ms / 1000)
 
     def begin(self, live: LiveRequest, origin_id: str, sealed: bytes, claim: int) -> None:
         """A request is accepted, new or to go on with. Without a sealed blob nothing could be done with it later."""
@@ -90,6 +123,8 @@ class Journal:
             self._rest_no_more(entry)
             _carry_on(live, entry)
         else:
+            if entry is not None:  # the name is used again
+                self._forget(live.id)
             entry = Entry(origin_id, live.request, sealed)
         older = self._by_origin.get(origin_id, live.id)
         if older != live.id:
@@ -99,6 +134,7 @@ class Journal:
         entry.claim = max(entry.claim, claim)
         self._entries[live.id] = entry
         self._by_origin[origin_id] = live.id
+        self.changed(live.id)
 
     def end(self, live: LiveRequest, reason: str, now: float) -> None:
         """A request is over: well (`reason` is empty), or for what reason."""
@@ -111,6 +147,7 @@ class Journal:
         entry.kept = written(entry.origin_id, entry.sealed, live)
         entry.live = None
         entry.phase = BROKEN if reason else ENDED
+        self.changed(live.id)
         self._lay_down(entry, now)
 
     def close(self, request_id: str, claim: int) -> None:
@@ -118,9 +155,11 @@ class Journal:
         entry = self._entries.get(request_id)
         if entry is not None:
             entry.open_from = max(entry.open_from, claim + 1)
+            self.changed(request_id)
 
     def cancel(self, request_id: str) -> None:
-        """It was cancelled for good: forget it."""
+        """It was cancelled for good: forget it, if it is known at all."""
+        self.changed(request_id)
         if request_id in self._entries:
             self._forget(request_id)
 
@@ -144,6 +183,7 @@ class Journal:
                 if entry.live is None:  # it has come back: its time begins anew
                     self._rest_no_more(entry)
                     self._lay_down(entry, now)
+                self.changed(entry.request.request_id)
                 answer = journal_pb2.JournalEntry()
                 answer.CopyFrom(entry.message(now))
                 return answer
@@ -192,6 +232,7 @@ class Journal:
 
     def _forget(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
+        self.changed(request_id)
         self._rest_no_more(entry)
         if self._by_origin.get(entry.origin_id) == request_id:
             del self._by_origin[entry.origin_id]

@@ -161,6 +161,7 @@ def public(error: LlmosError) -> LlmosError:
 def finish_exhausted(state: State, live: LiveRequest, out: Outbox) -> bool:
     """End choices that lack nothing but their finish reason; whether that ended the request."""
     for choice in live.end_exhausted():
+        state.journal.grown(live.id)
         send_finish(state, live, choice, LENGTH, out)
     if live.finished:
         complete(state, live, out)

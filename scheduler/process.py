@@ -18,7 +18,7 @@ from llmos.clock import Clock
 from llmos.config import TlsConfig
 from llmos.errors import LlmosError
 from llmos.etcd import EtcdClient, EtcdConfig
-from llmos.internal.v1 import registry_pb2, requests_pb2_grpc
+from llmos.internal.v1 import journal_pb2_grpc, registry_pb2, requests_pb2_grpc
 from llmos.ready import write_ready
 from llmos.rpc import RpcServer, open_channel
 from llmos.telemetry import Telemetry
@@ -26,6 +26,8 @@ from llmos.v1 import fleet_pb2_grpc
 from scheduler.config import SchedulerConfig
 from scheduler.directory import SchedulerDirectory
 from scheduler.fleet_service import FleetService
+from scheduler.following import JournalFollower
+from scheduler.journal_service import JournalService
 from scheduler.leadership import Leadership
 from scheduler.reign import Reign, ReignContext
 from scheduler.requests_service import RequestsService
@@ -69,6 +71,10 @@ class SchedulerProcess:
         """This scheduler's part in the election, while it serves."""
         self._challenge = asyncio.Event()
         self._wires = wires or Wires()
+        policy = config.core_policy()
+        self.follower = JournalFollower(
+            self.id, lambda: self.seat.leader_address, self._connect, clock, policy.journal_ttl_s
+        )
         self._telemetry = self._wires.telemetry(config, self.id, clock)
         self._etcd = self._wires.etcd(config.etcd(), clock, rng)
 
@@ -88,6 +94,8 @@ class SchedulerProcess:
         requests = RequestsService(self.seat, self._challenge.set)
         fleet = FleetService(self.seat, directory, self.ring, record, self._clock)
         server.add(requests_pb2_grpc.add_RequestsServicer_to_server, requests, "llmos.internal.v1.Requests")
+        journal = JournalService(self.seat, self._challenge.set)
+        server.add(journal_pb2_grpc.add_JournalServicer_to_server, journal, "llmos.internal.v1.Journal")
         server.add(fleet_pb2_grpc.add_FleetServicer_to_server, fleet, "llmos.v1.Fleet")
         self.port = await server.start()
         record.address = config.advertise or host_port(config.host, self.port)
@@ -98,6 +106,7 @@ class SchedulerProcess:
                     group.create_task(leadership.run(), name="leadership"),
                     group.create_task(self._heed_challenges(leadership), name="challenges"),
                     group.create_task(directory.run(), name="directory"),
+                    group.create_task(self.follower.run(), name="journal"),
                     group.create_task(self._collect_spans(), name="spans"),
                     group.create_task(self.seat.failure(), name="reign-failure"),
                 ]
@@ -127,6 +136,7 @@ class SchedulerProcess:
             refused=self._challenge.set,
             clock=self._clock,
             rng=self._rng,
+            inheritance=self.follower.inheritance,
         )
         return Reign(term, context)
 

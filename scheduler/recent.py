@@ -29,6 +29,10 @@ class Recent(Generic[V]):
         entry = self._entries.get(key)
         return entry[1] if entry is not None and entry[0] > now else None
 
+    def items(self, now: float) -> list[tuple[str, float, V]]:
+        """Everything that is remembered: key, seconds since, value."""
+        return [(key, now + self._ttl_s - until, value) for key, (until, value) in self._entries.items() if until > now]
+
     def _purge(self, now: float) -> None:
         while self._entries:
             oldest = next(iter(self._entries))

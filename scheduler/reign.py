@@ -28,11 +28,13 @@ from scheduler.commands import (
     SendCatalogue,
     SendClass,
     SendFailure,
+    SendJournal,
     SendOutput,
     StartAttempt,
     WriteAssignment,
 )
 from scheduler.core import Core
+from scheduler.followers import FollowerDesk
 from scheduler.gateways import GatewayDesk
 from scheduler.inquiries import Inquiries
 from scheduler.loop import Loop
@@ -66,6 +68,8 @@ class ReignContext:
     """A peer has seen a higher term. Must not wait."""
     clock: Clock
     rng: random.Random
+    inheritance: Callable[[int], events.JournalInherited]
+    """What is known of the last leader's journal, for a reign of that term."""
 
 
 class Reign:
@@ -75,6 +79,8 @@ class Reign:
         self.core = Core(context.scheduler_id, term, context.policy, context.clock.monotonic())
         self.loop = Loop(self.core, self, context.clock)
         self.inquiries = Inquiries(self.loop)
+        self.followers = FollowerDesk(self.loop, lambda: self.term)
+        self.loop.post_now(context.inheritance(term))
         self.gateways = GatewayDesk(self._welcome, context.keep_spans, context.gateway_buffer_bytes)
         self.workers = WorkerLinks(self._link_context(context))
         self.leader_address = ""
@@ -119,6 +125,7 @@ class Reign:
         yield "slow", self._compare_workers()
 
     async def _end(self) -> None:
+        self.followers.close()
         await self.gateways.leave(requests_pb2.NotLeader(leader_address=self.leader_address))
         await self.workers.close()
         self._spans.abandon("not_leader")
@@ -203,6 +210,8 @@ class Reign:
                 self.gateways.catalogue(command.stream_id, command.catalogue)
             case AnswerTakeUp():
                 self.inquiries.answer(command)
+            case SendJournal():
+                self.followers.send(command)
             case CloseStream():
                 self.gateways.close(command.stream_id)
             case Dial():

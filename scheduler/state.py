@@ -108,6 +108,8 @@ class State:
     last_attempts: Recent[int] = field(init=False)
     """Attempts of ended requests: one that comes again continues the count, as workers refuse epochs they know."""
     journal: Journal = field(init=False)
+    followers: set[int] = field(default_factory=set)
+    """Streams of those who keep a copy of the journal."""
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:

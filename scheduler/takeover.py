@@ -40,6 +40,7 @@ def take_up(state: State, live: LiveRequest, event: Submitted, gateway_id: str, 
     if stream_id not in (None, event.stream_id):
         out.append(SendFailure(stream_id, failure(live.id, Cancelled("The stream was taken up elsewhere."))))
     live.claim = event.claim
+    state.journal.changed(live.id)
     _rebind(state, live, event.stream_id, gateway_id)
     if rank_of(event.request.priority) != live.rank:
         send_class(state, live, out)  # the gateway was away when the class changed

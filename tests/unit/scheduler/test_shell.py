@@ -36,6 +36,7 @@ PURE = [
     "views", "waiting", "workers", "allocation/__init__", "allocation/assignments", "allocation/book",
     "allocation/check", "allocation/claims", "allocation/control", "allocation/holdings", "allocation/leaving",
     "allocation/replicas", "allocation/shares",
+    "replica", "replication",
 ]  # fmt: skip
 TLS = TlsConfig(ca_file=Path("ca.pem"), cert_file=Path("cert.pem"), key_file=Path("key.pem"))
 FORBIDDEN = {"asyncio", "grpc", "opentelemetry", "random", "secrets", "socket", "threading", "time", "datetime", "os"}
