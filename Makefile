@@ -11,12 +11,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover detection scheduler stack fairness overload ledger
-# Two processes for two cores. What imports torch, which takes longer than all of them, runs with the slow ones.
+# Two processes for two cores. What imports torch, which takes longer than all of them, runs with the slow ones, and so do
+# those that try hundreds of random runs.
 UNIT_TORCH := tests/unit/engine tests/unit/bench
-UNIT_ONE := $(addprefix tests/unit/, scheduler etcd kernel)
+UNIT_LONG := $(addprefix tests/unit/scheduler/test_, suspects.py ledger_sequences.py health.py deadlines.py timing.py replicas.py) \
+	tests/unit/gateway_http/test_event_encoder.py
+UNIT_ONE := $(addprefix tests/unit/, scheduler etcd kernel worker)
 UNIT_TWO := $(filter-out $(UNIT_TORCH) $(UNIT_ONE) %__pycache__, $(patsubst %/,%,$(wildcard tests/unit/*/)))
 # The slowest files first, three at a time: they mostly wait for processes. Threads that wait must not spin then.
-SLOW := tests/e2e tests/faults tests/integration tests/sim $(UNIT_TORCH) tests/architecture
+SLOW := tests/e2e tests/faults tests/integration tests/sim $(UNIT_TORCH) $(UNIT_LONG) tests/architecture
 TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 SEEDS ?= 2000
 
@@ -46,8 +49,8 @@ test: lint unit ## every check and every test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(TOGETHER) $(SLOW)
 
 unit: $(INSTALLED) ## the tests that take milliseconds
-	@$(BIN)/python -m pytest -q $(UNIT_ONE) & other=$$!; status=0; \
-	$(BIN)/python -m pytest -q $(UNIT_TWO) || status=$$?; wait $$other || status=$$?; exit $$status
+	@$(BIN)/python -m pytest -q $(UNIT_ONE) $(addprefix --ignore=,$(UNIT_LONG)) & other=$$!; status=0; \
+	$(BIN)/python -m pytest -q $(UNIT_TWO) $(addprefix --ignore=,$(UNIT_LONG)) || status=$$?; wait $$other || status=$$?; exit $$status
 
 fairness: $(INSTALLED) ## the bounds of fair service in 10,000 random runs
 	LLMOS_TEST_FAIR_RUNS=10000 $(BIN)/python -m pytest -q tests/unit/scheduler/test_fairness.py -k bounds_hold

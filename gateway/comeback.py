@@ -72,7 +72,7 @@ class Comebacks:
         names = (request_ids.inside(request_id, tenant), request_id)
         entry = await self._ask(tenant, names)
         try:
-            recipe = self._vault.open(entry.sealed, entry.request.tenant, entry.request.request_id)
+            recipe = self._vault.open(entry.sealed, tenant, entry.request.request_id)
         except Unreadable:
             log.warning("a stream was sealed under another key: give all gateways the same stream_key_file")
             raise _nothing() from None

@@ -156,6 +156,8 @@ class Stream:
             return
         left = max(0.0, self._deadline - self._clock.monotonic())
         self._deadline_timer = asyncio.get_running_loop().call_later(left, self._expire)
+        # What was under way to the stream in whose place it is comes first; what it lacks is asked for by this.
+        self._asked = self.claim > 0
         self._uplink.submit(self.unfinished())
         self.trace.submitted()
 
@@ -179,7 +181,7 @@ class Stream:
             if taken.verdict in (Verdict.GAP, Verdict.CORRUPT):
                 self._distrust()
             return taken.verdict
-        self._failed_asks = 0
+        self._asked, self._failed_asks = False, 0
         if taken.keep_until is not None:
             self._uplink.finish(self.inner_id, output.choice, taken.keep_until)
         self._put(taken.delta)

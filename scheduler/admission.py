@@ -94,6 +94,7 @@ def _accept(state: State, event: events.Submitted, gateway_id: str, now: float, 
         except LlmosError:
             charges.ended(live)
             raise
+    live.suspect = suspects.akin(state, request, now)
     live.claim = event.claim
     state.journal.begin(live, event.origin_id, event.sealed, event.claim)
     live.attempts = live.attempts_before = state.last_attempts.get(live.id, now) or 0

@@ -50,6 +50,7 @@ def heard(state: State, worker: WorkerView, said: Iterable[fleet_pb2.ResourceUse
         series.add(now, worker.ended, use.used)
         known = decay.uses.setdefault(use.kind, fleet_pb2.ResourceUse(kind=use.kind))
         known.used, known.limit = use.used, use.limit
+        decay.first.setdefault(use.kind, use.used)
     if now >= decay.look_at:
         decay.look_at = now + _LOOK_S
         _look(state, worker, now, out)
@@ -63,7 +64,9 @@ def _look(state: State, worker: WorkerView, now: float, out: Outbox) -> None:
         use.growth_per_s = series.per_second().certain
         use.growth_per_request = series.per_request().certain if use.growth_per_s else 0.0
         use.left_s = max(0.0, use.limit - use.used) / use.growth_per_s if use.growth_per_s else 0.0
-    worst = max(worker.decay.uses.values(), key=lambda use: _urgency(use, _promised(worker, use.kind)), default=None)
+    # Who began beyond the limit would be there again at once.
+    uses = [use for use in worker.decay.uses.values() if worker.decay.first[use.kind] < SOFT_SHARE * use.limit]
+    worst = max(uses, key=lambda use: _urgency(use, _promised(worker, use.kind)), default=None)
     if worst is None or not worst.limit or worker.draining:
         return
     urgency = _urgency(worst, _promised(worker, worst.kind))

@@ -119,7 +119,7 @@ class Journal:
             return
         origin_id = origin_id or live.id
         entry = self._entries.get(live.id)
-        if entry is not None and (claim or entry.phase != ENDED):
+        if entry is not None and (claim or entry.phase != ENDED) and _same(live.request, entry.request):
             self._rest_no_more(entry)
             _carry_on(live, entry)
         else:
@@ -260,6 +260,14 @@ def choice_message(number: int, choice: Choice, index: int) -> journal_pb2.Journ
         finish_reason=choice.finish_reason,
         finished=choice.finished,
         charged=choice.charged,
+    )
+
+
+def _same(request: request_pb2.Request, earlier: request_pb2.Request) -> bool:
+    """One goes on with the other; else a name is used again for something else."""
+    return request.token_ids == earlier.token_ids and (request.model, request.adapter) == (
+        earlier.model,
+        earlier.adapter,
     )
 
 

@@ -103,6 +103,8 @@ class State:
     waiting: WaitingRoom = field(init=False)
     quarantine: Recent[str] = field(init=False)
     """Fingerprints of requests that workers died of; by whom it was found."""
+    suspected: Recent[str] = field(init=False)
+    """Fingerprints of what ran when an engine ended; the last one's request."""
     tombstones: Recent[str] = field(init=False)
     """Why a request was cancelled; it must not start any more."""
     last_attempts: Recent[int] = field(init=False)
@@ -117,6 +119,7 @@ class State:
         self.book.listed = not policy.await_promises
         self.waiting = WaitingRoom(policy)
         self.quarantine = Recent(policy.quarantine_s, policy.quarantine_limit)
+        self.suspected = Recent(policy.quarantine_s, policy.quarantine_limit)
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
         self.journal = Journal(policy.journal_ttl_s, policy.journal_bytes, policy.journal_tenant_bytes, self.counters)

@@ -38,6 +38,7 @@ def engine_lost(state: State, worker: WorkerView, live: LiveRequest, out: Outbox
     live.died_on.add(worker.id)
     live.avoid.add(worker.id)
     live.suspect = True
+    state.suspected.put(fingerprint(live.request), live.id, state.now)
     state.counters["suspected"] += 1
     return live.deaths >= DEATHS and _condemn(state, live, out)
 
@@ -50,6 +51,11 @@ def _condemn(state: State, live: LiveRequest, out: Outbox) -> bool:
     for same in [one for one in state.requests.values() if one.suspect and fingerprint(one.request) == mark]:
         fail(state, same, _error(state), out)
     return True
+
+
+def akin(state: State, request: request_pb2.Request, now: float) -> bool:
+    """Whether the same prompt ran when an engine ended: under a new name it is a suspect, too."""
+    return bool(len(state.suspected)) and state.suspected.get(fingerprint(request), now) is not None
 
 
 def check(state: State, request: request_pb2.Request, now: float) -> None:

@@ -57,6 +57,8 @@ class Decay:
     series: dict[Kind, Series] = field(default_factory=dict)
     uses: dict[Kind, fleet_pb2.ResourceUse] = field(default_factory=dict)
     """The last word on each, with the trend."""
+    first: dict[Kind, int] = field(default_factory=dict)
+    """The first word on each."""
     models: tuple[tuple[str, int], ...] = ()
     """States of its models when the series began."""
     look_at: float = 0.0

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from llmos.lifetime import EXIT_RESTART
 
+_DOUBLINGS = 16
+"""More make no longer pause."""
+
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
@@ -48,7 +51,7 @@ class RestartHistory:
             self._ends.popleft()
         if len(self._ends) > policy.limit:
             return None
-        pause = policy.first_pause_s * 2.0**self._in_a_row
+        pause = policy.first_pause_s * 2.0 ** min(self._in_a_row, _DOUBLINGS)
         self._in_a_row += 1
         return min(pause, policy.longest_pause_s)
 

@@ -245,7 +245,10 @@ class Supervisor:
     def _write(self, **changes: object) -> None:
         members = tuple(keeper.describe() for keeper in self._keepers)
         self._state = msgspec.structs.replace(self._state, **{"members": members, **changes})
-        write_state(self._options.data_dir, self._state)
+        try:
+            write_state(self._options.data_dir, self._state)
+        except OSError as error:  # a full disk must not end what runs
+            log.error("the fleet's state can't be written, `llmos nodes` shows an older one: %s", error)
 
 
 async def _unless(stop: asyncio.Event, work: Awaitable[None]) -> bool:

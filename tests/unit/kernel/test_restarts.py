@@ -41,3 +41,9 @@ def test_a_person_may_have_it_tried_again() -> None:
         pass
     history.forgive()
     assert history.ended(0.0, 1.0, EXIT_BROKE) == 0.5
+
+
+def test_a_member_that_ends_for_ever_never_ends_its_keeper() -> None:
+    history = RestartHistory(RestartPolicy())
+    for n in range(2000):
+        assert history.ended(55.0 * n, 40.0, EXIT_BROKE) is not None

@@ -122,3 +122,10 @@ def test_the_order_is_given_again_to_a_worker_that_did_not_hear_it(arena: Arena)
     arena.detach("w1")
     arena.attach("w1")
     assert [worker for worker, _ in afresh(arena)] == ["w1", "w1"]
+
+
+def test_a_worker_that_began_beyond_its_limit_would_be_there_again(arena: Arena) -> None:
+    for half in range(60):
+        says(arena, "w1", 5000 + 10 * half)
+        arena.advance(0.5)
+    assert afresh(arena) == []

@@ -111,3 +111,15 @@ def test_worker_killed_once_makes_no_suspects() -> None:
     assert not any(live.suspect for live in arena.core.state.requests.values())
     arena.run()
     assert all(client.finished == [True] for client in clients)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_same_prompt_under_a_new_name_is_a_suspect_at_once(workers: int) -> None:
+    for pause in range(4, 40, 4):
+        arena = fleet(workers)
+        clients = [arena.submit(make_request(f"r{i}", prompt=20 + i, max_tokens=60)) for i in range(7)]
+        arena.submit(deadly("first"))
+        arena.run(3 + pause)
+        arena.submit(deadly("second"))
+        arena.run(900)
+        assert not any(client.error for client in clients), f"blamed after a pause of {pause}"
