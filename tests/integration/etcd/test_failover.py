@@ -32,7 +32,7 @@ async def use_everything(client: EtcdClient) -> None:
 
 
 async def test_first_endpoint_dead(server: EtcdServer, open_client: OpenClient) -> None:
-    """Must 4."""
+    """Everything works through the other one."""
     async with open_client(f"127.0.0.1:{free_port()}", server.address) as client:
         await use_everything(client)
 

@@ -71,7 +71,7 @@ async def test_survives_a_restart_of_the_server(server: EtcdServer, client: Etcd
 
 
 async def test_server_frozen_longer_than_the_ttl(server: EtcdServer, open_client: OpenClient) -> None:
-    """Must 3: the holder gives up by its own clock while the server cannot say a word; all recovers after SIGCONT."""
+    """The holder gives up by its own clock while the server cannot say a word; all recovers after SIGCONT."""
     async with (
         open_client(call_timeout_s=1.0, watch_idle_s=0.3) as client,
         Collector(client.watch("/w/")) as seen,

@@ -96,7 +96,7 @@ async def test_watch_ends_when_closed_under_a_waiting_reader(client: EtcdClient)
 async def test_server_killed_and_restarted_misses_none_and_repeats_none(
     server: EtcdServer, open_client: OpenClient
 ) -> None:
-    """Must 1: SIGKILL in the middle of a stream of changes, several times."""
+    """SIGKILL in the middle of a stream of changes, several times."""
     async with (
         open_client(call_timeout_s=10.0) as writer,
         open_client() as client,
@@ -136,7 +136,7 @@ async def test_changes_made_while_disconnected_are_delivered(server: EtcdServer,
 
 
 async def test_watch_below_compaction_relists_and_misses_none(server: EtcdServer, open_client: OpenClient) -> None:
-    """Must 2: the watcher is cut off, history moves on and is compacted, the watcher comes back."""
+    """The watcher is cut off, history moves on and is compacted, the watcher comes back."""
     async with (
         TcpRelay(server.address) as relay,
         open_client(relay.address) as client,
