@@ -18,9 +18,9 @@ UNIT_LONG := $(addprefix tests/unit/scheduler/test_, suspects.py ledger_sequence
 	tests/unit/gateway_http/test_event_encoder.py
 UNIT_ONE := $(addprefix tests/unit/, scheduler etcd kernel worker)
 UNIT_TWO := $(filter-out $(UNIT_TORCH) $(UNIT_ONE) %__pycache__, $(patsubst %/,%,$(wildcard tests/unit/*/)))
-# The slowest files first, three at a time: they mostly wait for processes. Threads that wait must not spin then.
+# The slowest files first, four at a time: they mostly wait for processes. Threads that wait must not spin then.
 SLOW := tests/e2e tests/faults tests/integration tests/sim $(UNIT_TORCH) $(UNIT_LONG) tests/architecture
-TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
+TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 SEEDS ?= 2000
 
 # The tests start hundreds of processes: none should compile our modules anew.
@@ -37,7 +37,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmos needs Python 3.11 or newer: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). The first time this takes some minutes: torch alone is hundreds of megabytes."
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'
+	@$(BIN)/python -m worker.kernels.build & \
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'; \
+	status=$$?; wait; exit $$status
 	@touch $@
 
 install: $(INSTALLED) ## make the virtual environment
@@ -45,7 +47,8 @@ install: $(INSTALLED) ## make the virtual environment
 run: $(INSTALLED) ## start a fleet and serve until Ctrl-C; PROMPT="..." asks it, ONCE=1 then stops it
 	@$(BIN)/llmos up $(if $(ONCE),--once) $(if $(PROMPT),--prompt "$$PROMPT") $(UP)
 
-test: lint unit ## every check and every test
+test: $(INSTALLED) ## every check and every test
+	@$(BIN)/python -m tests.e2e.default_model & $(MAKE) --no-print-directory lint unit || exit $$?; wait
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(TOGETHER) $(SLOW)
 
 unit: $(INSTALLED) ## the tests that take milliseconds
@@ -65,11 +68,9 @@ sim-mutants: $(INSTALLED) ## bugs planted on purpose: the simulation must find e
 	$(BIN)/python -m tests.sim --mutants --seeds 300 $(SIM)
 
 lint: $(INSTALLED) ## style, types, import contracts, protocol definitions
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	cd protos && ../$(BIN)/buf lint
+	@$(BIN)/mypy & types=$$!; status=0; \
+	for check in "ruff check ." "ruff format --check ." lint-imports; do echo "$$check"; $(BIN)/$$check || status=$$?; done; \
+	(cd protos && ../$(BIN)/buf lint) || status=$$?; wait $$types || status=$$?; exit $$status
 
 format: $(INSTALLED) ## bring the code into shape
 	$(BIN)/ruff check --fix .

@@ -1,12 +1,14 @@
 """The package's build: compiles the kernels into the wheel where there is a C++ compiler.
 
 Without one the wheel holds their sources only and fits every platform: they are compiled at first use, or torch serves
-instead. The rest of the configuration is in pyproject.toml.
+instead. `CXXFLAGS` are added to our own. The rest of the configuration is in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shlex
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -34,7 +36,7 @@ class KernelsBuild(build_py):
             if stale.name != _build.library_name():
                 stale.unlink()
         if not (folder / _build.library_name()).is_file():
-            _build.compile_into(folder)
+            _build.compile_into(folder, extra=shlex.split(os.environ.get("CXXFLAGS", "")))
 
 
 class KernelsWheel(bdist_wheel):

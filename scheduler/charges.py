@@ -20,6 +20,12 @@ def started(live: LiveRequest) -> None:
         _charge(live, len(live.request.token_ids))
 
 
+def inherited(live: LiveRequest) -> None:
+    """The prompt of a request that has just come was paid for in an earlier life of it."""
+    _settle(live)
+    live.prompt_charged = live.prompt_inherited = True
+
+
 def stopped(live: LiveRequest) -> None:
     """Its attempt is over."""
     account = live.account
@@ -70,7 +76,7 @@ def cut(live: LiveRequest, choice: Choice, keep_until: int) -> None:
 def cached(live: LiveRequest, tokens: int, cost: float) -> None:
     """So many prompt tokens were found in a prefix cache; they cost less. Of the request's first attempt only: later
     ones find what was computed for it before."""
-    if live.attempts == live.attempts_before + 1 and live.prompt_charged and not live.request.resume:
+    if live.attempts == live.attempts_before + 1 and live.prompt_charged and not live.prompt_inherited:
         _charge(live, -min(tokens, len(live.request.token_ids)) * (1.0 - cost))
 
 

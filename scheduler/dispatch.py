@@ -78,6 +78,7 @@ def start(state: State, live: LiveRequest, option: Option, now: float, out: Outb
     attempt.owed = state.waiting.queue(live.key).owed(live.rank)
     live.attempt = attempt
     charges.started(live)
+    state.journal.grown(live.id)
     out.append(_order(live, attempt, option.slot, now))
 
 

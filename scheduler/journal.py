@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmos.internal.v1 import journal_pb2, request_pb2
+from scheduler import charges
 from scheduler.requests import Choice, LiveRequest
 
 LIVE = journal_pb2.JOURNAL_PHASE_LIVE
@@ -119,7 +120,8 @@ class Journal:
             return
         origin_id = origin_id or live.id
         entry = self._entries.get(live.id)
-        if entry is not None and (claim or entry.phase != ENDED) and _same(live.request, entry.request):
+        goes_on = bool(claim or live.request.resume)
+        if entry is not None and (goes_on or entry.phase != ENDED) and _same(live.request, entry.request):
             self._rest_no_more(entry)
             _carry_on(live, entry)
         else:
@@ -241,7 +243,11 @@ class Journal:
 def written(origin_id: str, sealed: bytes, live: LiveRequest) -> journal_pb2.JournalEntry:
     """A live request as it stands."""
     entry = journal_pb2.JournalEntry(
-        origin_id=origin_id, request=live.request, sealed=sealed, cached_tokens=live.cached_tokens
+        origin_id=origin_id,
+        request=live.request,
+        sealed=sealed,
+        cached_tokens=live.cached_tokens,
+        prompt_charged=live.prompt_charged,
     )
     del entry.request.resume[:]
     for number, choice in enumerate(live.choices):
@@ -275,6 +281,8 @@ def _carry_on(live: LiveRequest, entry: Entry) -> None:
     """What its tenant has paid for, and what its first attempt found, are the stream's, whoever goes on with it."""
     before = entry.message(entry.over_at)
     live.cached_tokens = max(live.cached_tokens, before.cached_tokens)
+    if before.prompt_charged:
+        charges.inherited(live)
     for choice, earlier in zip(live.choices, before.choices, strict=False):
         choice.charged = max(choice.charged, earlier.charged)
         if choice.finished and earlier.finished and not choice.finish_reason:

@@ -94,7 +94,7 @@ class Replica:
         copy = table.entries.get(progress.request_id)
         if copy is None:
             raise OutOfStep("more of a request that is not known")
-        copy.entry.cached_tokens = progress.cached_tokens
+        copy.entry.cached_tokens, copy.entry.prompt_charged = progress.cached_tokens, progress.prompt_charged
         for said in progress.choices:
             choice = copy.entry.choices[said.choice]
             if said.index != len(choice.token_ids):

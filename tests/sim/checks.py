@@ -16,6 +16,7 @@ from scheduler.process import SchedulerProcess
 from scheduler.reign import Reign
 from scheduler.requests import LiveRequest, blocks_needed
 from scheduler.workers import LOADED, WorkerView
+from tests.sim.bills import Bills
 from tests.sim.trace import Trace
 from tests.sim.trust_books import TrustBooks
 from worker.backends.echo import EchoBackend
@@ -55,7 +56,7 @@ class Checks:
     workers: dict[str, WorkerBooks] = field(default_factory=dict)
     gateways: dict[str, GatewayBooks] = field(default_factory=dict)
     bills: dict[int, float] = field(default_factory=dict)
-    """Tokens charged for each live request, by its address: `ReignBooks` keeps it alive."""
+    """Tokens charged for each live request, by its address: `Bills` keeps it alive."""
 
     def fail(self, invariant: str, detail: str) -> None:
         """Note a violation."""
@@ -116,8 +117,7 @@ class ReignBooks:
         self._accepted: set[str] = set()
         self._cancelled: set[str] = set()
         self._owner: dict[str, int] = {}
-        self._lives: dict[str, tuple[LiveRequest, int]] = {}
-        """Accepted requests, with the tokens that they brought along."""
+        self._bills = Bills(self._state, checks.bills, checks.fail)
         self._epochs: dict[str, Epoch] = {}
         """Of the last attempt begun."""
         self._known: dict[str, dict[int, int]] = {}
@@ -144,7 +144,7 @@ class ReignBooks:
             live = self._state.requests[submitted]
             self._owner[submitted] = live.stream_id
             if fresh:
-                self._lives[submitted] = live, sum(len(held.token_ids) for held in event.request.resume)  # type: ignore[union-attr]
+                self._bills.accepted(event, live, now)  # type: ignore[arg-type]
             if self._owner[submitted] != event.stream_id and fresh:  # type: ignore[union-attr]
                 self._checks.fail("outputs go to who asked", f"{submitted} bound to another stream")
         for command in commands:
@@ -189,19 +189,7 @@ class ReignBooks:
                 checks.fail("exactly one end", f"{command.request_id} ended twice")
             self._accepted.discard(command.request_id)
             self._known.pop(command.request_id, None)
-            self._bill(command.request_id)
-
-    def _bill(self, request_id: str) -> None:
-        """Charged were the prompt, if it ever began, and every token that came in this reign once."""
-        live, brought = self._lives.pop(request_id, (None, 0))
-        if live is None or self._state.counters["diverged"]:
-            return
-        due = sum(len(choice.tokens) for choice in live.choices) - brought
-        if live.attempts > live.attempts_before and not live.request.resume:  # else an earlier leader did
-            due += len(live.request.token_ids)
-        charged = self._checks.bills.pop(id(live), 0.0)
-        if abs(charged - due) > 0.5:
-            self._checks.fail("each token is charged once", f"{request_id}: {charged:.0f} for {due}")
+            self._bills.over(command.request_id, command.error, self._state.now)
 
     def _capacity(self) -> None:
         for worker in self._state.workers.values():

@@ -2,7 +2,7 @@
 
 A library is named after its sources and flags, so that a changed source is a new library. The package's build
 (`setup.py`) puts one beside this file; a checkout, and a wheel that was built without a compiler, compile at first use
-into the user's cache.
+into the user's cache, or before it by `python -m worker.kernels.build`, which needs nothing that is not in Python.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -63,11 +63,12 @@ def find_library(cache: Path | None = None) -> Path | None:
 
 def default_cache(environ: Mapping[str, str] | None = None) -> Path:
     """`llmos/kernels` in the user's cache folder (`XDG_CACHE_HOME`, by default ~/.cache)."""
-    # Imported here because the package's build runs this file before anything else is installed.
-    from llmos.config import environment
+    if environ is None:
+        # Imported here because the package's build runs this file before anything else is installed.
+        from llmos.config import environment
 
-    variables = environment() if environ is None else environ
-    cache = Path(variables.get("XDG_CACHE_HOME", ""))
+        environ = environment()
+    cache = Path(environ.get("XDG_CACHE_HOME", ""))
     return (cache if cache.is_absolute() else Path("~/.cache").expanduser()) / "llmos" / "kernels"
 
 
@@ -85,13 +86,15 @@ def find_compiler() -> str | None:
     return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
 
 
-def compile_into(folder: Path, compiler: str | None = None) -> Path:
-    """Compile into `folder`; the library appears there at once and whole. Raises BuildError."""
+def compile_into(folder: Path, compiler: str | None = None, extra: Sequence[str] = ()) -> Path:
+    """Compile into `folder`; the library appears there at once and whole. `extra` flags, which do not count for its
+    name, come last. Raises BuildError.
+    """
     chosen = compiler or find_compiler()
     if chosen is None:
         raise BuildError("no C++ compiler was found (c++, g++ or clang++)")
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        objects = _compile_objects(chosen, Path(scratch))
+        objects = _compile_objects(chosen, Path(scratch), extra)
         library = Path(scratch) / "library.so"
         _finish([_start(chosen, ["-shared", "-pthread", *map(str, objects), "-o", str(library)])])
         target = folder / library_name()
@@ -99,7 +102,7 @@ def compile_into(folder: Path, compiler: str | None = None) -> Path:
     return target
 
 
-def _compile_objects(compiler: str, scratch: Path) -> list[Path]:
+def _compile_objects(compiler: str, scratch: Path, extra: Sequence[str]) -> list[Path]:
     jobs: dict[str, list[str]] = {name: [str(SOURCES / f"{name}.cpp")] for name in _PLAIN}
     sets: dict[str, tuple[str, ...]] = {"portable": ()}
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -109,7 +112,7 @@ def _compile_objects(compiler: str, scratch: Path) -> list[Path]:
     objects = [scratch / f"{name}.o" for name in jobs]
     _finish(
         [
-            _start(compiler, [*_FLAGS, "-w", "-c", *arguments, "-o", str(target)])
+            _start(compiler, [*_FLAGS, *extra, "-w", "-c", *arguments, "-o", str(target)])
             for arguments, target in zip(jobs.values(), objects, strict=True)
         ]
     )
@@ -172,4 +175,7 @@ def _locked(descriptor: int) -> bool:
 
 
 if __name__ == "__main__":
-    compile_into(Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCES)
+    try:
+        library_path(default_cache(os.environ))
+    except BuildError as problem:
+        sys.exit(f"The kernels were not compiled: {problem}. torch serves instead.")

@@ -152,6 +152,7 @@ class JournalEntry(google.protobuf.message.Message):
     PHASE_FIELD_NUMBER: builtins.int
     AGE_MS_FIELD_NUMBER: builtins.int
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    PROMPT_CHARGED_FIELD_NUMBER: builtins.int
     origin_id: builtins.str
     """Name under which clients may ask for it again."""
     sealed: builtins.bytes
@@ -166,6 +167,8 @@ class JournalEntry(google.protobuf.message.Message):
     """Milliseconds since it broke or ended."""
     cached_tokens: builtins.int
     """Prompt tokens that the first attempt found in a prefix cache."""
+    prompt_charged: builtins.bool
+    """Its tenant has paid for the prompt."""
     @property
     def request(self) -> llmos.internal.v1.request_pb2.Request:
         """The request as submitted, without `resume`."""
@@ -186,9 +189,10 @@ class JournalEntry(google.protobuf.message.Message):
         phase: global___JournalPhase.ValueType = ...,
         age_ms: builtins.int = ...,
         cached_tokens: builtins.int = ...,
+        prompt_charged: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["age_ms", b"age_ms", "cached_tokens", b"cached_tokens", "choices", b"choices", "claim", b"claim", "open_from", b"open_from", "origin_id", b"origin_id", "phase", b"phase", "request", b"request", "sealed", b"sealed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_ms", b"age_ms", "cached_tokens", b"cached_tokens", "choices", b"choices", "claim", b"claim", "open_from", b"open_from", "origin_id", b"origin_id", "phase", b"phase", "prompt_charged", b"prompt_charged", "request", b"request", "sealed", b"sealed"]) -> None: ...
 
 global___JournalEntry = JournalEntry
 
@@ -247,9 +251,12 @@ class JournalProgress(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     CHOICES_FIELD_NUMBER: builtins.int
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    PROMPT_CHARGED_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request."""
     cached_tokens: builtins.int
+    """As in the entry."""
+    prompt_charged: builtins.bool
     """As in the entry."""
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___JournalChoice]:
@@ -261,8 +268,9 @@ class JournalProgress(google.protobuf.message.Message):
         request_id: builtins.str = ...,
         choices: collections.abc.Iterable[global___JournalChoice] | None = ...,
         cached_tokens: builtins.int = ...,
+        prompt_charged: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "choices", b"choices", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached_tokens", b"cached_tokens", "choices", b"choices", "prompt_charged", b"prompt_charged", "request_id", b"request_id"]) -> None: ...
 
 global___JournalProgress = JournalProgress
 
