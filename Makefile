@@ -19,7 +19,7 @@ UNIT_LONG := $(addprefix tests/unit/scheduler/test_, suspects.py ledger_sequence
 UNIT_ONE := $(addprefix tests/unit/, scheduler etcd kernel worker)
 UNIT_TWO := $(filter-out $(UNIT_TORCH) $(UNIT_ONE) %__pycache__, $(patsubst %/,%,$(wildcard tests/unit/*/)))
 # The slowest files first, four at a time: they mostly wait for processes. Threads that wait must not spin then.
-SLOW := tests/e2e tests/faults tests/integration tests/sim $(UNIT_TORCH) $(UNIT_LONG) tests/architecture
+SLOW := tests/e2e/test_torch_streams.py tests/faults tests/e2e tests/integration tests/sim $(UNIT_TORCH) $(UNIT_LONG) tests/architecture
 TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
 SEEDS ?= 2000
 

@@ -84,11 +84,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with running_fleet(folder / "fleet") as fleet:
         for name, adapter in adapters.items():
             import_model(store, str(adapter.write(folder / name)), base="tiny", environ={})
-        fleet.scheduler()
-        for _ in range(2):
-            flags = ("--precision", "fp32", "--threads", "1", "--spare-engine", "no", "--store", str(store.path))
-            fleet.worker(*flags, model="tiny")
-        fleet.gateway()
+        with fleet.together():
+            fleet.scheduler()
+            for _ in range(2):
+                flags = ("--precision", "fp32", "--threads", "1", "--spare-engine", "no", "--store", str(store.path))
+                fleet.worker(*flags, model="tiny")
+            fleet.gateway()
         fleet.wait_ready(models=3)
         yield Served(fleet, store, model, adapters)
 

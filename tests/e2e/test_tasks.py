@@ -43,13 +43,13 @@ def fleet(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     for name, folder in folders.items():
         import_model(Store(root), str(folder), name=name)
     with running_fleet(tmp_path_factory.mktemp("fleet")) as fleet:
-        fleet.scheduler()
         flags = ["--etcd-endpoints", fleet.etcd.address, "--backend", "torch", "--threads", "1", "--store", str(root)]
         flags += ["--spare-engine", "no"]
-        with ThreadPoolExecutor(2) as pool:  # at once: each imports torch for seconds
-            names = ("worker-one", "worker-two")
-            list(pool.map(lambda name: fleet.start("worker", *flags, "--model", ",".join(folders), name=name), names))
-        fleet.gateway()
+        with fleet.together():
+            fleet.scheduler()
+            for name in ("worker-one", "worker-two"):
+                fleet.start("worker", *flags, "--model", ",".join(folders), name=name)
+            fleet.gateway()
         fleet.wait_ready(models=3, timeout_s=120)
         yield fleet
 

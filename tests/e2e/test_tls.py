@@ -55,9 +55,10 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     operator = add_key(keys, "ops", role="operator", priority="standard", now_unix_s=1)[0]
     flags = tls_flags(service_tls(files))
     with running_fleet(folder) as fleet:
-        fleet.scheduler(*flags)
-        fleet.worker("--backend", "echo", "--echo-tokens-per-second", "50", *flags)
-        fleet.gateway("--keys-file", str(keys), *flags)
+        with fleet.together():
+            fleet.scheduler(*flags)
+            fleet.worker("--backend", "echo", "--echo-tokens-per-second", "50", *flags)
+            fleet.gateway("--keys-file", str(keys), *flags)
         secured = Secured(fleet, files, user, operator)
         wait_for(lambda: httpx.get(f"{secured.https}/ready", verify=secured.trust()).status_code == 200, "readiness")
         yield secured

@@ -27,7 +27,7 @@ from tests.fakes.fleet import Fleet, Process, running_fleet, wait_for
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
 in_fp32 = pytest.mark.parametrize("fleet", [("--precision", "fp32")], indirect=True, ids=["fp32"])
 in_default_precision = pytest.mark.parametrize("fleet", [()], indirect=True, ids=["default"])
-LONG = 256
+LONG = 112
 """Tokens that take seconds, so that a worker can be killed among them."""
 HUES = ["red", "dark blue", "green"]
 TOPICS = ("the sea", "bread", "a train", "winter", "glass", "music", "iron", "a letter")
@@ -48,7 +48,7 @@ def prompt(number: int) -> str:
 
 
 def params(number: int, greedy: bool) -> dict[str, Any]:
-    tokens = 6 + 3 * (number % 6)
+    tokens = 5 + 2 * (number % 6)
     return {"max_tokens": tokens, "temperature": 0.0 if greedy else 0.9, "top_p": 0.95, "seed": 1000 + number}
 
 
@@ -95,11 +95,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     """Two workers with the flags that the test names."""
     name = default_model()[0]
     with running_fleet(tmp_path_factory.mktemp("fleet")) as fleet:
-        fleet.scheduler()
-        ids = {add_worker(fleet, name, *request.param).id for _ in range(2)}
-        fleet.gateway()
+        with fleet.together():
+            fleet.scheduler()
+            workers = [add_worker(fleet, name, *request.param) for _ in range(2)]
+            fleet.gateway()
         fleet.wait_ready(timeout_s=120)
-        wait_for_workers(fleet, ids)
+        wait_for_workers(fleet, {worker.id for worker in workers})
         yield fleet
 
 
@@ -145,10 +146,10 @@ def test_32_concurrent_chats_equal_generate(fleet: Fleet, client: Client) -> Non
 
 @in_fp32
 def test_a_seeded_request_is_the_same_alone_and_among_fifteen(client: Client) -> None:
-    alone = client.stream("Tell me a story.", max_tokens=24, temperature=1.0, seed=77)
+    alone = client.stream("Tell me a story.", max_tokens=16, temperature=1.0, seed=77)
     with ThreadPoolExecutor(16) as pool:
         others = [pool.submit(client.stream, prompt(n), **params(n, greedy=False)) for n in range(15)]
-        crowded = client.stream("Tell me a story.", max_tokens=24, temperature=1.0, seed=77)
+        crowded = client.stream("Tell me a story.", max_tokens=16, temperature=1.0, seed=77)
         assert all(other.result().finish for other in others)
     assert crowded.tokens == alone.tokens
     assert crowded.text == alone.text

@@ -19,9 +19,10 @@ EXPECTED = GATEWAY | {"queue", "attempt", "prefill", "decode", "execute"}
 
 def start(folder: Path, *flags: str) -> Iterator[Fleet]:
     with running_fleet(folder) as fleet:
-        fleet.scheduler(*flags)
-        fleet.worker("--backend", "echo", "--echo-tokens-per-second", "40", *flags)
-        fleet.gateway(*flags)
+        with fleet.together():
+            fleet.scheduler(*flags)
+            fleet.worker("--backend", "echo", "--echo-tokens-per-second", "40", *flags)
+            fleet.gateway(*flags)
         fleet.wait_ready()
         yield fleet
 

@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +38,27 @@ def wait_for(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -> 
 
 @dataclass(slots=True)
 class Process:
-    """One service process and what its ready file said."""
+    """One service process."""
 
     name: str
     popen: subprocess.Popen[bytes]
-    ready: dict[str, Any]
     log: Path
+    _ready_file: Path
+    _ready_within_s: float
+    _said: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> dict[str, Any]:
+        """What its ready file says; waits for it. Fails the test if the process ends before, or takes too long."""
+        if not self._said:
+            wait_for(self._started, f"{self.name} to be ready (log: {self.log})", self._ready_within_s)
+            self._said = json.loads(self._ready_file.read_text())
+        return self._said
+
+    def _started(self) -> bool:
+        if self.popen.poll() is not None:
+            raise AssertionError(f"{self.name} exited with {self.popen.returncode}:\n{self.log.read_text()[-4000:]}")
+        return self._ready_file.exists()
 
     @property
     def id(self) -> str:
@@ -74,26 +89,33 @@ class Fleet:
         self.folder = folder
         self.etcd = EtcdServer(folder / "etcd")
         self.processes: list[Process] = []
+        self._wait = True
         self.environment = {**os.environ, "PYTHONWARNINGS": "default", "TOKENIZERS_PARALLELISM": "false"}
 
     def start(self, module: str, *flags: str, name: str = "", timeout_s: float = 60) -> Process:
-        """Start `python -m module` and wait until it has written its ready file."""
+        """Start `python -m module`; outside `together`, wait until it has written its ready file."""
         name = name or f"{module}-{len(self.processes)}"
         ready, log = self.folder / f"{name}.ready.json", self.folder / f"{name}.log"
         command = [sys.executable, "-m", module, "--ready-file", str(ready), *flags]
         with log.open("wb") as stream:
             popen = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, env=self.environment)
 
-        def started() -> bool:
-            if popen.poll() is not None:
-                raise AssertionError(f"{name} exited with {popen.returncode}:\n{log.read_text()[-4000:]}")
-            return ready.exists()
-
-        process = Process(name, popen, {}, log)
+        process = Process(name, popen, log, ready, timeout_s)
         self.processes.append(process)
-        wait_for(started, f"{name} to be ready (log: {log})", timeout_s)
-        process.ready = json.loads(ready.read_text())
+        if self._wait:
+            _ = process.ready
         return process
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is started within begins side by side; at the end all of it is ready."""
+        before, self._wait = len(self.processes), False
+        try:
+            yield
+        finally:
+            self._wait = True
+        for process in self.processes[before:]:
+            _ = process.ready
 
     def scheduler(self, *flags: str) -> Process:
         return self.start("scheduler", "--port", "0", "--etcd-endpoints", self.etcd.address, *flags)
@@ -180,9 +202,10 @@ def echo_fleet(
 ) -> Iterator[Fleet]:
     """A fleet that serves the model `echo`, ready for requests."""
     with running_fleet(folder) as fleet:
-        fleet.scheduler(*scheduler)
-        for _ in range(workers):
-            fleet.worker("--backend", "echo", *worker)
-        fleet.gateway()
+        with fleet.together():
+            fleet.scheduler(*scheduler)
+            for _ in range(workers):
+                fleet.worker("--backend", "echo", *worker)
+            fleet.gateway()
         fleet.wait_ready()
         yield fleet

@@ -46,11 +46,12 @@ async def another_leads(fleet: Fleet, than: Process) -> Process:
 @pytest.mark.timeout(300)
 def test_leader_frozen_thawed_and_its_heir_killed_under_streams(tmp_path: Path) -> None:
     with running_fleet(tmp_path) as fleet:
-        schedulers = [fleet.scheduler("--lease-ttl-s", "2") for _ in range(2)]
-        for _ in range(2):
-            fleet.worker("--backend", "echo", "--echo-tokens-per-second", SPEED)
-        for _ in range(2):
-            fleet.gateway()
+        with fleet.together():
+            schedulers = [fleet.scheduler("--lease-ttl-s", "2") for _ in range(2)]
+            for _ in range(2):
+                fleet.worker("--backend", "echo", "--echo-tokens-per-second", SPEED)
+            for _ in range(2):
+                fleet.gateway()
         fleet.wait_ready()
         wait_for(lambda: [w["state"] for w in fleet.workers().values()] == ["ready"] * 2, "both workers")
         urls = [f"http://127.0.0.1:{gateway.ready['http_port']}" for gateway in fleet.gateways()]

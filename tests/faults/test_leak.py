@@ -21,9 +21,10 @@ STREAMS, TOKENS = 6, 500
 def test_a_leaking_worker_is_drained_before_its_limit(tmp_path: Path) -> None:
     speed = ("--backend", "echo", "--echo-tokens-per-second", "50")
     with running_fleet(tmp_path) as fleet:
-        fleet.scheduler()
-        leaking = fleet.worker(*speed, "--memory-limit", str(LIMIT), "--echo-leak-bytes", str(400 * 1024))
-        fleet.gateway()
+        with fleet.together():
+            fleet.scheduler()
+            leaking = fleet.worker(*speed, "--memory-limit", str(LIMIT), "--echo-leak-bytes", str(400 * 1024))
+            fleet.gateway()
         fleet.wait_ready()
         streams = [Streamed(f"stream {number}", TOKENS) for number in range(STREAMS)]
 

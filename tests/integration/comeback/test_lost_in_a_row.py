@@ -36,16 +36,23 @@ def url(gateway: Process) -> str:
     return f"http://127.0.0.1:{gateway.ready['http_port']}"
 
 
+def start(fleet: Fleet, key_file: Path) -> list[Process]:
+    """Two of each but the worker; the gateways."""
+    with fleet.together():
+        for _ in range(2):
+            fleet.scheduler("--lease-ttl-s", "2")
+        fleet.worker("--backend", "echo", "--echo-tokens-per-second", "60")
+        gateways = [fleet.gateway("--stream-key-file", str(key_file)) for _ in range(2)]
+    fleet.wait_ready()
+    return gateways
+
+
 @pytest.mark.timeout(100)
 async def test_a_gateway_and_the_leader_in_a_row(tmp_path: Path) -> None:
     key_file = tmp_path / "gateways.key"
     key_file.write_text(secrets.token_hex(32))
     with running_fleet(tmp_path) as fleet:
-        for _ in range(2):
-            await asyncio.to_thread(fleet.scheduler, "--lease-ttl-s", "2")
-        await asyncio.to_thread(fleet.worker, "--backend", "echo", "--echo-tokens-per-second", "60")
-        gateways = [await asyncio.to_thread(fleet.gateway, "--stream-key-file", str(key_file)) for _ in range(2)]
-        await asyncio.to_thread(fleet.wait_ready)
+        gateways = await asyncio.to_thread(start, fleet, key_file)
         async with httpx.AsyncClient(timeout=60, verify=False) as http:
             readers = [Reader(body) for body in BODIES]
             reading = [asyncio.create_task(reader.begin(http, url(gateways[0]))) for reader in readers]

@@ -23,10 +23,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     key_file = folder / "gateways.key"
     key_file.write_text(f"{secrets.token_hex(32)}\n")
     with running_fleet(folder) as fleet:
-        fleet.scheduler()
-        fleet.worker("--backend", "echo", "--echo-tokens-per-second", "250")
-        for _ in range(3):
-            fleet.gateway("--stream-key-file", str(key_file))
+        with fleet.together():
+            fleet.scheduler()
+            fleet.worker("--backend", "echo", "--echo-tokens-per-second", "250")
+            for _ in range(3):
+                fleet.gateway("--stream-key-file", str(key_file))
         fleet.wait_ready()
         yield fleet
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 _COUNT = itertools.count()
 
 

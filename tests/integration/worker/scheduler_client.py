@@ -14,7 +14,7 @@ from llmos.rpc import error_from_rpc, open_channel
 from llmos.v1 import fleet_pb2, inference_pb2
 from worker.backends.echo import echo_token, prompt_digest
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 PROMPT = (72, 101, 108, 108, 111)
 
 
