@@ -36,7 +36,10 @@ def place_waiting(state: State, now: float, out: Outbox) -> None:
         option = state.placement.place(live)
         if option is not None and overload.stale(state, live, now, out):
             return False
-        option = option or make_room(state, live, out)
+        if option is None and live.suspect:
+            state.kept_apart.add(live.key)
+        elif option is None:
+            option = make_room(state, live, out)
         if option is None:
             return False
         start(state, live, option, now, out)

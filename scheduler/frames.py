@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmos.errors import AttemptLost, ClientError, EngineLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
 from scheduler import charges, decay, health, learning, members, suspects
@@ -37,8 +39,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         members.models_changed(state, worker, frame.models, now, out)
     for output in frame.outputs:
         _output(state, worker, output, now, out)
-    for failure in frame.failures:
-        _failed(state, worker, failure, now, out)
+    if frame.failures:
+        _all_failed(state, worker, frame.failures, now, out)
     if worker.suspect:
         suspects.look(state, worker)
     if worker.health.probe:
@@ -49,6 +51,9 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         worker.busy_at = now
     elif worker.running:
         _missed(state, worker, now, out)
+    if state.kept_apart:  # what runs there may have got far enough for a suspect to come beside it
+        state.looking |= state.kept_apart
+        state.kept_apart.clear()
 
 
 def _missed(state: State, worker: WorkerView, now: float, out: Outbox) -> None:
@@ -198,16 +203,34 @@ def _cut(choice: Choice, output: request_pb2.Output) -> request_pb2.Output:
     return kept
 
 
-def _failed(state: State, worker: WorkerView, failure: request_pb2.Failure, now: float, out: Outbox) -> None:
-    """An attempt failed by the worker's own word. A lost engine is the worker's doing: the request moves on."""
-    live = _current(state, worker, failure.request_id, failure.epoch)
-    if live is None:
+def _all_failed(
+    state: State, worker: WorkerView, failures: Sequence[request_pb2.Failure], now: float, out: Outbox
+) -> None:
+    """Attempts failed by the worker's own word. A lost engine is the worker's doing: what ran there moves on."""
+    lost: list[LiveRequest] = []
+    reason = ""
+    for failure in failures:
+        live = _current(state, worker, failure.request_id, failure.epoch)
+        if live is None:
+            continue
+        if failure.code == EngineLost.code:
+            lost.append(live)
+            reason = failure.message
+        else:
+            _failed(state, worker, live, failure, now, out)
+    if not lost:
         return
+    health.struck(state, worker, reason, now)
+    suspects.engine_lost(state, worker, lost, out)
+    for live in lost:
+        if live.id in state.requests:
+            migrate(state, live, EngineLost.code, out, tell=False)
+
+
+def _failed(
+    state: State, worker: WorkerView, live: LiveRequest, failure: request_pb2.Failure, now: float, out: Outbox
+) -> None:
     error = from_code(failure.code, failure.message, param=failure.param or None)
-    if isinstance(error, EngineLost):
-        health.struck(state, worker, error.message, now)
-        if suspects.engine_lost(state, worker, live, out):
-            return
     if isinstance(error, AttemptLost):
         migrate(state, live, error.code, out, tell=False)
     else:

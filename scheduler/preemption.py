@@ -52,7 +52,7 @@ def _workers(state: State, live: LiveRequest, classes: list[FairClass], mine: Fa
             for victim in sorted(newest, key=_progress):
                 assert victim.attempt is not None
                 worker = state.workers.get(victim.attempt.worker_id)
-                if worker is None or worker.id in seen or not _yields(state, victim, mine):
+                if worker is None or worker.suspect or worker.id in seen or not _yields(state, victim, mine):
                     continue
                 seen.add(worker.id)
                 if worker.usable and worker.loaded(live.key) and (not live.adapter or worker.loaded(live.adapter)):

@@ -29,6 +29,10 @@ class Recent(Generic[V]):
         entry = self._entries.get(key)
         return entry[1] if entry is not None and entry[0] > now else None
 
+    def drop(self, key: str) -> None:
+        """Remember it no more."""
+        self._entries.pop(key, None)
+
     def items(self, now: float) -> list[tuple[str, float, V]]:
         """Everything that is remembered: key, seconds since, value."""
         return [(key, now + self._ttl_s - until, value) for key, (until, value) in self._entries.items() if until > now]

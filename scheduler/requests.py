@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 64
 """Tokens of one sequence in a KV block, fleet-wide."""
+CLEAR_TOKENS = 8
+"""Output after which an attempt is not what ends its engine next, as far as one can tell."""
 
 NOT_FINISHED = inference_pb2.FINISH_REASON_UNSPECIFIED
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
@@ -51,6 +55,13 @@ def most_tokens(request: request_pb2.Request) -> int:
 def blocks_needed(request: request_pb2.Request, choices: int) -> int:
     """Blocks that `choices` sequences take when each is as long as it may become."""
     return choices * math.ceil(most_tokens(request) / BLOCK_TOKENS)
+
+
+def mark_of(request: request_pb2.Request) -> str:
+    """What makes two requests the same: a digest of tenant, model, adapter and prompt."""
+    tokens = struct.pack(f"<{len(request.token_ids)}I", *request.token_ids)
+    names = "\0".join((request.tenant, request.model, request.adapter)).encode()
+    return hashlib.blake2b(names + b"\0" + tokens, digest_size=16).hexdigest()
 
 
 @dataclass(slots=True)
@@ -130,6 +141,11 @@ class Attempt:
     """It began because its class's minimum share was due: it keeps its place."""
 
     @property
+    def settled(self) -> bool:
+        """It has got so far that it is not what ends its engine next."""
+        return self.produced >= CLEAR_TOKENS * self.sequences
+
+    @property
     def epoch(self) -> request_pb2.Epoch:
         """Its identity on the wire."""
         return request_pb2.Epoch(term=self.term, attempt=self.number)
@@ -198,9 +214,16 @@ class LiveRequest:
     """Prompt tokens that its first attempt found in a prefix cache."""
     id: str = field(init=False)
     """The request's id."""
+    _mark: str = ""
 
     def __post_init__(self) -> None:
         self.id = self.request.request_id
+
+    @property
+    def mark(self) -> str:
+        """See `mark_of`."""
+        self._mark = self._mark or mark_of(self.request)
+        return self._mark
 
     @classmethod
     def accept(

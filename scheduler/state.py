@@ -67,6 +67,8 @@ class State:
     """Models whose waiting requests are to be looked at next: one came, or a worker's room grew."""
     leading: set[ModelKey] = field(default_factory=set)
     """Those of them for which nothing is new but the first request."""
+    kept_apart: set[ModelKey] = field(default_factory=set)
+    """Those for which a suspect waits, perhaps just for others to get on: looked at with every frame."""
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     """Who has which prefix cached."""
     times: dict[ModelKey, FleetTimes] = field(default_factory=dict)
@@ -127,7 +129,8 @@ class State:
         placement = default_placement(indices, policy.candidates, policy.weights)
         reserved = Reserved(self.book, self.requests)
         again = NotAgain(indices, lambda: self.now, policy.avoid_s)
-        self.placement = replace(placement, filters=(*placement.filters, reserved, again, OneSuspect()))
+        apart = OneSuspect(self.requests, self.suspected, lambda: self.now)
+        self.placement = replace(placement, filters=(*placement.filters, reserved, again, apart))
 
     def stream_of(self, live: LiveRequest) -> int | None:
         """Where its output goes now; None while its gateway is away or has not taken it up again."""

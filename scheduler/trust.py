@@ -6,7 +6,7 @@ place. Then come numerics, the worker that still runs it, a worker on trial, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scheduler.placement import (
@@ -33,6 +33,7 @@ from scheduler.placement import (
     TenantSpread,
 )
 from scheduler.policy import PlacementWeights
+from scheduler.recent import Recent
 from scheduler.requests import LiveRequest
 from scheduler.workers import LOADED, WorkerView
 
@@ -62,12 +63,30 @@ class NotAgain:
         return slot.total_blocks >= live.blocks and (live.adapter is None or worker.loaded(live.adapter))
 
 
+@dataclass(frozen=True, slots=True)
 class OneSuspect:
-    """Filter of placement: no worker is given a second suspect."""
+    """Filter of placement: nothing new is put beside a suspect until it is cleared, and it beside nothing that has only
+    just begun, or is the same as another suspect. That takes a few tokens; who is overtaken too often meanwhile is not
+    overtaken any more."""
+
+    requests: Mapping[str, LiveRequest]
+    suspected: Recent[str]
+    clock: Callable[[], float]
 
     def admits(self, ask: Ask, option: Option) -> bool:
         """See `placement.Filter`."""
-        return not ask.live.suspect or not option.worker.suspect
+        worker = option.worker
+        if worker.suspect:
+            return False
+        if not ask.live.suspect:
+            return True
+        running = worker.running
+        return all(attempt.settled for attempt in running.values()) and not any(
+            self._another(ask.live, self.requests[request_id]) for request_id in running
+        )
+
+    def _another(self, live: LiveRequest, beside: LiveRequest) -> bool:
+        return beside.mark != live.mark and self.suspected.get(beside.mark, self.clock()) is not None
 
 
 class Untried:

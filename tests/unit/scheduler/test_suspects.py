@@ -67,6 +67,45 @@ def test_innocents_are_never_blamed(seed: int) -> None:
     arena.check_idle()
 
 
+@pytest.mark.parametrize("seed", [2, 5, 8, 13, 14])
+def test_several_poisons_at_once_blame_nobody_else(seed: int) -> None:
+    """The same deadly prompt more than once, or two different ones, among innocents, wherever they meet."""
+    rng = random.Random(100 + seed)
+    arena = fleet(rng.choice((1, 2, 3, 4)))
+    same = rng.random() < 0.5
+    deadly_ones = [deadly(f"poison{i}", prompt=5 if same else 5 + i) for i in range(2)]
+    count = rng.randint(3, 14)
+    places = rng.sample(range(count), 2)
+    clients = []
+    for number in range(count):
+        known = number in places
+        one = deadly_ones.pop() if known else make_request(f"r{number}", prompt=rng.randint(3, 90), max_tokens=40)
+        clients.append(arena.submit(one))
+        if rng.random() < 0.4:
+            arena.run(rng.randint(1, 12))
+    arena.run(1500)
+    errors = {client.request.request_id: client.error for client in clients if client.error}
+    assert errors == dict.fromkeys(("poison0", "poison1"), "request_quarantined")
+    assert deaths(arena) <= 4
+    assert all(client.finished == [True] for client in clients if not client.error)
+    arena.check_idle()
+
+
+def test_an_end_with_two_candidates_condemns_neither() -> None:
+    """One worker's engine ends under an innocent that has died before and a prompt that has only just begun."""
+    arena = fleet(1)
+    arena.submit(make_request("innocent", prompt=20, max_tokens=60))
+    arena.submit(make_request("fresh", prompt=30, max_tokens=60))
+    arena.run(2)
+    state = arena.core.state
+    innocent = state.requests["innocent"]
+    innocent.suspect, innocent.deaths, innocent.died_on = True, 1, {"elsewhere"}
+    arena.workers["w0"]._end_engine()
+    arena.run(1)
+    assert not state.counters["quarantined"]
+    assert all(state.requests[name].suspect for name in ("innocent", "fresh"))
+
+
 def test_quarantine_is_the_tenants_own_and_expires() -> None:
     arena = fleet(2, Policy(quarantine_s=60.0))
     arena.submit(deadly())
