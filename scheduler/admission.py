@@ -210,10 +210,12 @@ def unpark(state: State, now: float, out: Outbox) -> None:
 
 
 def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) -> None:
-    """Stop a request; a cancel that overtook its submission leaves a tombstone that stops it then."""
+    """Stop a request; a cancel that overtook its submission leaves a tombstone that stops it then.
+
+    What a client cancels is over whoever reads it by now; a stream that just broke goes on where it was taken up."""
     live = state.requests.get(event.request_id)
     elsewhere = live is not None and live.stream_id != event.stream_id and state.stream_of(live) is not None
-    if elsewhere or (live is not None and event.claim < live.claim):
+    if event.reason in BREAKS and (elsewhere or (live is not None and event.claim < live.claim)):
         state.counters["foreign_cancel"] += 1
         return
     state.tombstones.put(event.request_id, event.reason, now)
@@ -221,10 +223,12 @@ def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) ->
         state.journal.close(event.request_id, event.claim)
     else:
         state.journal.cancel(event.request_id)
-    if live is not None:
-        discard(state, live, event.reason or "cancelled", out)
-    else:
+    if live is None:
         forget_claim(state, event.request_id, out, tell=True)
+    elif elsewhere:
+        fail(state, live, Cancelled("The request was cancelled."), out)
+    else:
+        discard(state, live, event.reason or "cancelled", out)
 
 
 def killed(state: State, event: events.Killed, now: float, out: Outbox) -> None:

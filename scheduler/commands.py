@@ -49,10 +49,13 @@ class CloseStream:
 
 @dataclass(frozen=True, slots=True)
 class AnswerTakeUp:
-    """Answer a gateway that asked for a stream; None: nothing is remembered of it."""
+    """Answer a gateway that asked for a stream."""
 
     call: int
     entry: journal_pb2.JournalEntry | None
+    """None: nothing is remembered of it."""
+    settled: bool
+    """Whether that is certain: until a leader has settled, a gateway may yet bring the stream."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def build_app(api: Api, *, clock: Clock, new_id: Callable[[], str]) -> ASGIApp:
         Route("/v1/score", tasks.score, methods=["POST"]),
         Route("/v1/rerank", tasks.rerank, methods=["POST"]),
         Route("/rerank", tasks.rerank, methods=["POST"]),
-        Route("/v1/streams/{id:path}", streams.take_up, methods=["GET"]),
+        _take_up_route(streams),
         Route("/v1/models", api.models, methods=["GET"]),
         Route("/v1/models/{model:path}", api.model, methods=["GET"]),
         Route("/health", api.health, methods=["GET"]),
@@ -58,3 +58,11 @@ def build_app(api: Api, *, clock: Clock, new_id: Callable[[], str]) -> ASGIApp:
         new_id=new_id,
         routes=frozenset(route.path for route in routes),
     )
+
+
+def _take_up_route(streams: StreamEndpoints) -> Route:
+    """Whoever gets a stream has it alone from then on: HEAD, which Starlette adds to GET, must not ask for it."""
+    route = Route("/v1/streams/{id:path}", streams.take_up, methods=["GET"])
+    assert route.methods is not None
+    route.methods.discard("HEAD")
+    return route

@@ -174,3 +174,10 @@ async def test_many_streams_at_once(serve: Serve) -> None:
     answers = await asyncio.gather(*(server.chat(stream=True) for _ in range(64)))
     assert all(answer.text.endswith("data: [DONE]\n\n") for answer in answers)
     assert len({answer.headers["x-request-id"] for answer in answers}) == 64
+
+
+async def test_head_takes_no_stream_up(serve: Serve) -> None:
+    """Whoever asks for a stream has it alone from then on; a look at the headers is no wish for it."""
+    server = await serve()
+    response = await server.http.head("/v1/streams/req-1")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from llmos.errors import NotFound, Unavailable
 from llmos.internal.v1 import journal_pb2
 from scheduler import commands, events
+from scheduler.core import Core
+from scheduler.inquiries import Inquiries
+from scheduler.loop import Loop
 from scheduler.policy import Policy
+from tests.fakes.clock import ManualClock
 from tests.unit.scheduler.arena import Arena, make_request, token
 
 
@@ -119,6 +126,47 @@ def test_what_was_cancelled_is_never_taken_up(arena: Arena, say: Submitter, reas
     cancel(arena, reason)
     assert take_up(arena) is None
     assert failures(say(gateway="g2", claim=before.claim, resume=tokens(before))) == ["cancelled"]
+
+
+def test_a_cancel_under_a_stale_claim_ends_the_stream_where_it_is(arena: Arena, say: Submitter) -> None:
+    say()
+    produce(arena, 3)
+    entry = take_up(arena)
+    assert entry is not None
+    say(gateway="g2", claim=entry.claim, resume=tokens(entry))
+    cancel(arena, "client_gone")
+    assert "r1" in arena.core.state.requests, "a reader that is gone ends nobody else's stream"
+    assert arena.core.state.counters["foreign_cancel"] == 1
+    cancel(arena, "cancelled")
+    assert "r1" not in arena.core.state.requests
+    told = [one for one in arena.issued(commands.SendFailure) if one.stream_id == arena.gateways["g2"].stream_id]
+    assert [one.failure.code for one in told] == ["cancelled"]
+    assert take_up(arena) is None
+
+
+async def test_what_a_new_leader_does_not_know_yet_is_not_said_to_be_gone() -> None:
+    clock = ManualClock()
+
+    class Carrier:
+        def carry(self, command: commands.Command) -> None:
+            if isinstance(command, commands.AnswerTakeUp):
+                inquiries.answer(command)
+
+        def flush(self) -> None: ...
+
+    loop = Loop(Core("s2", 8, Policy(), clock.monotonic()), Carrier(), clock)
+    inquiries = Inquiries(loop)
+    running = asyncio.create_task(loop.run())
+    try:
+        with pytest.raises(Unavailable) as early:
+            await asyncio.wait_for(inquiries.take_up("t", ("r1",)), 10)
+        assert early.value.retry_after_s
+        clock.advance(Policy().settle_limit_s)
+        with pytest.raises(NotFound):
+            await asyncio.wait_for(inquiries.take_up("t", ("r1",)), 10)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 def test_a_kill_reaches_a_stream_that_nobody_reads(arena: Arena, say: Submitter) -> None:
