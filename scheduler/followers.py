@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 LIMIT_BYTES = 32 * 1024 * 1024
 """Most bytes of changes that wait for a follower; what it begins with does not count."""
 _BATCH_BYTES = 1024 * 1024
+"""Most bytes of a batch, unless one record is larger; `replication.LIMIT_BYTES` bounds those."""
 _BEAT_S = 1.0
 
 
@@ -66,8 +67,10 @@ class FollowerDesk:
             follower.wake.set()
 
     def _append(self, follower: _Follower, records: Sequence[journal_pb2.JournalRecord], size: int) -> None:
+        # One change alone may be larger: it was just as large in what the follower would begin anew with.
+        too_much = follower.bytes + size > self._limit_bytes and follower.changes
         follower.bytes += size
-        if follower.bytes > self._limit_bytes:
+        if follower.slow or too_much:
             self.dropped += not follower.slow
             follower.slow = True
             follower.changes.clear()
@@ -108,7 +111,7 @@ class FollowerDesk:
         batch = journal_pb2.FollowResponse(term=self._term(), sequence=sequence)
         queue = follower.beginning or follower.changes
         size = 0
-        while queue and size < _BATCH_BYTES:
+        while queue and (not size or size + queue[0].ByteSize() <= _BATCH_BYTES):
             record = queue.popleft()
             size += record.ByteSize()
             batch.records.append(record)

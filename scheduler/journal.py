@@ -46,6 +46,8 @@ class Entry:
     size: int = 0
     sent: list[tuple[int, bool]] = field(default_factory=list)
     """What followers know of each choice: its tokens, and whether it has ended."""
+    left_out: bool = False
+    """What was asked is too long to be sent to followers."""
 
     def message(self, now: float) -> journal_pb2.JournalEntry:
         """As it stands. Not to be changed by who gets it."""

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
-from llmos.errors import DeadlineExceeded, InvalidRequest
+from llmos.errors import DeadlineExceeded, InvalidRequest, NotFound
 from llmos.internal.v1 import requests_pb2, requests_pb2_grpc
+from llmos.rpc import MAX_MESSAGE_BYTES
 from scheduler.blobs import BlobCache, chunks
 from scheduler.seat import ReignSeat
 
@@ -62,7 +63,10 @@ class RequestsService(requests_pb2_grpc.RequestsServicer):
         """A stream that a client has come back to. Raises NotLeader, NotFound."""
         names = tuple(request.origin_ids[:_MOST_NAMES])
         entry = await self._seat.leading().inquiries.take_up(request.tenant, names)
-        return requests_pb2.TakeUpResponse(entry=entry)
+        answer = requests_pb2.TakeUpResponse(entry=entry)
+        if answer.ByteSize() > MAX_MESSAGE_BYTES:
+            raise NotFound("The stream has become too long to be taken up.")
+        return answer
 
 
 async def _hello(requests: AsyncIterator[requests_pb2.ExchangeRequest]) -> requests_pb2.GatewayHello:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from typing import Any, cast
 
 import pytest
 
 from llmos.errors import StaleTerm
 from llmos.internal.v1 import journal_pb2
-from scheduler import commands, events
+from llmos.rpc import MAX_MESSAGE_BYTES
+from scheduler import commands, events, replication
 from scheduler.core import Core
+from scheduler.followers import FollowerDesk
+from scheduler.loop import Loop
 from scheduler.policy import Policy
 from scheduler.replica import OutOfStep, Replica
+from tests.fakes.clock import ManualClock
 from tests.unit.scheduler.arena import Arena, make_request, token
-from tests.unit.scheduler.test_journal import Submitter, failures, produce, take_up, tokens
+from tests.unit.scheduler.test_journal import Submitter, cancel, failures, produce, take_up, tokens
 
 
 class Standby:
@@ -68,6 +74,10 @@ def journal_of(arena: Arena) -> dict[str, bytes]:
     return {name: content(entry.message(arena.now)) for name, entry in arena.core.state.journal.entries()}
 
 
+def copy_of(standby: Standby) -> dict[str, bytes]:
+    return {name: content(copy.entry) for name, copy in standby.replica._table.entries.items()}
+
+
 def succeed(arena: Arena, standby: Standby, term: int = 9) -> None:
     """The leader is gone; the standby leads with what it has, among workers and gateways that have to find it."""
     entries, cancelled = standby.replica.inheritance(arena.now)
@@ -114,8 +124,7 @@ def test_the_copy_is_the_journal_whatever_happens(seed: int) -> None:
             arena.post(events.Tick())
             for standby in standbys:
                 standby.take()
-                copies = {name: content(copy.entry) for name, copy in standby.replica._table.entries.items()}
-                assert copies == journal_of(arena)
+                assert copy_of(standby) == journal_of(arena)
     assert standbys
 
 
@@ -230,3 +239,62 @@ def test_nothing_is_marked_while_nobody_follows() -> None:
     produce(arena, 1)
     assert not arena.core.state.journal.marks
     assert isinstance(arena.core, Core)
+
+
+def test_an_entry_larger_than_a_message_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replication, "PIECE_BYTES", 200)
+    arena, say = ready()
+    say(max_tokens=300)
+    produce(arena, 150)
+    standby = Standby(arena, 1)
+    records = [one for command in arena.issued(commands.SendJournal) for one in command.records]
+    assert len(records) > 3
+    assert max(record.ByteSize() for record in records) < 250
+    assert copy_of(standby) == journal_of(arena)
+    produce(arena, 120)
+    standby.tick()
+    assert copy_of(standby) == journal_of(arena)
+    cancel(arena, "client_gone")
+    standby.tick()
+    assert copy_of(standby) == journal_of(arena)
+    # Where a leader is lost between two pieces, what has come is a beginning that does not claim to be the end.
+    half = Replica(120.0)
+    half.begin()
+    whole = list(arena.issued(commands.SendJournal)[-1].records)
+    half.take(journal_pb2.FollowResponse(term=7, sequence=1, records=whole[:2]), arena.now)
+    ((entry,), _) = half.inheritance(arena.now)
+    assert 0 < len(entry.choices[0].token_ids) < 270
+    assert not entry.choices[0].finished
+
+
+def test_what_is_too_long_for_any_message_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replication, "PIECE_BYTES", 600)
+    monkeypatch.setattr(replication, "LIMIT_BYTES", 1000)
+    arena, say = ready()
+    say(max_tokens=40, prompt=900)
+    say("r2", max_tokens=40)
+    standby = Standby(arena, 1)
+    produce(arena, 10)
+    standby.tick()
+    assert arena.core.state.counters["journal_left_out"] == 1
+    assert set(copy_of(standby)) == {"r2"}
+
+
+async def test_no_batch_is_larger_than_a_message() -> None:
+    """Records of any size up to the limit, before and after small ones."""
+    desk = FollowerDesk(Loop(Core("s", 1, Policy(), 0.0), cast("Any", None), ManualClock()), lambda: 1)
+    batches = desk.serve("s2")
+    first = asyncio.ensure_future(anext(batches))
+    await asyncio.sleep(0)
+    removal = journal_pb2.JournalRemoval(request_id="r", cancelled="x" * (replication.LIMIT_BYTES - 64))
+    large = journal_pb2.JournalRecord(removal=removal)
+    small = journal_pb2.JournalRecord(removal=journal_pb2.JournalRemoval(request_id="s" * 1000))
+    desk.send(commands.SendJournal([small, large, small, large], newcomer=1))
+    sizes = [(await first).ByteSize()]
+    sizes += [(await anext(batches)).ByteSize() for _ in range(3)]
+    desk.send(commands.SendJournal([large, large]))
+    sizes += [(await anext(batches)).ByteSize() for _ in range(2)]
+    assert max(sizes) <= MAX_MESSAGE_BYTES
+    assert desk.dropped == 0
+    desk.close()
+    await batches.aclose()
