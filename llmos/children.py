@@ -14,6 +14,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import IO
 
+_POLL_S = 0.2
+
 
 class Child:
     """A started process. Whoever holds it must see to its end."""
@@ -38,7 +40,10 @@ class Child:
     async def wait(self) -> int:
         """Wait for its end. May be waited for by several, and be cancelled."""
         while (status := self._process.poll()) is None:
-            await _ended(self._process)
+            try:
+                await _ended(self._process)
+            except OSError:  # no descriptor is left to wait on
+                await asyncio.sleep(_POLL_S)
         return status
 
 

@@ -17,6 +17,9 @@ from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 
 _READY_TIMEOUT_S = 2.0
 _POLL_S = 0.1
+_DECIDED_S = 5.0
+"""A worker that has loaded nothing for so long is not told to any more: orders come within half a second."""
+_LOADED, _LOADING = fleet_pb2.MODEL_STATE_LOADED, fleet_pb2.MODEL_STATE_LOADING
 
 
 class Eyes(Protocol):
@@ -62,20 +65,39 @@ class ServiceEyes:
             return
         for gateway in self._of("gateway"):
             await _until_ok(gateway.ports["http_port"], "/ready")
-        while not before <= await self.standing(member):  # noqa: ASYNC110 - another process decides
+        if before:
+            await self._until_loaded(member.id, before)
+
+    async def _until_loaded(self, worker_id: str, before: frozenset[str]) -> None:
+        """Wait for the models that it had, for as long as it loads any. What nobody has it load any more by then the
+        ledger has moved elsewhere, or let go: the new worker is none the worse for it."""
+        idle_s = 0.0
+        while idle_s < _DECIDED_S:
+            node = await self._node(worker_id)
+            if node is not None and before <= _in_state(node, _LOADED):
+                return
+            busy = node is None or bool(_in_state(node, _LOADING))
+            idle_s = 0.0 if busy else idle_s + _POLL_S
             await asyncio.sleep(_POLL_S)
 
     async def _loaded(self, worker_id: str) -> frozenset[str]:
+        node = await self._node(worker_id)
+        return _in_state(node, _LOADED) if node is not None else frozenset()
+
+    async def _node(self, node_id: str) -> fleet_pb2.Node | None:
         """By the leader's word; a scheduler that does not lead does not say."""
         for scheduler in self._of("scheduler"):
             for node in await _nodes(scheduler.ports["port"]):
-                if node.id == worker_id:
-                    loaded = fleet_pb2.MODEL_STATE_LOADED
-                    return frozenset(model.name for model in node.models if model.state == loaded)
-        return frozenset()
+                if node.id == node_id:
+                    return node
+        return None
 
     def _of(self, role: str) -> list[RunningMember]:
         return [member for member in self._members() if member.role == role and member.ports]
+
+
+def _in_state(node: fleet_pb2.Node, state: fleet_pb2.ModelState.ValueType) -> frozenset[str]:
+    return frozenset(model.name for model in node.models if model.state == state)
 
 
 async def _http(port: int, path: str, timeout_s: float) -> int | None:

@@ -17,6 +17,7 @@ from llmos.clock import Clock
 from llmos.errors import SetupError
 from llmos.fleet.eyes import Eyes
 from llmos.fleet.member import RunningMember, all_ready
+from llmos.fleet.probe import can_look
 from llmos.fleet.restarts import RestartHistory, RestartPolicy
 from llmos.fleet.state import Member, MemberStatus, Role
 from llmos.lifetime import EXIT_RESTART
@@ -91,7 +92,9 @@ class Keeper:
         clock: Clock,
         notify: Callable[[str], None],
         changed: Callable[[], None],
+        can_look: Callable[[], bool] = can_look,
     ) -> None:
+        """`can_look` says whether a question that is not answered tells anything of the member."""
         self.member = post.fill({})
         self.post = post
         self.status: MemberStatus = "starting"
@@ -104,17 +107,23 @@ class Keeper:
         self._clock = clock
         self._notify = notify
         self._changed = changed
+        self._can_look = can_look
         self._history = RestartHistory(care.restarts)
         self._renewal: Renewal | None = None
         self._ordered = asyncio.Event()
         self._old: RunningMember | None = None
         """The process before, while it drains beside its successor."""
+        self._farewell: asyncio.Task[None] | None = None
+        """Sees to its end."""
         self._started_at = 0.0
 
     async def start(self) -> None:
-        """Start the first process; it serves later."""
+        """Start the first process; it serves later. Raises SetupError if it can't be started."""
         self._started_at = self._clock.monotonic()
-        await self.member.start()
+        try:
+            await self.member.start()
+        except OSError as error:
+            raise SetupError(f"{self.post.name} could not be started: {error.strerror}") from error
 
     def serves(self) -> None:
         """The first process serves: `run` may begin."""
@@ -137,12 +146,19 @@ class Keeper:
 
     async def run(self) -> None:
         """From when it serves until cancelled."""
-        while True:
-            ended = await self._watch()
-            if ended:
-                await self._revive(ended)
-            else:
-                await self._obey()
+        try:
+            while True:
+                try:
+                    ended = await self._watch()
+                    await (self._revive(ended) if ended else self._obey())
+                except OSError as error:  # this process itself lacks something
+                    self._notify(f"{self.post.name} could not be looked after: {error.strerror}")
+                    self._answer(SetupError(f"{self.post.name} could not be looked after: {error.strerror}"))
+                    await asyncio.sleep(self._care.restarts.longest_pause_s)
+        finally:
+            if self._farewell is not None:
+                self._farewell.cancel()
+                await asyncio.gather(self._farewell, return_exceptions=True)
 
     async def _watch(self) -> str:
         """Wait for its end or its hang, and say what it was; empty: there is an order."""
@@ -165,7 +181,15 @@ class Keeper:
         missed = 0
         while missed < self._care.misses:
             await asyncio.sleep(self._care.probe_every_s)
-            missed = 0 if await self._eyes.alive(self.member, self._care.probe_timeout_s) else missed + 1
+            if await self._answers():
+                missed = 0
+            elif self._can_look():
+                missed += 1
+
+    async def _answers(self) -> bool:
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no room for another thread
+            return await self._eyes.alive(self.member, self._care.probe_timeout_s)
+        return False
 
     async def _revive(self, ended: str) -> None:
         """Start it again, as often as the policy lets."""
@@ -214,7 +238,10 @@ class Keeper:
             self._answer(None)
 
     async def _hand_on(self, renewal: Renewal) -> None:
-        fresh = await self._launch()
+        try:
+            fresh = await self._start_next()
+        except OSError as error:
+            raise SetupError(f"a new {self.post.name} cannot be started now ({error.strerror})") from error
         failed = await self._failure(fresh)
         if failed:
             await fresh.stop(0.0)
@@ -222,8 +249,18 @@ class Keeper:
             raise SetupError(f"the new {self.post.name} {failed}; the old one goes on (log: {self.post.log})")
         self._old, self.member = self.member, fresh
         self._is("running", "restarted by order")
-        await self._old.stop(renewal.patience_s + _HURRY_S, renewal.patience_s)
-        self._old = None
+        # The new one is watched while the old one's streams end, however long that takes.
+        self._renewal = None
+        self._ordered.clear()
+        self._farewell = asyncio.create_task(self._see_off(self._old, renewal))
+
+    async def _see_off(self, old: RunningMember, renewal: Renewal) -> None:
+        try:
+            await old.stop(renewal.patience_s + _HURRY_S, renewal.patience_s)
+        finally:
+            self._old = None if self._old is old and old.exit_status is not None else self._old
+            if not renewal.done.done():
+                renewal.done.set_result(None)
 
     async def _replace(self, renewal: Renewal) -> None:
         before = await self._eyes.standing(self.member)
@@ -234,14 +271,33 @@ class Keeper:
         failed = await self._failure(self.member, before)
         if failed:
             # Whether it comes up later or not, `run` goes on with it.
+            if self.member.exit_status is None:
+                self._is("running", self.said)
             raise SetupError(f"the new {self.post.name} {failed} (log: {self.post.log})")
         self._is("running", self.said)
 
     async def _launch(self) -> RunningMember:
+        """Start the next process, as soon as that can be done: what the host lacks now it may have in a moment."""
+        pause_s, before = self._care.restarts.first_pause_s, ""
+        while True:
+            try:
+                return await self._start_next()
+            except OSError as error:
+                said = f"{self.post.name} cannot be started now ({error.strerror})"
+            self._answer(SetupError(f"{said}; it is tried again"))
+            if said != before:
+                before = said
+                self._notify(f"{said}; it is tried again")
+                self._is("waiting", said)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._care.restarts.longest_pause_s)
+
+    async def _start_next(self) -> RunningMember:
+        """Raises OSError."""
         fresh = self.post.fill(self.member.ports)
         self._started_at = self._clock.monotonic()
-        self.restarts += 1
         await fresh.start()
+        self.restarts += 1
         self._is("starting", self.said)
         return fresh
 
@@ -254,6 +310,8 @@ class Keeper:
         except SetupError:
             return fresh.end_text()
         except TimeoutError:
+            if before is not None and fresh.ports:
+                return f"serves, but not all that was served before within {self._care.start_s:g} s"
             await fresh.stop(self._care.hung_grace_s)
             return f"did not serve within {self._care.start_s:g} s"
         return ""

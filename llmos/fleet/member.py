@@ -53,7 +53,8 @@ class RunningMember:
         self._identity = ProcessIdentity(0, "")
 
     async def start(self) -> None:
-        """Start the process in a session of its own, so that a Ctrl-C at the terminal reaches only the supervisor."""
+        """Start the process in a session of its own, so that a Ctrl-C at the terminal reaches only the supervisor.
+        Raises OSError if that can't be done now."""
         launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
         with _fresh_log(self.log_path) as output:
             self._process = children.start(
@@ -154,10 +155,10 @@ async def all_ready(members: Sequence[RunningMember]) -> None:
 
 
 def _fresh_log(path: Path) -> IO[bytes]:
-    """A new log; the one before it is kept as `<name>.log.1`."""
-    if path.exists():
+    """A new log; the one before it, if it says anything, is kept as `<name>.log.1`."""
+    if path.exists() and path.stat().st_size:
         path.replace(path.with_name(f"{path.name}.1"))
-    return path.open("xb")
+    return path.open("wb")
 
 
 def _last_line(log: Path) -> str:

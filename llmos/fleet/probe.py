@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
+import os
 import socket
 from urllib.parse import urlsplit
 
 from llmos.errors import ConfigError
+
+_LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_NEEDED = 16
+"""Descriptors that one look at a service takes at most."""
+
+
+def can_look() -> bool:
+    """Whether this process has what it needs to ask anybody: without descriptors, silence says nothing of others."""
+    held: list[int] = []
+    try:
+        while len(held) < _NEEDED:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno not in _LACKING
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+    return True
 
 
 def http_status(url: str, timeout_s: float) -> int | None:
