@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-Stage = Literal["queue", "prefill", "decode", "step", "load"]
+Stage = Literal["queue", "prefill", "decode", "step"]
 
 MISS_RATE = 0.001
 """Share of what goes well that lies above its bound all the same."""
@@ -64,7 +64,6 @@ RULES: dict[Stage, StageRule] = {
     "prefill": StageRule(prior=6.0, prior_weight=8.0, floor_s=1.5, miss_rate=0.01),
     "decode": StageRule(prior=5.0, prior_weight=8.0, floor_s=1.0),
     "step": StageRule(prior=2.0, prior_weight=4.0, floor_s=2.0, times=5.0, miss_rate=0.01),
-    "load": StageRule(prior=200.0, prior_weight=2.0, floor_s=30.0, times=3.0),
 }
 """Prefills are measured in times of what `timing.py` expects, so that short and long prompts have one sketch."""
 

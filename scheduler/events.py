@@ -123,6 +123,8 @@ class JournalInherited:
 
     entries: tuple[journal_pb2.JournalEntry, ...]
     cancelled: tuple[tuple[str, str], ...]
+    quarantined: tuple[tuple[str, str, float], ...] = ()
+    """Marks of prompts that workers died of, the requests by which that was found, and seconds of quarantine left."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,7 @@ class JournalFollower:
     def inheritance(self, term: int) -> JournalInherited:
         """What a reign of this term begins with. Nothing of a lower term is taken in any more."""
         self.replica.term = max(self.replica.term, term)
-        entries, cancelled = self.replica.inheritance(self._clock.monotonic())
-        return JournalInherited(tuple(entries), tuple(cancelled))
+        return self.replica.inheritance(self._clock.monotonic())
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -49,6 +49,7 @@ def eject(state: State, worker: WorkerView, reason: str, now: float, *, hung: bo
         state.counters["kept_last"] += 1
         return False
     state.counters["ejections"] += 1
+    health.unproven = False
     health.standing, health.reason, health.hung, health.probe = OUT, reason, hung, ""
     health.strikes = 0
     health.turn += 1
@@ -77,7 +78,7 @@ def readmit(state: State, worker: WorkerView) -> None:
     """It takes part as before."""
     health = worker.health
     health.standing, health.reason, health.probe = WELL, "", ""
-    health.hung = health.emptying = False
+    health.hung = health.emptying = health.unproven = False
     health.strikes = health.failed_trials = 0
     health.pause_s = 0.0
     refresh(state, worker)
@@ -98,6 +99,7 @@ def struck(state: State, worker: WorkerView, reason: str, now: float) -> None:
     """An attempt failed there, and it was the worker's doing."""
     health = worker.health
     if health.standing == TRIAL:
+        health.unproven = False  # it fails, however slow it is by nature
         _failed_trial(state, worker, reason, now)
     elif health.standing == WELL and now - health.struck_at >= _ONE_EVENT_S:
         health.struck_at = now
@@ -154,10 +156,10 @@ def slow(state: State, event: WorkerSlow, now: float, out: Outbox) -> None:
     if now - health.slow_at > _PATIENCE_S:
         health.slow_since = now
     health.slow_at = now
-    health.unproven = not event.usual_known
     if now - health.slow_since < _LASTING_S:
         return
     if eject(state, worker, f"{event.ratio:.0f} times as slow as its peers", now):
+        health.unproven = not event.usual_known
         empty(state, worker, now)
 
 
@@ -179,11 +181,13 @@ def rescue(state: State) -> None:
 
 def _failed_trial(state: State, worker: WorkerView, reason: str, now: float) -> None:
     health = worker.health
+    unproven = health.unproven
     health.failed_trials += 1
-    if health.unproven and health.failed_trials >= _SLOW_BY_NATURE:
+    if unproven and health.failed_trials >= _SLOW_BY_NATURE:
         health.slow_by_nature = True
         readmit(state, worker)
     elif eject(state, worker, reason, now):
+        health.unproven = unproven
         empty(state, worker, now)
     else:
         readmit(state, worker)

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 
 from llmos.errors import StaleTerm
 from llmos.internal.v1 import journal_pb2
+from scheduler.events import JournalInherited
+
+_MOST_QUARANTINED = 4096
+"""The oldest give way."""
 
 
 class OutOfStep(Exception):
@@ -26,6 +30,8 @@ class _Copy:
 class _Table:
     entries: dict[str, _Copy] = field(default_factory=dict)
     cancelled: dict[str, tuple[str, float]] = field(default_factory=dict)
+    quarantined: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """By mark: who found it, and until when."""
 
 
 class Replica:
@@ -62,18 +68,21 @@ class Replica:
             self._table, self._coming = self._coming, None
         self._expire(now)
 
-    def inheritance(self, now: float) -> tuple[list[journal_pb2.JournalEntry], list[tuple[str, str]]]:
-        """Everything, oldest first, with ages as of now; and what was cancelled. Leaves nothing here."""
+    def inheritance(self, now: float) -> JournalInherited:
+        """Everything, oldest first, with ages as of now; what was cancelled, and what workers died of. Leaves nothing
+        here."""
         self._expire(now)
         table, self._table, self._coming = self._table, _Table(), None
         copies = sorted(table.entries.values(), key=lambda copy: copy.over_at)
         for copy in copies:
             alive = copy.entry.phase == journal_pb2.JOURNAL_PHASE_LIVE
             copy.entry.age_ms = 0 if alive else max(0, int(1000 * (now - copy.over_at)))
-        return (
-            [copy.entry for copy in copies if copy.entry.phase != journal_pb2.JOURNAL_PHASE_LIVE]
-            + [copy.entry for copy in copies if copy.entry.phase == journal_pb2.JOURNAL_PHASE_LIVE],
-            [(request_id, reason) for request_id, (reason, _) in table.cancelled.items()],
+        live = [copy.entry for copy in copies if copy.entry.phase == journal_pb2.JOURNAL_PHASE_LIVE]
+        over = [copy.entry for copy in copies if copy.entry.phase != journal_pb2.JOURNAL_PHASE_LIVE]
+        return JournalInherited(
+            (*over, *live),
+            tuple((request_id, reason) for request_id, (reason, _) in table.cancelled.items()),
+            tuple((mark, name, until - now) for mark, (name, until) in table.quarantined.items() if until > now),
         )
 
     def _apply(self, table: _Table, record: journal_pb2.JournalRecord, now: float) -> None:
@@ -89,6 +98,12 @@ class Replica:
                 table.entries.pop(removal.request_id, None)
                 if removal.cancelled:
                     table.cancelled[removal.request_id] = (removal.cancelled, now - removal.age_ms / 1000)
+            case "quarantine":
+                said = record.quarantine
+                table.quarantined.pop(said.mark, None)
+                table.quarantined[said.mark] = (said.request_id, now + said.left_ms / 1000)
+                if len(table.quarantined) > _MOST_QUARANTINED:
+                    del table.quarantined[next(iter(table.quarantined))]
 
     def _advance(self, table: _Table, progress: journal_pb2.JournalProgress) -> None:
         copy = table.entries.get(progress.request_id)

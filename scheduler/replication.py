@@ -6,7 +6,7 @@ each piece a state in which a leader could take it over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from llmos.internal.v1 import journal_pb2
 from scheduler import events
@@ -33,6 +33,7 @@ def joined(state: State, event: events.FollowerJoined, now: float, out: Outbox) 
         for request_id, age_s, reason in state.tombstones.items(now)
         if reason not in BREAKS
     ]
+    records += _quarantines(state, now)
     out.append(SendJournal(records, event.follower))
 
 
@@ -42,14 +43,16 @@ def left(state: State, event: events.FollowerLeft, now: float, out: Outbox) -> N
     if not state.followers:
         state.journal.followed = False
         state.journal.marks.clear()
+        state.condemned.clear()
 
 
 def tell(state: State, now: float, out: Outbox) -> None:
     """Send what has changed since the last time."""
     journal = state.journal
-    if not journal.marks:
+    if not journal.marks and not state.condemned:
         return
-    records: list[journal_pb2.JournalRecord] = []
+    records = _quarantines(state, now, state.condemned)
+    state.condemned.clear()
     for request_id, whole in journal.marks.items():
         entry = journal.get(request_id)
         if entry is None:
@@ -65,7 +68,10 @@ def tell(state: State, now: float, out: Outbox) -> None:
 
 
 def inherited(state: State, event: events.JournalInherited, now: float, out: Outbox) -> None:
-    """Begin with what was copied of an earlier leader's journal. What was cancelled there stays so."""
+    """Begin with what was copied of an earlier leader's journal. What was cancelled there stays so, and what is in
+    quarantine."""
+    for mark, request_id, left_s in sorted(event.quarantined, key=lambda one: one[2]):
+        state.quarantine.put(mark, request_id, now + left_s - state.policy.quarantine_s)
     for request_id, reason in event.cancelled:
         state.tombstones.put(request_id, reason, now)
     for entry in event.entries:
@@ -150,3 +156,17 @@ def _cuts(choice: journal_pb2.JournalChoice, first_known: int) -> list[int]:
 def _removal(request_id: str, cancelled: str, age_s: float) -> journal_pb2.JournalRecord:
     removal = journal_pb2.JournalRemoval(request_id=request_id, cancelled=cancelled, age_ms=int(1000 * age_s))
     return journal_pb2.JournalRecord(removal=removal)
+
+
+def _quarantines(state: State, now: float, marks: Collection[str] | None = None) -> list[journal_pb2.JournalRecord]:
+    """Prompts that workers died of; all of them, or those of `marks`."""
+    known = [] if marks is not None and not marks else state.quarantine.items(now)
+    return [
+        journal_pb2.JournalRecord(
+            quarantine=journal_pb2.JournalQuarantine(
+                mark=mark, request_id=request_id, left_ms=max(0, int(1000 * (state.policy.quarantine_s - age_s)))
+            )
+        )
+        for mark, age_s, request_id in known
+        if marks is None or mark in marks
+    ]

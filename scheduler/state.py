@@ -105,6 +105,8 @@ class State:
     waiting: WaitingRoom = field(init=False)
     quarantine: Recent[str] = field(init=False)
     """Fingerprints of requests that workers died of; by whom it was found."""
+    condemned: list[str] = field(default_factory=list)
+    """Those that followers of the journal must hear of yet."""
     suspected: Recent[str] = field(init=False)
     """Fingerprints of what ran when an engine ended; the last one's request."""
     tombstones: Recent[str] = field(init=False)

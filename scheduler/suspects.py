@@ -67,6 +67,8 @@ def _condemn(state: State, live: LiveRequest, out: Outbox) -> None:
     """End it, and those that are the same wherever they run, and refuse it from now on."""
     state.quarantine.put(live.mark, live.id, state.now)
     state.counters["quarantined"] += 1
+    if state.journal.followed:
+        state.condemned.append(live.mark)
     for same in [one for one in state.requests.values() if _same(one.request, live.request)]:
         fail(state, same, _error(state), out)
 

@@ -163,7 +163,7 @@ class Health:
     slow_at: float = -math.inf
     """When it was first and last told of as slow."""
     unproven: bool = False
-    """It has never been seen to be faster."""
+    """It was put out as slow, and has never been seen to be faster."""
     slow_by_nature: bool = False
 
     @property

@@ -112,6 +112,7 @@ class JournalRecord(google.protobuf.message.Message):
     ENTRY_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
     REMOVAL_FIELD_NUMBER: builtins.int
+    QUARANTINE_FIELD_NUMBER: builtins.int
     @property
     def entry(self) -> global___JournalEntry:
         """A request as it stands; replaces what was known of it."""
@@ -124,16 +125,21 @@ class JournalRecord(google.protobuf.message.Message):
     def removal(self) -> global___JournalRemoval:
         """A request that is remembered no more."""
 
+    @property
+    def quarantine(self) -> global___JournalQuarantine:
+        """A prompt that workers died of."""
+
     def __init__(
         self,
         *,
         entry: global___JournalEntry | None = ...,
         progress: global___JournalProgress | None = ...,
         removal: global___JournalRemoval | None = ...,
+        quarantine: global___JournalQuarantine | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["change", b"change", "entry", b"entry", "progress", b"progress", "removal", b"removal"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["change", b"change", "entry", b"entry", "progress", b"progress", "removal", b"removal"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["entry", "progress", "removal"] | None: ...
+    def HasField(self, field_name: typing.Literal["change", b"change", "entry", b"entry", "progress", b"progress", "quarantine", b"quarantine", "removal", b"removal"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["change", b"change", "entry", b"entry", "progress", b"progress", "quarantine", b"quarantine", "removal", b"removal"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["change", b"change"]) -> typing.Literal["entry", "progress", "removal", "quarantine"] | None: ...
 
 global___JournalRecord = JournalRecord
 
@@ -299,3 +305,29 @@ class JournalRemoval(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["age_ms", b"age_ms", "cancelled", b"cancelled", "request_id", b"request_id"]) -> None: ...
 
 global___JournalRemoval = JournalRemoval
+
+@typing.final
+class JournalQuarantine(google.protobuf.message.Message):
+    """A prompt that workers died of, and that is refused for a while."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MARK_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    LEFT_MS_FIELD_NUMBER: builtins.int
+    mark: builtins.str
+    """What it is known by: a digest of tenant, model, adapter and prompt."""
+    request_id: builtins.str
+    """The request by which it was found out."""
+    left_ms: builtins.int
+    """Milliseconds for which it is still refused."""
+    def __init__(
+        self,
+        *,
+        mark: builtins.str = ...,
+        request_id: builtins.str = ...,
+        left_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["left_ms", b"left_ms", "mark", b"mark", "request_id", b"request_id"]) -> None: ...
+
+global___JournalQuarantine = JournalQuarantine

@@ -278,6 +278,22 @@ def test_worker_of_a_slower_kind_is_taken_for_what_it_is() -> None:
     assert slow.usable
 
 
+def test_worker_that_was_slow_once_and_fails_now_is_not_taken_for_a_slow_kind() -> None:
+    arena = fleet(2)
+    bad = view(arena, "w0")
+    told_slow(arena, "w0", known=False)
+    state = arena.core.state
+    for number in range(3):
+        arena.advance(bad.health.pause_s + 0.1)
+        assert bad.health.standing == TRIAL
+        arena.workers["w0"].fail_next = ["internal"] * 3
+        arena.submit(make_request(f"probe{number}", max_tokens=12))
+        arena.run(2)
+    assert not bad.health.slow_by_nature
+    assert not bad.usable, "what fails its trials is not readmitted as slow by nature"
+    assert state.counters["ejections"] >= 4
+
+
 # -- hangs
 
 

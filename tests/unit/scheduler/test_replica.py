@@ -80,9 +80,9 @@ def copy_of(standby: Standby) -> dict[str, bytes]:
 
 def succeed(arena: Arena, standby: Standby, term: int = 9) -> None:
     """The leader is gone; the standby leads with what it has, among workers and gateways that have to find it."""
-    entries, cancelled = standby.replica.inheritance(arena.now)
+    inheritance = standby.replica.inheritance(arena.now)
     arena.new_leader(term)
-    arena.post(events.JournalInherited(tuple(entries), tuple(cancelled)))
+    arena.post(inheritance)
     for worker_id in arena.workers:
         arena.attach(worker_id)
     for gateway_id in arena.gateways:
@@ -262,7 +262,7 @@ def test_an_entry_larger_than_a_message_is_copied_in_pieces(monkeypatch: pytest.
     half.begin()
     whole = list(arena.issued(commands.SendJournal)[-1].records)
     half.take(journal_pb2.FollowResponse(term=7, sequence=1, records=whole[:2]), arena.now)
-    ((entry,), _) = half.inheritance(arena.now)
+    (entry,) = half.inheritance(arena.now).entries
     assert 0 < len(entry.choices[0].token_ids) < 270
     assert not entry.choices[0].finished
 
@@ -298,3 +298,27 @@ async def test_no_batch_is_larger_than_a_message() -> None:
     assert desk.dropped == 0
     desk.close()
     await batches.aclose()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_workers_died_of_is_refused_by_the_next_leader_for_what_is_left_of_its_time(early: bool) -> None:
+    arena, say = ready(policy=Policy(quarantine_s=600.0))
+    standby = Standby(arena, 1) if early else None
+    say("deadly", prompt=20)
+    state = arena.core.state
+    state.requests["deadly"].deaths = 1
+    arena.deliver_orders("w1")
+    arena.workers["w1"]._end_engine()
+    arena.step("w1")
+    assert state.counters["quarantined"] == 1
+    arena.now += 100.0
+    standby = standby or Standby(arena, 1)
+    standby.tick()
+    arena.now += 100.0
+    succeed(arena, standby)
+    assert failures(say("again", prompt=20)) == ["request_quarantined"]
+    assert not failures(say("fine", prompt=21))
+    arena.advance(390.0)
+    assert failures(say("again", prompt=20)) == ["request_quarantined"]
+    arena.advance(20.0)
+    assert not failures(say("again", prompt=20))
