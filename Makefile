@@ -28,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Handed over in the environment, so that quotes in a prompt stay what they are.
 export PROMPT
 
-.PHONY: help install run test unit fairness faults sim sim-mutants lint format protos peers bench
+.PHONY: help install run test long unit fairness faults sim sim-mutants lint format protos peers bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). The first time this takes some minutes: torch alone is hundreds of megabytes."
 	@$(BIN)/python -m worker.kernels.build & \
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'; \
+	$(BIN)/python -m pip install --quiet --quiet --no-compile --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'; \
 	status=$$?; wait; exit $$status
 	@touch $@
 
@@ -47,9 +47,12 @@ install: $(INSTALLED) ## make the virtual environment
 run: $(INSTALLED) ## start a fleet and serve until Ctrl-C; PROMPT="..." asks it, ONCE=1 then stops it
 	@$(BIN)/llmos up $(if $(ONCE),--once) $(if $(PROMPT),--prompt "$$PROMPT") $(UP)
 
-test: $(INSTALLED) ## every check and every test
+test: $(INSTALLED) ## every check and the tests, but for the long ones
 	@$(BIN)/python -m tests.e2e.default_model & $(MAKE) --no-print-directory lint unit || exit $$?; wait
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q $(TOGETHER) $(SLOW)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not long" $(TOGETHER) $(SLOW)
+
+long: $(INSTALLED) ## tests of what rarely breaks and takes minutes
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m long tests
 
 unit: $(INSTALLED) ## the tests that take milliseconds
 	@$(BIN)/python -m pytest -q $(UNIT_ONE) $(addprefix --ignore=,$(UNIT_LONG)) & other=$$!; status=0; \

@@ -58,6 +58,7 @@ def unseen(folder: Path, tokens: int) -> list[int]:
     return found[:tokens]
 
 
+@pytest.mark.long
 def test_on_other_text_the_default_stays_close_to_fp32(record: PlanRecord) -> None:
     folder = default_model()[1]
     reference = general.read(folder, CPU)
@@ -68,6 +69,7 @@ def test_on_other_text_the_default_stays_close_to_fp32(record: PlanRecord) -> No
     assert found.agreement >= 0.94
 
 
+@pytest.mark.long
 def test_both_paths_agree_on_the_default_plan(record: PlanRecord) -> None:
     folder = default_model()[1]
     by_kernels = load(folder, CPU, plan=record.plan, kernels=True)

@@ -41,6 +41,7 @@ def _wheel(folder: Path, **environment: str) -> Path:
     return wheel
 
 
+@pytest.mark.long
 def test_a_wheel_brings_the_kernels(tmp_path: Path) -> None:
     if find_compiler() is None:
         pytest.skip("no compiler here")

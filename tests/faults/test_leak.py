@@ -17,6 +17,7 @@ LIMIT = 200 * 2**20
 STREAMS, TOKENS = 6, 500
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_a_leaking_worker_is_drained_before_its_limit(tmp_path: Path) -> None:
     speed = ("--backend", "echo", "--echo-tokens-per-second", "50")

@@ -70,6 +70,7 @@ async def restarted(url: str) -> tuple[list[Streamed], dict[str, int]]:
     return seen, json.loads(shown)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_a_rolling_restart_of_everything_under_streams(fleet: FleetState, tmp_path: Path) -> None:
     streams, shown = asyncio.run(restarted(fleet.http_url))

@@ -47,6 +47,7 @@ def start(fleet: Fleet, key_file: Path) -> list[Process]:
     return gateways
 
 
+@pytest.mark.long
 @pytest.mark.timeout(100)
 async def test_a_gateway_and_the_leader_in_a_row(tmp_path: Path) -> None:
     key_file = tmp_path / "gateways.key"
