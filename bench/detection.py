@@ -30,6 +30,7 @@ from bench.rows import Row, at_most, reported
 from llmos.telemetry import REQUEST_ID, Telemetry
 from scheduler import deadlines
 from scheduler.commands import Progress
+from scheduler.events import AttemptLate
 from scheduler.span_watch import LOOK_S, SpanWatch
 from scheduler.spans import ATTEMPT, EXPECTED_S, LOAD, MODEL, TERM, WORKER
 from scheduler.timing import FleetTimes, Times
@@ -155,6 +156,8 @@ class Watched:
                     heapq.heappush(todo, (stream.times[index + 1], number, index + 1))
             self.now = look_at
             for event in self.watch.look():
+                if isinstance(event, AttemptLate):
+                    continue  # that costs nobody its place
                 last = self._outputs.get(event.request_id, 0.0)
                 alarms.setdefault((event.request_id, event.stage, last), look_at)
             look_at += LOOK_S

@@ -257,8 +257,8 @@ def choice_finished(state: State, event: events.ChoiceFinished, now: float, out:
         choice.truncate(event.keep_until)
         choice.finished = True
         choice.finish_reason = STOP
-    if live.attempt is not None:
+    for attempt in live.running:
         order = requests_pb2.Finish(request_id=live.id, choice=event.choice, keep_until=event.keep_until)
-        out.append(Order(live.attempt.worker_id, work_pb2.Command(finish=order)))
+        out.append(Order(attempt.worker_id, work_pb2.Command(finish=order)))
     if live.finished:
         complete(state, live, out)

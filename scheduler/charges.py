@@ -74,9 +74,9 @@ def cut(live: LiveRequest, choice: Choice, keep_until: int) -> None:
 
 
 def cached(live: LiveRequest, tokens: int, cost: float) -> None:
-    """So many prompt tokens were found in a prefix cache; they cost less. Of the request's first attempt only: later
-    ones find what was computed for it before."""
-    if live.attempts == live.attempts_before + 1 and live.prompt_charged and not live.prompt_inherited:
+    """So many prompt tokens were found in a prefix cache; they cost less. Of the request's first attempt, or its hedge,
+    only: later ones find what was computed for it before."""
+    if live.attempt is not None and live.attempt.first and live.prompt_charged and not live.prompt_inherited:
         _charge(live, -min(tokens, len(live.request.token_ids)) * (1.0 - cost))
 
 

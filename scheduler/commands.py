@@ -108,6 +108,8 @@ class StartAttempt:
     """Note for traces: tokens to be computed until then."""
     load: int = 0
     """Note for traces: sequences that decode on the worker."""
+    reason: str = ""
+    """Note for traces: why it begins beside another one; empty: it does not."""
 
     def write(self, into: work_pb2.Dispatch, trace: request_pb2.TraceContext | None = None) -> None:
         """Fill an empty message. `trace` is the context of the attempt's span."""
@@ -155,6 +157,9 @@ class FirstToken:
     """Note for traces: an attempt's prefill is over."""
 
     request_id: str
+    attempt: int
+    won: bool = False
+    """It was one of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +184,13 @@ class AttemptOver:
     """Note for traces: an attempt ended. `error` is empty if the request ended well with it."""
 
     request_id: str
+    attempt: int
     error: str
     tokens: int
+    lost: bool = False
+    """Another one had the first token sooner."""
+    at_least: bool = False
+    """It was late, and is given up for that: what its stage took so far is the least that it would have taken."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,9 @@ class SchedulerConfig:
     """Seconds: a request of each class that is predicted to wait longer for its first token is answered 429."""
     lease_ttl_s: float = 3.0
     """Seconds after which a standby may take over from a leader that no longer renews its lease."""
+    hedge: bool = True
+    """Begin a request whose first token is late on a second worker too, at most one request in twenty; first token
+    wins."""
     no_worker_grace_s: float = 60.0
     """Seconds that a request waits while no connected worker could ever serve its model."""
     gateway_grace_s: float = 1.5
@@ -119,6 +122,7 @@ class SchedulerConfig:
             order=self.order,
             shares=(shares[0], shares[1], shares[2]),
             ttft_bounds_s=(bounds[0], bounds[1], bounds[2]),
+            hedge=self.hedge,
             no_worker_grace_s=self.no_worker_grace_s,
             gateway_grace_s=self.gateway_grace_s,
             journal_bytes=self.journal_bytes,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Literal
 
 Stage = Literal["queue", "prefill", "decode", "step"]
@@ -39,6 +39,10 @@ _SCARCE = 1.0
 """How far a bound of few observations lies above the largest of them: so many times it, more."""
 _OWN = 32.0
 """Observations of its own after which a worker is judged by them alone."""
+_LATE_LEAST = 32.0
+"""Observations before which nothing counts as late."""
+_LATE_FLOOR_S = 0.2
+"""Nothing is late sooner: a second attempt would gain nothing that anybody notices."""
 _COMPARED = 4.0
 """Recent observations without which a worker is not compared with others."""
 
@@ -57,11 +61,13 @@ class StageRule:
     """The bound is so many times the quantile."""
     miss_rate: float = MISS_RATE
     """Share of what goes well that lies above the quantile."""
+    late_share: float = 0.0
+    """Share of what goes well that is called late, long before it counts as stalled; 0: none."""
 
 
 RULES: dict[Stage, StageRule] = {
     "queue": StageRule(prior=60.0, prior_weight=16.0, floor_s=5.0),
-    "prefill": StageRule(prior=6.0, prior_weight=8.0, floor_s=1.5, miss_rate=0.01),
+    "prefill": StageRule(prior=6.0, prior_weight=8.0, floor_s=1.5, miss_rate=0.01, late_share=0.05),
     "decode": StageRule(prior=5.0, prior_weight=8.0, floor_s=1.0),
     "step": StageRule(prior=2.0, prior_weight=4.0, floor_s=2.0, times=5.0, miss_rate=0.01),
 }
@@ -117,13 +123,15 @@ class Sketch:
 class StageTimes:
     """What one stage takes for one model at one load, on one worker or on all of them."""
 
-    __slots__ = ("_fresh", "_raw", "_rule", "margin", "sketch")
+    __slots__ = ("_fresh", "_raw", "_rule", "late", "margin", "sketch")
 
     def __init__(self, rule: StageRule) -> None:
         self._rule = rule
         self._raw = rule.prior
         self._fresh = 0
         self.sketch = Sketch()
+        self.late = math.inf
+        """What takes longer is late; infinite while too little was seen."""
         self.margin = 1.0
         """Moves so that the stated share of misses holds while times drift."""
 
@@ -137,10 +145,17 @@ class StageTimes:
         # A quantile costs more than an observation: looked up again only where it may have moved.
         if missed or self._fresh >= _REFRESH or self.sketch.count(now) < _FEW:
             self._raw, self._fresh = self._quantile(now), 0
+            if self._rule.late_share:
+                self.late = self._late(now)
 
     def upper(self) -> float:
         """What all but the stated share lie below."""
         return self._raw * self.margin
+
+    def _late(self, now: float) -> float:
+        count = self.sketch.count(now)
+        rank = math.ceil((count + 1) * (1 - self._rule.late_share))
+        return self.sketch.quantile(min(1.0, rank / count)) if count >= _LATE_LEAST else math.inf
 
     def _quantile(self, now: float) -> float:
         rule, count = self._rule, self.sketch.count(now)
@@ -161,6 +176,8 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._times: dict[Key, StageTimes] = {}
+        self._typical: dict[tuple[Stage, str, int], float] = {}
+        """What is late on the median worker, by stage, model and load."""
         self._recent: dict[tuple[str, str], Sketch] = {}
         """How slow a worker is with a model now: what it took over what is expected of any worker."""
 
@@ -184,6 +201,28 @@ class Deadlines:
             known = own.sketch.count(now) >= _OWN
             seconds = own.upper() if known else max(everywhere, own.sketch.quantile(1.0))
         return max(rule.floor_s, rule.times * seconds * expected_s)
+
+    def late_s(self, stage: Stage, model: str, worker: str, load: int, expected_s: float = 1.0) -> float:
+        """Seconds after which it is late: most take less on its own worker, or on the median worker, whichever is less.
+        Infinite: not known."""
+        bucket = _bucket(stage, load)
+        own = self._times.get((stage, model, worker, bucket))
+        usual = self._typical.get((stage, model, bucket))
+        if usual is None:
+            everywhere = self._times.get((stage, model, "", bucket))
+            usual = everywhere.late if everywhere is not None else math.inf
+        if own is not None:
+            usual = min(usual, own.late)
+        return max(_LATE_FLOOR_S, usual * expected_s)
+
+    def typify(self) -> None:
+        """Look up what is late on the median worker; about twice a second. One that is often slow must not make its own
+        slowness, or that of all together, the measure."""
+        late: dict[tuple[Stage, str, int], list[float]] = {}
+        for (stage, model, worker, bucket), times in self._times.items():
+            if worker and times.late < math.inf:
+                late.setdefault((stage, model, bucket), []).append(times.late)
+        self._typical = {key: median_low(found) for key, found in late.items()}
 
     def quantile(self, stage: Stage, model: str, worker: str, load: int, share: float) -> float:
         """What this share of a worker's stages take; 0: nothing was seen."""

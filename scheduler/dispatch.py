@@ -65,6 +65,22 @@ def _want_adapters(state: State, wanting: list[LiveRequest], now: float, out: Ou
 
 def start(state: State, live: LiveRequest, option: Option, now: float, out: Outbox) -> None:
     """Begin an attempt there. The request waits no more, and there is room for it."""
+    attempt = live.attempt = _begin(state, live, option, now, out)
+    attempt.owed = state.waiting.queue(live.key).owed(live.rank)
+    charges.started(live)
+
+
+def start_hedge(state: State, live: LiveRequest, option: Option, reason: str, now: float, out: Outbox) -> None:
+    """Begin a second attempt beside the one that runs, on another worker, where there is room for it. It costs the
+    tenant nothing."""
+    assert live.attempt is not None
+    hedge = live.hedge = _begin(state, live, option, now, out, reason)
+    hedge.first = live.attempt.first
+    live.hedged = True
+    state.hedged[live.id] = None
+
+
+def _begin(state: State, live: LiveRequest, option: Option, now: float, out: Outbox, reason: str = "") -> Attempt:
     live.attempts += 1
     worker = option.worker
     attempt = _attempt(state, live, option, now)
@@ -78,11 +94,9 @@ def start(state: State, live: LiveRequest, option: Option, now: float, out: Outb
     if live.suspect:
         worker.suspect = live.id
     state.room_changed(worker, option.slot)
-    attempt.owed = state.waiting.queue(live.key).owed(live.rank)
-    live.attempt = attempt
-    charges.started(live)
     state.journal.grown(live.id)
-    out.append(_order(live, attempt, option.slot, now))
+    out.append(_order(live, attempt, option.slot, now, reason))
+    return attempt
 
 
 def _attempt(state: State, live: LiveRequest, option: Option, now: float) -> Attempt:
@@ -99,11 +113,12 @@ def _attempt(state: State, live: LiveRequest, option: Option, now: float) -> Att
         uncached=option.uncached,
         met=(worker.load.ahead, worker.load.decoding),
         begun_at=now,
+        first=live.attempts == live.attempts_before + 1,
         expected=state.prefixes.expect(worker.id, live.prefix, option.cached // BLOCK_TOKENS),
     )
 
 
-def _order(live: LiveRequest, attempt: Attempt, slot: ModelSlot, now: float) -> StartAttempt:
+def _order(live: LiveRequest, attempt: Attempt, slot: ModelSlot, now: float, reason: str) -> StartAttempt:
     """The request with current progress, version and remaining time."""
     ahead, decoding = attempt.met
     return StartAttempt(
@@ -118,6 +133,7 @@ def _order(live: LiveRequest, attempt: Attempt, slot: ModelSlot, now: float) -> 
         expected_s=slot.times.first_token.seconds(attempt.uncached, ahead, decoding),
         uncached=attempt.uncached,
         load=decoding,
+        reason=reason,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from scheduler import dispatch, events, members
 from scheduler.commands import Queued
-from scheduler.lifecycle import drop_attempt
+from scheduler.lifecycle import drop_attempt, stand_in
 from scheduler.placement import Option
 from scheduler.requests import LiveRequest
 from scheduler.state import Outbox, State
@@ -47,15 +47,18 @@ def drain_due(state: State, event: events.DrainDue, now: float, out: Outbox) -> 
 
 def _move_on(state: State, worker: WorkerView, now: float, out: Outbox) -> None:
     moved = 0
-    for request_id in list(worker.running):
+    reason = "worker draining" if worker.draining else worker.health.reason
+    for request_id, attempt in list(worker.running.items()):
         live = state.requests[request_id]
+        if stand_in(state, live, attempt, reason, out, tell=True):
+            continue
         target = _elsewhere(state, live)
         if target is None:
             continue
         state.counters["migrations"] += 1
         if not worker.draining:
             live.tried.add(worker.id)
-        drop_attempt(state, live, "worker draining" if worker.draining else worker.health.reason, out, tell=True)
+        drop_attempt(state, live, reason, out, tell=True)
         out.append(Queued(live.request))
         dispatch.start(state, live, target, now, out)
         moved += 1

@@ -216,6 +216,17 @@ class AttemptStalled:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptLate:
+    """A prefill takes longer than most do, though not as long as one that stalls. Comes again while that lasts."""
+
+    request_id: str
+    term: int
+    attempt: int
+    waited_s: float
+    bound_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSlow:
     """By its spans, a worker takes `ratio` times as long as its peers' median. Comes again while that lasts."""
 
@@ -319,6 +330,7 @@ Event = (
     | DeadlinePassed
     | RetryDue
     | AttemptStalled
+    | AttemptLate
     | WorkerSlow
     | ProbeDue
     | StageQuantiles

@@ -65,8 +65,10 @@ def _request(state: State, live: LiveRequest, now: float) -> fleet_pb2.ExplainRe
         at = live.attempt
         stage = "decodes" if at.produced else "computes its prompt"
         verdict = f"It {stage} on {at.worker_id} (attempt {at.number}); {live.tokens_out} tokens so far."
-        holds = f"Holds {at.blocks} KV blocks of {at.model}."
-        return _answer("request", verdict, iter([_find(at.worker_id, "running", holds)]))
+        held = ((one.worker_id, f"Holds {one.blocks} KV blocks of {one.model}.") for one in live.running)
+        if live.hedge is not None:
+            verdict += f" Its first token is late: attempt {live.hedge.number} runs beside it; the first token wins."
+        return _answer("request", verdict, (_find(worker_id, "running", message) for worker_id, message in held))
     if live.id in state.parked:
         verdict = f"It waits since {age:.1f} s for a model that no worker has reported yet."
         return _answer("request", verdict, _places_of(state, live.key, live, now))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llmos.errors import AttemptLost, ClientError, EngineLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import charges, decay, health, learning, members, suspects
+from scheduler import charges, decay, health, hedging, learning, members, suspects
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -64,7 +64,7 @@ def _missed(state: State, worker: WorkerView, now: float, out: Outbox) -> None:
             state.counters["lost_attempts"] += 1
             error = AttemptLost("the worker does not run it any more")
             health.struck(state, worker, error.message, now)
-            retry(state, state.requests[request_id], error, now, out, tell=True)
+            retry(state, state.requests[request_id], attempt, error, now, out, tell=True)
 
 
 def _sample_gap(state: State, frame: work_pb2.WorkFrame, now: float) -> None:
@@ -75,40 +75,36 @@ def _sample_gap(state: State, frame: work_pb2.WorkFrame, now: float) -> None:
         state.meters.gap(live, now, len(frame.outputs))
 
 
-def _current(state: State, worker: WorkerView, request_id: str, epoch: request_pb2.Epoch) -> LiveRequest | None:
-    """The request whose running attempt this is; None for anything older, which is counted."""
-    live = state.requests.get(request_id)
-    if live is not None:
-        attempt = live.attempt
-        if (
-            attempt is not None
-            and attempt.number == epoch.attempt
-            and attempt.term == epoch.term
-            and attempt.worker_id == worker.id
-        ):
-            return live
+def _current(
+    state: State, worker: WorkerView, request_id: str, epoch: request_pb2.Epoch
+) -> tuple[LiveRequest, Attempt] | None:
+    """The running attempt that this is of, and its request; None for anything older, which is counted."""
+    attempt = worker.running.get(request_id)
+    if attempt is not None and attempt.number == epoch.attempt and attempt.term == epoch.term:
+        return state.requests[request_id], attempt
     state.counters["stale_outputs"] += 1
     return None
 
 
 def _output(state: State, worker: WorkerView, output: request_pb2.Output, now: float, out: Outbox) -> None:
-    live = _current(state, worker, output.request_id, output.epoch)
-    if live is None:
+    found = _current(state, worker, output.request_id, output.epoch)
+    if found is None:
         _stop_unwanted(worker, output, out)
         return
-    attempt = live.attempt
-    assert attempt is not None
+    live, attempt = found
     worker.reflected(attempt)
     fault = _fault(live, output)
     if fault:
         state.counters["broken_attempts"] += 1
         health.struck(state, worker, fault, now)
-        retry(state, live, AttemptLost(fault), now, out, tell=True)
+        retry(state, live, attempt, AttemptLost(fault), now, out, tell=True)
         return
     choice = live.choices[output.choice]
     if choice.finished or output.index < len(choice.tokens):
         state.counters["repeated_outputs"] += 1
         return
+    if live.hedge is not None:
+        hedging.commit(state, live, attempt, now, out)
     if _take(state, worker, live, attempt, output, now, out) and live.finished:
         complete(state, live, out)
 
@@ -173,14 +169,14 @@ def _take(
 
 
 def _found_cached(live: LiveRequest, output: request_pb2.Output) -> None:
-    """Of the first attempt alone: later ones find what was computed for it before."""
-    if live.attempts == live.attempts_before + 1 and not live.request.resume:
+    """Of the first attempt, or its hedge, alone: later ones find what was computed for it before."""
+    if live.attempt is not None and live.attempt.first and not live.request.resume:
         live.cached_tokens = max(live.cached_tokens, output.cached_tokens)
 
 
 def _begins(state: State, worker: WorkerView, live: LiveRequest, attempt: Attempt, now: float, out: Outbox) -> None:
     """An attempt's first tokens."""
-    out.append(FirstToken(live.id))
+    out.append(FirstToken(live.id, attempt.number, attempt.won))
     attempt.first_at = now
     state.waiting.queue(live.key).forecast.first.seen.add(now - attempt.begun_at)
     live.fingerprint = live.fingerprint or worker.fingerprint
@@ -207,33 +203,39 @@ def _all_failed(
     state: State, worker: WorkerView, failures: Sequence[request_pb2.Failure], now: float, out: Outbox
 ) -> None:
     """Attempts failed by the worker's own word. A lost engine is the worker's doing: what ran there moves on."""
-    lost: list[LiveRequest] = []
+    lost: list[tuple[LiveRequest, Attempt]] = []
     reason = ""
     for failure in failures:
-        live = _current(state, worker, failure.request_id, failure.epoch)
-        if live is None:
+        found = _current(state, worker, failure.request_id, failure.epoch)
+        if found is None:
             continue
         if failure.code == EngineLost.code:
-            lost.append(live)
+            lost.append(found)
             reason = failure.message
         else:
-            _failed(state, worker, live, failure, now, out)
+            _failed(state, worker, *found, failure, now, out)
     if not lost:
         return
     health.struck(state, worker, reason, now)
-    suspects.engine_lost(state, worker, lost, out)
-    for live in lost:
+    suspects.engine_lost(state, worker, [live for live, _ in lost], out)
+    for live, attempt in lost:
         if live.id in state.requests:
-            migrate(state, live, EngineLost.code, out, tell=False)
+            migrate(state, live, attempt, EngineLost.code, out, tell=False)
 
 
 def _failed(
-    state: State, worker: WorkerView, live: LiveRequest, failure: request_pb2.Failure, now: float, out: Outbox
+    state: State,
+    worker: WorkerView,
+    live: LiveRequest,
+    attempt: Attempt,
+    failure: request_pb2.Failure,
+    now: float,
+    out: Outbox,
 ) -> None:
     error = from_code(failure.code, failure.message, param=failure.param or None)
     if isinstance(error, AttemptLost):
-        migrate(state, live, error.code, out, tell=False)
+        migrate(state, live, attempt, error.code, out, tell=False)
     else:
         if not isinstance(error, ClientError):
             health.struck(state, worker, error.code, now)
-        retry(state, live, error, now, out, tell=False)
+        retry(state, live, attempt, error, now, out, tell=False)

@@ -45,6 +45,12 @@ def first_output(
     state.room_changed(worker, slot)
 
 
+def at_least(worker: WorkerView, attempt: Attempt, now: float) -> None:
+    """An attempt that is given up has taken so long and has no output yet."""
+    slot = worker.slots[attempt.model]
+    slot.times.first_token.took(attempt.uncached, *attempt.met, now - attempt.begun_at, now)
+
+
 def review(state: State, now: float) -> None:
     """Look at a few workers again, in turn: what was seen of one fades without news, and what the others show counts
     for one of which nothing was seen yet."""

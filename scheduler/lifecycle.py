@@ -12,7 +12,7 @@ from scheduler import charges, health
 from scheduler.commands import AttemptOver, Order, Queued, RequestOver, SendClass, SendFailure, SendOutput
 from scheduler.events import RetryDue
 from scheduler.fairness import CLASSES
-from scheduler.requests import LENGTH, LiveRequest
+from scheduler.requests import LENGTH, Attempt, LiveRequest
 from scheduler.state import Outbox, State
 
 
@@ -73,12 +73,45 @@ def last_epoch(state: State, live: LiveRequest) -> request_pb2.Epoch:
 
 
 def drop_attempt(state: State, live: LiveRequest, error: str, out: Outbox, *, tell: bool) -> None:
-    """The running attempt, if any, is over; `tell`: its worker does not know yet."""
+    """The running attempt, if any, is over, and so is its hedge; `tell`: its worker does not know yet."""
     attempt = live.attempt
     if attempt is None:
         return
+    if live.hedge is not None:
+        stand_in(state, live, live.hedge, error, out, tell=True)
     live.attempt = None
     charges.stopped(live)
+    end_attempt(state, live, attempt, error, out, tell=tell)
+
+
+def stand_in(state: State, live: LiveRequest, attempt: Attempt, error: str, out: Outbox, *, tell: bool) -> bool:
+    """One of two attempts is over before either had output: the other one goes on alone. False: there is no other."""
+    if live.hedge is None:
+        return False
+    hedge, live.hedge = live.hedge, None
+    del state.hedged[live.id]
+    if attempt is hedge:
+        state.counters["hedges_dropped"] += 1
+    else:
+        state.counters["hedges_stood_in"] += 1
+        live.attempt = hedge
+    live.tried.add(attempt.worker_id)
+    end_attempt(state, live, attempt, error, out, tell=tell)
+    return True
+
+
+def end_attempt(
+    state: State,
+    live: LiveRequest,
+    attempt: Attempt,
+    error: str,
+    out: Outbox,
+    *,
+    tell: bool,
+    lost: bool = False,
+    at_least: bool = False,
+) -> None:
+    """Give back what an attempt holds on its worker. It is none of its request's any more."""
     worker = state.workers.get(attempt.worker_id)
     if worker is not None and live.id in worker.running:
         worker.release(live.id)
@@ -91,7 +124,7 @@ def drop_attempt(state: State, live: LiveRequest, error: str, out: Outbox, *, te
         if tell and worker.connected:
             cancel = work_pb2.CancelAttempt(request_id=live.id, epoch=attempt.epoch)
             out.append(Order(worker.id, work_pb2.Command(cancel=cancel)))
-    out.append(AttemptOver(live.id, error, attempt.produced))
+    out.append(AttemptOver(live.id, attempt.number, error, attempt.produced, lost, at_least))
 
 
 def forget_claim(state: State, request_id: str, out: Outbox, *, tell: bool) -> None:
@@ -103,10 +136,11 @@ def forget_claim(state: State, request_id: str, out: Outbox, *, tell: bool) -> N
         out.append(Order(worker.id, work_pb2.Command(cancel=cancel)))
 
 
-def migrate(state: State, live: LiveRequest, reason: str, out: Outbox, *, tell: bool) -> None:
+def migrate(state: State, live: LiveRequest, attempt: Attempt, reason: str, out: Outbox, *, tell: bool) -> None:
     """The attempt is lost through no fault of the request: go on elsewhere, at once, without limit but a sane one."""
-    if live.attempt is not None:
-        live.tried.add(live.attempt.worker_id)
+    if stand_in(state, live, attempt, reason, out, tell=tell):
+        return
+    live.tried.add(attempt.worker_id)
     drop_attempt(state, live, reason, out, tell=tell)
     if finish_exhausted(state, live, out):
         return
@@ -116,14 +150,17 @@ def migrate(state: State, live: LiveRequest, reason: str, out: Outbox, *, tell: 
     enqueue(state, live, out)
 
 
-def retry(state: State, live: LiveRequest, error: LlmosError, now: float, out: Outbox, *, tell: bool) -> None:
+def retry(
+    state: State, live: LiveRequest, attempt: Attempt, error: LlmosError, now: float, out: Outbox, *, tell: bool
+) -> None:
     """The attempt failed: try again after a pause, a few times, if that can help."""
+    if error.retryable and stand_in(state, live, attempt, error.code, out, tell=tell):
+        return
     if live.retries >= state.policy.max_retries or not error.retryable:
         drop_attempt(state, live, error.code, out, tell=tell)
         fail(state, live, public(error), out)
         return
-    if live.attempt is not None:
-        live.tried.add(live.attempt.worker_id)
+    live.tried.add(attempt.worker_id)
     drop_attempt(state, live, error.code, out, tell=tell)
     if finish_exhausted(state, live, out):
         return

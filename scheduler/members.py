@@ -107,9 +107,9 @@ def _disconnect(state: State, worker: WorkerView, reason: str, out: Outbox) -> N
     worker.unclaimed.clear()
     for slot in worker.slots.values():
         state.lost_room(worker.id, slot)
-    for request_id in list(worker.running):
+    for request_id, attempt in list(worker.running.items()):
         state.counters["migrations"] += 1
-        migrate(state, state.requests[request_id], f"worker lost: {reason}", out, tell=False)
+        migrate(state, state.requests[request_id], attempt, f"worker lost: {reason}", out, tell=False)
     health.rescue(state)
 
 

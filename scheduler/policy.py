@@ -78,6 +78,8 @@ class Policy:
     """Seconds that a request which stalled on a worker waits for another one that could hold it."""
     max_attempts: int = 64
     """Attempts of any kind before a request is given up."""
+    hedge: bool = True
+    """Begin a second attempt of a request whose first token is late on another worker."""
     retry_base_s: float = 0.05
     """Pause before the first retry; doubles with each."""
     quarantine_s: float = 600.0

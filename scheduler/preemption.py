@@ -1,4 +1,7 @@
-"""A higher class takes a lower one's place: within the tick in which its request finds no room.
+"""Who finds no room: second attempts make room for everybody, and lower classes for higher ones.
+
+A hedge is nobody's only attempt: it gives way to whoever waits. A higher class takes a lower one's place within the
+tick in which its request finds no room.
 
 Victims: the lowest class first, there the tenant that is furthest ahead of its fair share, there the attempt that
 has produced least. The cancelled attempt and the new one go down the worker's stream in one batch, in this order, so
@@ -16,9 +19,9 @@ import itertools
 from collections.abc import Iterator
 
 from scheduler.fairness import BATCH, FairClass
-from scheduler.lifecycle import drop_attempt, enqueue
+from scheduler.lifecycle import drop_attempt, enqueue, stand_in
 from scheduler.placement import Option
-from scheduler.requests import LiveRequest
+from scheduler.requests import Attempt, LiveRequest, ModelKey
 from scheduler.state import Outbox, State
 from scheduler.workers import WorkerView
 
@@ -27,7 +30,12 @@ _TENANTS, _ATTEMPTS, _WORKERS = 8, 16, 16
 
 
 def make_room(state: State, live: LiveRequest, out: Outbox) -> Option | None:
-    """Cancel attempts of lower classes so that `live` fits on a worker, which is returned; None: nothing was done."""
+    """Cancel hedges, or attempts of lower classes, so that `live` fits on a worker, which is returned; None: it does
+    not. Afterwards nobody has a hedge of that model."""
+    if state.hedged and _hedges_give_way(state, live.key, out):
+        option = state.placement.place(live)
+        if option is not None:
+            return option
     assert live.account is not None
     classes = state.waiting.queue(live.key).classes
     mine = live.account.owner
@@ -106,10 +114,26 @@ def _blocks(victim: LiveRequest) -> int:
 def _evict(state: State, victim: LiveRequest, worker: WorkerView, out: Outbox) -> None:
     attempt = victim.attempt
     assert attempt is not None
-    slot = worker.slots[attempt.model]
-    # The worker's last word counts them as taken; the order to cancel goes ahead of what comes into their place.
-    slot.free_blocks = min(slot.total_blocks, slot.free_blocks + attempt.blocks - attempt.promised)
+    _free_at_once(worker, attempt)
     victim.preempted += 1
     state.counters["preemptions"] += 1
     drop_attempt(state, victim, "preempted", out, tell=True)
     enqueue(state, victim, out)
+
+
+def _hedges_give_way(state: State, key: ModelKey, out: Outbox) -> bool:
+    """Cancel the second attempts of a model; whether there were any."""
+    hedged = [live for live in map(state.requests.__getitem__, state.hedged) if live.key == key]
+    for live in hedged:
+        hedge = live.hedge
+        assert hedge is not None
+        _free_at_once(state.workers[hedge.worker_id], hedge)
+        stand_in(state, live, hedge, "hedge gives way", out, tell=True)
+    return bool(hedged)
+
+
+def _free_at_once(worker: WorkerView, attempt: Attempt) -> None:
+    """The worker's last word counts its blocks as taken; the order to cancel goes ahead of what comes into their
+    place."""
+    slot = worker.slots[attempt.model]
+    slot.free_blocks = min(slot.total_blocks, slot.free_blocks + attempt.blocks - attempt.promised)

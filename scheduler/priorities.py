@@ -28,7 +28,7 @@ def reprioritized(state: State, event: events.Reprioritized, now: float, out: Ou
     elif live.attempt is not None:
         live.account = state.waiting.account(live)
         charges.moved(live)
-        attempt = live.attempt
         priority = fleet_pb2.PriorityClass.ValueType(int(CLASSES[rank]))
-        change = work_pb2.SetPriority(request_id=live.id, epoch=attempt.epoch, priority=priority)
-        out.append(Order(attempt.worker_id, work_pb2.Command(set_priority=change)))
+        for attempt in live.running:
+            change = work_pb2.SetPriority(request_id=live.id, epoch=attempt.epoch, priority=priority)
+            out.append(Order(attempt.worker_id, work_pb2.Command(set_priority=change)))

@@ -139,6 +139,10 @@ class Attempt:
     """Prefix hashes that count as cached because it is going to cache them."""
     owed: bool = False
     """It began because its class's minimum share was due: it keeps its place."""
+    won: bool = False
+    """It was one of two, and had output first."""
+    first: bool = False
+    """Its request's first one, or the hedge beside that: what it finds cached was not computed for this request."""
 
     @property
     def settled(self) -> bool:
@@ -168,6 +172,10 @@ class LiveRequest:
     longest_blocks: int
     """KV blocks of one choice at its longest."""
     attempt: Attempt | None = None
+    hedge: Attempt | None = None
+    """A second attempt beside `attempt`, on another worker; never once there is output."""
+    hedged: bool = False
+    """It has had its hedge."""
     attempts: int = 0
     """Number of the last attempt begun; the count goes on where an earlier request of the same id ended."""
     attempts_before: int = 0
@@ -242,6 +250,11 @@ class LiveRequest:
         # What comes with output was charged by an earlier leader.
         live.prompt_charged = live.prompt_inherited = bool(request.resume)
         return live
+
+    @property
+    def running(self) -> list[Attempt]:
+        """Its attempts: none, one, or that and its hedge."""
+        return [one for one in (self.attempt, self.hedge) if one is not None]
 
     @property
     def finished(self) -> bool:

@@ -8,6 +8,7 @@ frames of a worker; how far a single stream is, it looks up when that stream's b
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +22,7 @@ from llmos.clock import Clock
 from llmos.telemetry import REQUEST_ID
 from scheduler.commands import Progress
 from scheduler.deadlines import Deadlines, Stage
-from scheduler.events import AttemptStalled, StageQuantiles, WorkerSlow
+from scheduler.events import AttemptLate, AttemptStalled, StageQuantiles, WorkerSlow
 from scheduler.health import SLOW
 from scheduler.spans import ATTEMPT, EXPECTED_S, LOAD, MODEL, TERM, WORKER
 from scheduler.state import State
@@ -33,7 +34,7 @@ _LATE_S = 0.5
 _AT_LEAST_EVERY_S = 1.0
 """Each open span is looked at so often: its bound may have become shorter."""
 _AGAIN = 0.5
-"""What stays stalled is told again after this share of its bound."""
+"""What stays stalled, or late, is told again after this share of its bound."""
 _TAIL = 0.95
 """The share of stages that are not slow ones."""
 _STAGES: dict[str, Stage] = {"queue": "queue", "prefill": "prefill", "decode": "decode"}
@@ -140,7 +141,7 @@ class SpanWatch(SpanProcessor):
         self._open[key] = watched
         if watched.worker:
             self._by_worker.setdefault(watched.worker, {})[key] = None
-        self._await(key, now, now + self._bound_s(watched, now))
+        self._await(key, now, now + min(self._bound_s(watched, now), self._late_s(watched)))
 
     def on_end(self, span: ReadableSpan) -> None:
         """See `SpanProcessor`. What ended badly, or too early, teaches nothing."""
@@ -175,6 +176,7 @@ class SpanWatch(SpanProcessor):
     def compare(self) -> Iterator[WorkerSlow | StageQuantiles]:
         """How workers do beside each other; call it about twice a second."""
         now = self._clock.monotonic()
+        self.deadlines.typify()
         for worker, ratio, known in self.deadlines.slow(SLOW, now):
             yield WorkerSlow(worker, ratio, known)
         for (worker, model), (prefill, gap) in self.deadlines.tails(_TAIL).items():
@@ -190,7 +192,7 @@ class SpanWatch(SpanProcessor):
 
     # -- looks -------------------------------------------------------------------------------------------------------
 
-    def look(self) -> Iterator[AttemptStalled]:
+    def look(self) -> Iterator[AttemptStalled | AttemptLate]:
         """What takes longer than its bound now."""
         now = self._clock.monotonic()
         if self._looked_at is not None and now - self._looked_at > LOOK_S + _LATE_S:
@@ -202,12 +204,16 @@ class SpanWatch(SpanProcessor):
             watched = self._open.get(key)
             if watched is None:
                 continue
-            since, bound = self._since(watched), self._bound_s(watched, now)
-            if since + bound > now:
-                self._await(key, now, since + bound)
-                continue
-            self._await(key, now, now + _AGAIN * bound)
-            yield AttemptStalled(watched.request_id, watched.term, watched.attempt, watched.stage, now - since, bound)
+            since, bound, late = self._since(watched), self._bound_s(watched, now), self._late_s(watched)
+            about = (watched.request_id, watched.term, watched.attempt)
+            if since + bound <= now:
+                self._await(key, now, now + _AGAIN * bound)
+                yield AttemptStalled(*about, watched.stage, now - since, bound)
+            elif since + late <= now:
+                self._await(key, now, min(since + bound, now + _AGAIN * late))
+                yield AttemptLate(*about, now - since, late)
+            else:
+                self._await(key, now, since + min(bound, late))
 
     def _standing_still(self, now: float) -> Iterator[AttemptStalled]:
         """Engines that make no step: told of by one of the spans that wait for it."""
@@ -233,6 +239,11 @@ class SpanWatch(SpanProcessor):
         load = self._fleet.load(watched.worker) if watched.stage == "decode" else watched.load
         expected = watched.expected_s if watched.stage == "prefill" else 1.0
         return self.deadlines.bound_s(watched.stage, watched.model, watched.worker, load, now, expected)
+
+    def _late_s(self, watched: _Watched) -> float:
+        if watched.stage != "prefill":
+            return math.inf
+        return self.deadlines.late_s("prefill", watched.model, watched.worker, watched.load, watched.expected_s)
 
     def _await(self, key: int, now: float, due: float) -> None:
         heapq.heappush(self._due, (min(due, now + _AT_LEAST_EVERY_S), key))

@@ -19,6 +19,18 @@ MODEL, WORKER = "gen_ai.request.model", "llmos.worker"
 TERM, ATTEMPT = "llmos.term", "llmos.attempt"
 EXPECTED_S, UNCACHED, LOAD = "llmos.expected_s", "llmos.uncached_tokens", "llmos.decoding"
 """Attributes of stages that `span_watch` reads: what the bound of a prefill is measured by."""
+REASON, HEDGE = "llmos.reason", "llmos.hedge"
+"""Attributes of attempts: why it was left, or why it began beside another one; of two, whether it `won` or `lost`."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """Spans of one attempt."""
+
+    span: Span
+    stage: Span
+    place: dict[str, AttributeValue]
+    """What its stages have in common."""
 
 
 @dataclass(slots=True)
@@ -30,11 +42,9 @@ class _Open:
     tenant: str
     parent: SpanContext | None
     queue: Span | None = None
-    attempt: Span | None = None
-    stage: Span | None = None
+    attempts: dict[int, _Attempt] = field(default_factory=dict)
+    """By number; two at most."""
     earlier: list[SpanContext] = field(default_factory=list)
-    place: dict[str, AttributeValue] = field(default_factory=dict)
-    """What the stages of the present attempt have in common."""
 
 
 class StageSpans:
@@ -54,7 +64,7 @@ class StageSpans:
         if isinstance(command, Queued):
             self._queued(command.request)
         elif isinstance(command, FirstToken):
-            self._first_token(command.request_id)
+            self._first_token(command)
         elif isinstance(command, Progress):
             self.progressed(command)
         elif isinstance(command, AttemptOver):
@@ -64,8 +74,9 @@ class StageSpans:
 
     def abandon(self, reason: str) -> None:
         """The reign is over: what is open here goes on elsewhere."""
-        for request_id in list(self._open):
-            self._attempt_over(AttemptOver(request_id, reason, 0))
+        for request_id, entry in list(self._open.items()):
+            for number in list(entry.attempts):
+                self._attempt_over(AttemptOver(request_id, number, reason, 0))
             self._request_over(RequestOver(request_id, reason))
 
     def _queued(self, request: request_pb2.Request) -> None:
@@ -85,53 +96,47 @@ class StageSpans:
         if entry.queue is not None:
             self._telemetry.finish(entry.queue)
             entry.queue = None
-        entry.place = {
+        place: dict[str, AttributeValue] = {
             ATTEMPT: command.epoch.attempt,
             TERM: command.epoch.term,
             WORKER: command.worker_id,
         }
-        entry.attempt = self._telemetry.start(
-            "attempt",
-            parent=entry.parent,
-            kind=SpanKind.CLIENT,
-            links=entry.earlier,
-            attributes={
-                REQUEST_ID: entry.request_id,
-                MODEL: entry.model,
-                "llmos.tenant": entry.tenant,
-                **entry.place,
-            },
+        about = {REQUEST_ID: entry.request_id, MODEL: entry.model, "llmos.tenant": entry.tenant, **place}
+        if command.reason:
+            about[REASON] = command.reason
+        span = self._telemetry.start(
+            "attempt", parent=entry.parent, kind=SpanKind.CLIENT, links=entry.earlier, attributes=about
         )
-        entry.earlier.append(entry.attempt.get_span_context())
-        entry.stage = self._start(
-            entry,
-            "prefill",
-            entry.attempt.get_span_context(),
-            **entry.place,
-            **{EXPECTED_S: command.expected_s, UNCACHED: command.uncached, LOAD: command.load},
-        )
-        traceparent, tracestate = trace_headers(entry.attempt)
+        context = span.get_span_context()
+        expected = {EXPECTED_S: command.expected_s, UNCACHED: command.uncached, LOAD: command.load}
+        stage = self._start(entry, "prefill", context, **place, **expected)
+        entry.earlier.append(context)
+        entry.attempts[command.epoch.attempt] = _Attempt(span, stage, place)
+        traceparent, tracestate = trace_headers(span)
         return request_pb2.TraceContext(traceparent=traceparent, tracestate=tracestate)
 
-    def _first_token(self, request_id: str) -> None:
-        entry = self._open.get(request_id)
-        if entry is None or entry.attempt is None:
+    def _first_token(self, command: FirstToken) -> None:
+        entry = self._open.get(command.request_id)
+        attempt = entry.attempts.get(command.attempt) if entry is not None else None
+        if entry is None or attempt is None:
             return
-        if entry.stage is not None:
-            self._telemetry.finish(entry.stage)
-        entry.stage = self._start(entry, "decode", entry.attempt.get_span_context(), **entry.place)
+        self._telemetry.finish(attempt.stage)
+        if command.won:
+            attempt.span.set_attribute(HEDGE, "won")
+        attempt.stage = self._start(entry, "decode", attempt.span.get_span_context(), **attempt.place)
 
     def _attempt_over(self, command: AttemptOver) -> None:
         entry = self._open.get(command.request_id)
-        if entry is None or entry.attempt is None:
+        attempt = entry.attempts.pop(command.attempt, None) if entry is not None else None
+        if attempt is None:
             return
-        if entry.stage is not None:
-            self._telemetry.finish(entry.stage, command.error)
-        entry.attempt.set_attribute("llmos.tokens", command.tokens)
+        self._telemetry.finish(attempt.stage, "" if command.at_least else command.error)
+        attempt.span.set_attribute("llmos.tokens", command.tokens)
         if command.error:
-            entry.attempt.set_attribute("llmos.reason", command.error)
-        self._telemetry.finish(entry.attempt, command.error)
-        entry.stage = entry.attempt = None
+            attempt.span.set_attribute(REASON, command.error)
+        if command.lost:
+            attempt.span.set_attribute(HEDGE, "lost")
+        self._telemetry.finish(attempt.span, command.error)
 
     def _request_over(self, command: RequestOver) -> None:
         entry = self._open.pop(command.request_id, None)

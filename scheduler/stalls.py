@@ -10,7 +10,7 @@ from __future__ import annotations
 from scheduler import dispatch, health
 from scheduler.commands import Queued
 from scheduler.events import AttemptStalled
-from scheduler.lifecycle import drop_attempt, migrate
+from scheduler.lifecycle import drop_attempt, migrate, stand_in
 from scheduler.placement import Option
 from scheduler.requests import Attempt, LiveRequest
 from scheduler.state import Outbox, State
@@ -26,8 +26,9 @@ def stalled(state: State, event: AttemptStalled, now: float, out: Outbox) -> Non
         state.counters["slow_queue"] += 1
         return
     live = state.requests.get(event.request_id)
-    attempt = live.attempt if live is not None else None
-    if live is None or attempt is None or (attempt.term, attempt.number) != (event.term, event.attempt):
+    mine = live.running if live is not None else []
+    attempt = next((one for one in mine if (one.term, one.number) == (event.term, event.attempt)), None)
+    if live is None or attempt is None:
         return
     worker = state.workers.get(attempt.worker_id)
     if worker is None or not worker.connected:
@@ -35,7 +36,7 @@ def stalled(state: State, event: AttemptStalled, now: float, out: Outbox) -> Non
     if event.stage == "step":
         _engine(state, worker, event, now, out)
     elif not _moves(live, attempt, event, now) and now - worker.step_at < _STILL_S:
-        _stream(state, worker, live, event, now, out)
+        _stream(state, worker, live, attempt, event, now, out)
 
 
 def _moves(live: LiveRequest, attempt: Attempt, event: AttemptStalled, now: float) -> bool:
@@ -53,25 +54,34 @@ def _engine(state: State, worker: WorkerView, event: AttemptStalled, now: float,
     if not health.eject(state, worker, reason, now, hung=True):
         return
     state.counters["hangs"] += 1
-    for request_id in list(worker.running):
+    for request_id, attempt in list(worker.running.items()):
         live = state.requests[request_id]
         live.avoid.add(worker.id)
         state.counters["migrations"] += 1
-        migrate(state, live, reason, out, tell=True)
+        migrate(state, live, attempt, reason, out, tell=True)
 
 
 def _stream(
-    state: State, worker: WorkerView, live: LiveRequest, event: AttemptStalled, now: float, out: Outbox
+    state: State,
+    worker: WorkerView,
+    live: LiveRequest,
+    attempt: Attempt,
+    event: AttemptStalled,
+    now: float,
+    out: Outbox,
 ) -> None:
     """One attempt gets nothing while its worker works."""
     state.counters["stalls"] += 1
     live.tried.add(worker.id)
     live.avoid.add(worker.id)
+    reason = f"stalled in {event.stage} for {event.waited_s:.1f} s, bound {event.bound_s:.1f} s"
+    if stand_in(state, live, attempt, reason, out, tell=True):
+        health.struck(state, worker, reason, now)
+        return
     target = _elsewhere(state, live)
     if target is None:
         return
     state.counters["migrations"] += 1
-    reason = f"stalled in {event.stage} for {event.waited_s:.1f} s, bound {event.bound_s:.1f} s"
     drop_attempt(state, live, reason, out, tell=True)
     health.struck(state, worker, reason, now)
     out.append(Queued(live.request))

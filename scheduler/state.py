@@ -98,6 +98,8 @@ class State:
     meters: Meters = field(default_factory=Meters)
     budget: Budget = field(default_factory=Budget)
     """For second tries."""
+    hedged: dict[str, None] = field(default_factory=dict)
+    """Ids of requests with two attempts, oldest first."""
     on_trial: set[str] = field(default_factory=set)
     """Workers that were put out and are given one request, to see."""
     counters: Counter[str] = field(default_factory=Counter)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from llmos.errors import Quarantined
 from llmos.internal.v1 import request_pb2
-from scheduler.lifecycle import fail
+from scheduler.lifecycle import fail, stand_in
 from scheduler.requests import LiveRequest, mark_of
 from scheduler.state import Outbox, State
 from scheduler.workers import WorkerView
@@ -38,8 +38,22 @@ def engine_lost(state: State, worker: WorkerView, lost: Sequence[LiveRequest], o
         live.died_on.add(worker.id)
         live.avoid.add(worker.id)
         live.suspect = True
+        _watch_beside(state, worker, live, out)
         state.suspected.put(live.mark, live.id, state.now)
         state.counters["suspected"] += 1
+
+
+def _watch_beside(state: State, worker: WorkerView, live: LiveRequest, out: Outbox) -> None:
+    """Its other attempt, if it has two, is a suspect's now. It ends if anything may be to blame beside it."""
+    for other in live.running:
+        place = state.workers[other.worker_id]
+        if place is worker:
+            continue
+        beside = [state.requests[request_id] for request_id in place.running if request_id != live.id]
+        if place.suspect or any(_may_be_it(state, one) for one in beside):
+            stand_in(state, live, other, "suspect", out, tell=True)
+        else:
+            place.suspect = live.id
 
 
 def _may_be_it(state: State, live: LiveRequest) -> bool:

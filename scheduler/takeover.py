@@ -89,9 +89,9 @@ def _start_over(state: State, live: LiveRequest, held: list[request_pb2.ChoiceRe
 def _catch_up(state: State, live: LiveRequest, choice: Choice, said: request_pb2.ChoiceResume, out: Outbox) -> None:
     """Send what the gateway lacks of one choice; or learn that it had finished with it."""
     if said.finished:
-        if not choice.finished and live.attempt is not None:
+        for attempt in () if choice.finished else live.running:
             order = requests_pb2.Finish(request_id=live.id, choice=said.choice, keep_until=len(said.token_ids))
-            out.append(Order(live.attempt.worker_id, work_pb2.Command(finish=order)))
+            out.append(Order(attempt.worker_id, work_pb2.Command(finish=order)))
         charges.cut(live, choice, len(said.token_ids))
         choice.truncate(len(said.token_ids))
         choice.finished = True

@@ -73,6 +73,11 @@ class WaitingRoom:
             if not aside and not len(queue) and not any(one.busy for one in queue.classes) and gone(key):
                 del self._queues[key]
 
+    def crowded(self, key: ModelKey) -> bool:
+        """Somebody waits for this model."""
+        queue = self._queues.get(key)
+        return bool(queue is not None and len(queue)) or key in self._stranded or key in self._lacking
+
     def short(self, key: ModelKey) -> bool:
         """Everybody who waits for this model is looked at each time: a new one may fit where others do not."""
         return len(self.queue(key)) <= self._policy.lookahead

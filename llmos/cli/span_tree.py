@@ -23,6 +23,8 @@ class SpanRow:
     end_ns: int
     error: str = ""
     links: tuple[str, ...] = ()
+    note: str = ""
+    """What else is to be said of it."""
 
 
 @dataclass(frozen=True, slots=True)

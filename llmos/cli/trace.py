@@ -64,6 +64,7 @@ def span_row(span: Span) -> SpanRow:
         span.end_unix_ns,
         span.error,
         tuple(linked.hex() for linked in span.linked_span_ids),
+        f"hedge {span.attributes['llmos.hedge']}" if "llmos.hedge" in span.attributes else "",
     )
 
 
@@ -95,6 +96,8 @@ def _cells(line: TreeRow, whole_s: float) -> list[str]:
     name = f"{line.prefix}{line.span.name}"
     if line.span.links:
         name += " (another attempt)"
+    if line.span.note:
+        name += f" ({line.span.note})"
     if line.span.error:
         name += f" ! {line.span.error}"
     return [name, line.span.service, line.span.node, *times, bar]

@@ -32,12 +32,12 @@ def go_on(state: State, now: float, out: Outbox) -> None:
 
 
 def _empty(state: State, worker: WorkerView, slot: ModelSlot, now: float, out: Outbox) -> None:
-    mine = [request_id for request_id, attempt in worker.running.items() if attempt.model == slot.key[0]]
+    mine = [(request_id, one) for request_id, one in worker.running.items() if one.model == slot.key[0]]
     # What nobody has asked for yet may be this model's; it is asked for, or cancelled, within a second or so.
     if worker.unclaimed or (mine and now < slot.leave_by):
         return
-    for request_id in mine:
+    for request_id, attempt in mine:
         state.counters["migrations"] += 1
-        migrate(state, state.requests[request_id], "the model leaves the worker", out, tell=True)
+        migrate(state, state.requests[request_id], attempt, "the model leaves the worker", out, tell=True)
     slot.unload_sent = True
     out.append(Order(worker.id, work_pb2.Command(unload=work_pb2.UnloadModel(model=slot.key[0]))))

@@ -17,6 +17,7 @@ from scheduler.reign import Reign
 from scheduler.requests import LiveRequest, blocks_needed
 from scheduler.workers import LOADED, WorkerView
 from tests.sim.bills import Bills
+from tests.sim.hedge_books import HedgeBooks
 from tests.sim.trace import Trace
 from tests.sim.trust_books import TrustBooks
 from worker.backends.echo import EchoBackend
@@ -119,10 +120,11 @@ class ReignBooks:
         self._owner: dict[str, int] = {}
         self._bills = Bills(self._state, checks.bills, checks.fail)
         self._epochs: dict[str, Epoch] = {}
-        """Of the last attempt begun."""
+        """Of the last attempt begun; of two, the older one's."""
         self._known: dict[str, dict[int, int]] = {}
         """Tokens of each choice that this leader has been told of or has sent."""
         self._trust = TrustBooks(self._state, checks.fail)
+        self._hedges = HedgeBooks(self._state, checks.counts, checks.fail)
         self._handle = reign.core.handle
         reign.core.handle = self.handle  # type: ignore[method-assign]
 
@@ -132,6 +134,7 @@ class ReignBooks:
         fresh = bool(submitted) and submitted not in self._accepted
         if submitted:
             self._accepted.add(submitted)
+            self._hedges.submitted(event)  # type: ignore[arg-type]
             for held in event.request.resume:  # type: ignore[union-attr]
                 self._knows(submitted, held.choice, len(held.token_ids))
         self._trust.before(event, now)
@@ -148,6 +151,7 @@ class ReignBooks:
             if self._owner[submitted] != event.stream_id and fresh:  # type: ignore[union-attr]
                 self._checks.fail("outputs go to who asked", f"{submitted} bound to another stream")
         for command in commands:
+            self._hedges.look(command, event, commands)
             self._look(command)
         self._trust.after(commands, now)
         if fresh and submitted not in self._state.requests:
@@ -166,7 +170,8 @@ class ReignBooks:
         if isinstance(command, SendOutput):
             output = command.output
             self._knows(output.request_id, output.choice, output.index + len(output.token_ids))
-            if epoch_of(output) < self._epochs.get(output.request_id, (0, 0)):
+            least = max(self._epochs.get(output.request_id, (0, 0)), self._hedges.lowest(output.request_id))
+            if epoch_of(output) < least:
                 checks.fail("no lower term after a higher one", f"{output.request_id}: {epoch_of(output)} is over")
             owner = self._owner.get(command.output.request_id)
             if owner is not None and owner != command.stream_id:
@@ -174,7 +179,7 @@ class ReignBooks:
         elif isinstance(command, StartAttempt):
             request_id = command.request.request_id
             checks.counts["attempts"] += 1
-            self._epochs[request_id] = epoch_of(command)
+            self._epochs[request_id] = self._hedges.lowest(request_id)
             resumed = {one.choice: one for one in command.resume}
             for choice, known in self._known.get(request_id, {}).items():
                 held = resumed.get(choice)

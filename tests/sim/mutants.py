@@ -91,7 +91,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 def _epoch_fence_dropped(stack: ExitStack) -> None:
     def current(state: Any, worker: Any, request_id: str, epoch: Any) -> Any:
         live = state.requests.get(request_id)
-        return live if live is not None and live.attempt is not None else None
+        return (live, live.attempt) if live is not None and live.attempt is not None else None
 
     put(stack, frames, "_current", current)
 
@@ -103,7 +103,7 @@ def _gap_accepted(stack: ExitStack) -> None:
 
 @mutant("a request whose worker is lost is not queued again")
 def _requeue_lost(stack: ExitStack) -> None:
-    def migrate(state: Any, live: Any, reason: str, out: Any, *, tell: bool) -> None:
+    def migrate(state: Any, live: Any, attempt: Any, reason: str, out: Any, *, tell: bool) -> None:
         lifecycle.drop_attempt(state, live, reason, out, tell=tell)
 
     put(stack, members, "migrate", migrate)
@@ -334,3 +334,7 @@ def _admission_forgets(stack: ExitStack) -> None:
             real(state, now, out)
 
     put(stack, admission, "unpark", unpark)
+
+
+# Entered by themselves: one file would be too long.
+from tests.sim import hedge_mutants as _hedge_mutants  # noqa: E402, F401

@@ -52,8 +52,10 @@ class TrustBooks:
     def _started(self, command: StartAttempt, now: float) -> None:
         state = self._state
         live, worker = state.requests.get(command.request.request_id), state.workers[command.worker_id]
-        if live is None or live.attempt is None or live.attempt.worker_id != worker.id:
+        if live is None or worker.id not in [one.worker_id for one in live.running]:
             return
+        if live.hedge is not None and live.hedge.worker_id == worker.id and worker.id in live.tried:
+            self._fail("second tries go elsewhere", f"{live.id} is hedged on {worker.id}, which it has tried")
         suspects = [one for one in worker.running if one in state.requests and state.requests[one].suspect]
         if live.suspect and len(suspects) > 1:
             self._fail("suspects share no worker", f"{sorted(suspects)} on {worker.id}")

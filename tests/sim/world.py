@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 from llmos.etcd import EtcdConfig
-from scheduler import charges, loop, reign
+from scheduler import budget, charges, deadlines, loop, reign
 from tests.sim import clients, faults
 from tests.sim.checks import Checks, Violation
 from tests.sim.clients import Order, SimClient
@@ -203,6 +203,9 @@ def run(plan: Plan, *, keep: int = 0) -> Result:
             mock.patch.object(loop, "_TICK_S", _TICK_S),
             mock.patch.object(reign, "_ACKNOWLEDGE_S", _TICK_S),
             mock.patch.object(reign, "LOOK_S", _TICK_S),
+            # A run is too short to earn a hedge, and to learn what is late.
+            mock.patch.object(budget.Budget, "take_hedge", lambda self, now: self.take(now)),
+            mock.patch.object(deadlines, "_LATE_LEAST", 2.0),
         ):
             world = World(plan, keep=keep)
             with mock.patch.object(charges, "_charge", world.checks.charge):

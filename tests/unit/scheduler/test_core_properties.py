@@ -82,6 +82,17 @@ class Fleet(RuleBasedStateMachine):
             events.Reprioritized(f"r{1 + at % self.requests}", request_pb2.PriorityClass.ValueType(priority))
         )
 
+    @precondition(lambda self: self.requests)
+    @rule(at=st.integers(0, 99))
+    def late(self, at: int) -> None:
+        state = self.arena.core.state
+        for _ in range(20):
+            state.budget.accepted()
+        live = state.requests.get(f"r{1 + at % self.requests}")
+        if live is not None and live.attempt is not None:
+            attempt = live.attempt
+            self.arena.post(events.AttemptLate(live.id, attempt.term, attempt.number, 5.0, 1.0))
+
     # -- progress ----------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.arena.workers)
@@ -168,6 +179,19 @@ class Fleet(RuleBasedStateMachine):
             running = {name for one in queue.classes for account in one.busy for name in account.running}
             assert running == {live.id for live in state.requests.values() if live.attempt and live.key == key}
             assert len(queue) == len(list(queue.items()))
+
+    @invariant()
+    def attempts_are_where_they_run(self) -> None:
+        state = self.arena.core.state
+        there = {
+            (id_, worker.id, one.number) for worker in state.workers.values() for id_, one in worker.running.items()
+        }
+        mine = [(live.id, one.worker_id, one.number) for live in state.requests.values() for one in live.running]
+        assert len(mine) == len(set(mine)) and set(mine) == there
+        two = [live for live in state.requests.values() if live.hedge is not None]
+        assert {live.id for live in two} == set(state.hedged)
+        assert all(len({one.worker_id for one in live.running}) == 2 for live in two)
+        assert not any(live.tokens_out or one.started for live in two for one in live.running)
 
     def teardown(self) -> None:
         for worker in self.arena.workers.values():

@@ -11,6 +11,7 @@ import pytest
 from llmos.telemetry import REQUEST_ID, Telemetry
 from scheduler.commands import Progress
 from scheduler.deadlines import MISS_RATE, RULES, Deadlines, Sketch, Stage
+from scheduler.events import AttemptStalled
 from scheduler.span_watch import LOOK_S, SpanWatch
 from scheduler.spans import ATTEMPT, EXPECTED_S, MODEL, TERM, WORKER
 from tests.fakes.clock import ManualClock
@@ -97,6 +98,33 @@ def test_slowness_is_told_from_the_peers_median() -> None:
     assert deadlines.slowness("m", ("a",), 4.0) == {}
 
 
+def test_late_is_what_one_prefill_in_twenty_is() -> None:
+    rng, deadlines, late, before = random.Random(4), Deadlines(), 0, 0.0
+    for number in range(5000):
+        now, value = number / 20, rng.lognormvariate(0.0, 0.5)
+        before = deadlines.late_s("prefill", "m", "w", 2, 10.0)
+        assert number >= 32 or before == math.inf, "nothing is late until enough was seen"
+        assert number < 64 or before < math.inf
+        late += 10.0 * value > before
+        deadlines.observe("prefill", "m", "w", 2, value, now)
+    assert 0.03 * 5000 <= late <= 0.06 * 5000
+    assert before < deadlines.bound_s("prefill", "m", "w", 2, 250.0, 10.0), "well before it counts as stalled"
+    assert deadlines.late_s("prefill", "m", "w", 2, 1e-3) == 0.2
+    assert deadlines.late_s("decode", "m", "w", 2) == math.inf
+
+
+def test_a_worker_that_is_often_slow_is_late_by_what_the_others_show() -> None:
+    deadlines = Deadlines()
+    for number in range(400):
+        worker = f"w{number % 4}"
+        slow = worker == "w0" and number % 12 == 0
+        deadlines.observe("prefill", "m", worker, 0, 20.0 if slow else 1.0, number / 20)
+    assert deadlines.quantile("prefill", "m", "w0", 0, 0.95) > 15.0
+    deadlines.typify()
+    assert deadlines.late_s("prefill", "m", "w0", 0) == deadlines.late_s("prefill", "m", "w1", 0) < 1.2
+    assert deadlines.late_s("prefill", "m", "new", 0) < 1.2
+
+
 class Scene:
     """A watch, spans on a clock moved by hand, and how far things are."""
 
@@ -126,7 +154,8 @@ class Scene:
         told = []
         for _ in range(round(seconds / LOOK_S)):
             self.clock.advance(LOOK_S)
-            told += [(event.stage, event.request_id) for event in self.watch.look()]
+            events = list(self.watch.look())
+            told += [(one.stage if isinstance(one, AttemptStalled) else "late", one.request_id) for one in events]
         return told
 
     def learn(self, stage: Stage, value: float = 0.05) -> None:
@@ -143,6 +172,23 @@ def test_open_decode_is_told_once_its_bound_passes_without_progress() -> None:
     assert scene.passes(0.9) == []
     assert scene.passes(0.2) == [("decode", "r")]
     assert ("decode", "r") in scene.passes(1.0), "it is told again while it lasts"
+
+
+def test_late_prefill_is_told_before_it_stalls() -> None:
+    scene = Scene()
+    scene.learn("prefill", 1.0)
+    scene.open("prefill", **{EXPECTED_S: 1.0})
+    assert scene.passes(1.0) == []
+    assert set(scene.passes(0.4)) == {("late", "r")}
+    assert ("late", "r") not in scene.passes(20.0)[-3:], "then it stalls"
+
+
+def test_what_is_given_up_as_late_has_taken_that_long_at_least() -> None:
+    scene = Scene()
+    span = scene.open("prefill", **{EXPECTED_S: 0.1})
+    scene.clock.advance(1.0)
+    scene.telemetry.finish(span)  # type: ignore[arg-type]
+    assert scene.watch.deadlines.quantile("prefill", "m", "w", 0, 0.5) == pytest.approx(10.0, rel=0.1)
 
 
 def test_finished_spans_are_watched_no_more_and_teach() -> None:

@@ -133,8 +133,8 @@ def test_stage_spans_follow_an_attempt() -> None:
     for command in (
         commands.Queued(request),
         start,
-        commands.FirstToken("r1"),
-        commands.AttemptOver("r1", "", 5),
+        commands.FirstToken("r1", 1),
+        commands.AttemptOver("r1", 1, "", 5),
         commands.RequestOver("r1", ""),
     ):
         clock.advance(1.0)
