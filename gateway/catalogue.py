@@ -55,8 +55,11 @@ class Catalogue:
         return True
 
     def find(self, name: str, capability: str) -> requests_pb2.CatalogueModel:
-        """The model of that name. Raises ModelNotFound, or UnsupportedFeature where it lacks the capability."""
+        """The model of that name. Raises ModelNotFound, UnsupportedFeature where it lacks the capability, or Unavailable
+        while there is none at all: a fleet that has just begun knows of no model yet."""
         model = self._models.get(name)
+        if not self._models:
+            raise Unavailable("No model is served yet; try again.", retry_after_s=1.0)
         if model is None:
             raise ModelNotFound(f"The model '{name[:200]}' is not served here; list the models.", param="model")
         if capability not in model.capabilities:

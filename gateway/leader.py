@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from llmos.errors import FleetError, LlmosError, Unavailable
 from llmos.internal.v1 import journal_pb2, requests_pb2, requests_pb2_grpc
 from llmos.rpc import error_from_rpc
+from llmos.sealed import sealed
 from llmos.v1 import fleet_pb2, fleet_pb2_grpc
 
 _CALL_TIMEOUT_S = 5.0
@@ -72,10 +73,12 @@ class LeaderClient:
 
     async def take_up(self, tenant: str, origin_ids: Sequence[str]) -> journal_pb2.JournalEntry:
         """What is remembered of a stream of that tenant, with a claim to it. Raises NotFound."""
-        stub: Any = requests_pb2_grpc.RequestsStub(self._channel())
+        stub: Any = requests_pb2_grpc.RequestsStub(sealed(self._channel()))
         request = requests_pb2.TakeUpRequest(tenant=tenant, origin_ids=origin_ids)
         with _typed_errors():
-            answer: requests_pb2.TakeUpResponse = await stub.TakeUp(request, timeout=_CALL_TIMEOUT_S)
+            answer: requests_pb2.TakeUpResponse | None = await stub.TakeUp(request, timeout=_CALL_TIMEOUT_S)
+        if answer is None:
+            raise Unavailable("What is known of the stream arrived damaged; try again.", retry_after_s=1.0)
         return answer.entry
 
     async def list_nodes(self, request: fleet_pb2.ListNodesRequest) -> fleet_pb2.ListNodesResponse:

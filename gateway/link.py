@@ -22,6 +22,7 @@ from llmos.clock import Clock, SystemClock
 from llmos.errors import LlmosError, NotLeader, StaleTerm, Unavailable
 from llmos.internal.v1 import requests_pb2, requests_pb2_grpc
 from llmos.rpc import open_channel
+from llmos.sealed import sealed
 from llmos.v1 import fleet_pb2
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ class Link:
         """Hold a stream to one scheduler for as long as it leads."""
         channel = self._connect(address)
         try:
-            stub: Any = requests_pb2_grpc.RequestsStub(channel)
+            stub: Any = requests_pb2_grpc.RequestsStub(sealed(channel))
             call = stub.Exchange()
             async with asyncio.timeout(self._config.hello_timeout_s):
                 term = await self._greet(call)

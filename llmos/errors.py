@@ -25,6 +25,7 @@
     |-- FleetError                      between services; never shown to clients as such
     |   |-- NotLeader                   this scheduler does not lead; knows who does
     |   |-- StaleTerm                   a record carries a term below one already seen
+    |   |-- DamagedMessage              its bytes changed on the way; the stream ends
     |   |-- AttemptLost                 worker died or broke the contract; re-dispatched
     |   |   `-- EngineLost              its engine ended under it: the request may be why
     |   `-- EtcdError                   etcd refused or cannot be reached
@@ -243,6 +244,13 @@ class StaleTerm(FleetError):
     """A record carries a term lower than one already seen by its receiver."""
 
     code = "stale_term"
+
+
+class DamagedMessage(FleetError):
+    """A message does not match its checksum: the stream is not to be trusted any more."""
+
+    code = "damaged_message"
+    grpc_status = grpc.StatusCode.DATA_LOSS
 
 
 class AttemptLost(FleetError):

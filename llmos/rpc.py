@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from llmos.addresses import host_port
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError, DeadlineExceeded, LlmosError, Unauthenticated, Unavailable, from_code
+from llmos.sealed import Opener, sealing
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,9 @@ async def _abort(context: Any, error: BaseException) -> None:
     await context.abort(grpc.StatusCode.INTERNAL, "internal error", ((CODE_KEY, "internal_error"),))
 
 
-class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
-    """Maps exceptions of handlers to a status. A handler that aborts by itself is left alone."""
+class _Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
+    """Maps exceptions of handlers to a status; a handler that aborts by itself is left alone. Seals and checks messages
+    (`llmos.sealed`)."""
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(details)
@@ -137,7 +139,8 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, unuse
                 else grpc.unary_unary_rpc_method_handler
             )
             wrapped = _unary(behaviour)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        # Called for each call, so that each has its own opener.
+        return make(wrapped, Opener(handler.request_deserializer), sealing(handler.response_serializer))
 
 
 def _unary(behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -189,7 +192,7 @@ class RpcServer:
         self._tls = tls or TlsConfig()
         self._require_client_cert = require_client_cert
         options = [*_SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))]
-        self._server = grpc.aio.server(interceptors=[_ErrorInterceptor(), *interceptors], options=options)
+        self._server = grpc.aio.server(interceptors=[_Interceptor(), *interceptors], options=options)
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
         self.port = 0

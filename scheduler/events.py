@@ -62,6 +62,8 @@ class WorkerDetached:
 
     worker_id: str
     reason: str
+    damaged: bool = False
+    """What it said, or was told, did not arrive as it was said."""
 
 
 @dataclass(frozen=True, slots=True)

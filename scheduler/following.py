@@ -12,6 +12,7 @@ import grpc
 from llmos.clock import Clock
 from llmos.errors import StaleTerm
 from llmos.internal.v1 import journal_pb2, journal_pb2_grpc
+from llmos.sealed import sealed
 from scheduler.events import JournalInherited
 from scheduler.replica import OutOfStep, Replica
 
@@ -65,7 +66,7 @@ class JournalFollower:
     async def _follow(self, address: str) -> None:
         channel = self._connect(address)
         try:
-            stub: Any = journal_pb2_grpc.JournalStub(channel)
+            stub: Any = journal_pb2_grpc.JournalStub(sealed(channel))
             request = journal_pb2.FollowRequest(scheduler_id=self._scheduler_id, highest_term=self.replica.term)
             call = stub.Follow(request)
             self.replica.begin()

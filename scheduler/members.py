@@ -93,6 +93,9 @@ def detached(state: State, event: events.WorkerDetached, now: float, out: Outbox
     """A stream ended: what ran there goes on elsewhere."""
     worker = state.workers.get(event.worker_id)
     if worker is not None and worker.connected:
+        if event.damaged:
+            state.counters["damaged_streams"] += 1
+            health.struck(state, worker, event.reason, now)
         _disconnect(state, worker, event.reason, out)
         if not worker.registered:
             _forget(state, worker, out)

@@ -17,9 +17,10 @@ from typing import Any
 import grpc
 
 from llmos.clock import Clock
-from llmos.errors import AttemptLost, LlmosError, StaleTerm
+from llmos.errors import AttemptLost, DamagedMessage, LlmosError, StaleTerm
 from llmos.internal.v1 import request_pb2, work_pb2, work_pb2_grpc
 from llmos.rpc import error_from_rpc
+from llmos.sealed import sealed
 from llmos.v1 import fleet_pb2
 from scheduler import events
 from scheduler.commands import StartAttempt
@@ -115,9 +116,9 @@ class WorkLink:
         """One stream from beginning to end; whether the worker answered at all."""
         channel = self._context.connect(self._address)
         attached = False
-        reason = "closed"
+        reason: Exception = AttemptLost("closed")
         try:
-            stub: Any = work_pb2_grpc.WorkStub(channel)
+            stub: Any = work_pb2_grpc.WorkStub(sealed(channel))
             call = stub.Attach()
             report = await self._greet(call)
             attached = True
@@ -130,16 +131,17 @@ class WorkLink:
             self.channel = None
             if attached:
                 log.warning("worker %s lost: %s", self.worker_id, reason)
-                self._context.post_now(events.WorkerDetached(self.worker_id, reason))
+                damaged = isinstance(reason, DamagedMessage)
+                self._context.post_now(events.WorkerDetached(self.worker_id, str(reason), damaged))
             # Cancelled in the middle: the channel must not outlive its owner.
             await asyncio.shield(channel.close())
         return attached
 
-    def _failed(self, error: Exception) -> str:
+    def _failed(self, error: Exception) -> Exception:
         typed = error_from_rpc(error) if isinstance(error, grpc.aio.AioRpcError) else error
         if isinstance(typed, StaleTerm):
             self._context.refused()
-        return str(typed) or type(typed).__name__
+        return typed if str(typed) else AttemptLost(type(typed).__name__)
 
     async def _greet(self, call: Any) -> work_pb2.WorkerReport:
         hello = work_pb2.SchedulerHello(scheduler_id=self._context.scheduler_id)
@@ -148,7 +150,9 @@ class WorkLink:
                 work_pb2.AttachRequest(term=self._context.term(), commands=[work_pb2.Command(hello=hello)])
             )
             answer = await call.read()
-        if answer is grpc.aio.EOF or answer is None:
+        if answer is None:
+            raise DamagedMessage("the worker's report came damaged")
+        if answer is grpc.aio.EOF:
             # The status tells why; reading it raises.
             code = await call.code()
             if code is not grpc.StatusCode.OK:
@@ -190,7 +194,7 @@ class WorkLink:
     async def _read(self, call: Any) -> None:
         while (answer := await call.read()) is not grpc.aio.EOF:
             if answer is None or answer.WhichOneof("message") != "frame":
-                raise AttemptLost("the worker sent a damaged frame")
+                raise DamagedMessage("the worker sent a damaged frame")
             frame = answer.frame
             if frame.sequence != self._received + 1:
                 raise AttemptLost(f"frame {frame.sequence} follows {self._received}")

@@ -14,12 +14,13 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     """Keeps every span it is sent, with the name of the service that sent it. Use it as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        """Listens on loopback, on a free port unless one is named."""
         self._lock = threading.Lock()
         self._spans: list[tuple[str, Span]] = []
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
 
     def Export(  # noqa: N802
         self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext

@@ -75,8 +75,11 @@ class EtcdServer:
         name: str = "test",
         tls: ServerTls | None = None,
         extra_args: tuple[str, ...] = (),
+        host: str = _LOOPBACK,
     ) -> None:
+        """`host`: the address that clients use."""
         self._folder = folder
+        self._host = host
         self._name = name
         self._tls = tls
         self._extra_args = extra_args
@@ -95,7 +98,7 @@ class EtcdServer:
     @property
     def address(self) -> str:
         """host:port for clients."""
-        return f"{_LOOPBACK}:{self._client_port}"
+        return f"{self._host}:{self._client_port}"
 
     @property
     def name(self) -> str:

@@ -30,7 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.docs_from:
         page.write(*page.read(options.docs_from))
         return 0
-    scenarios = planned(quick=options.quick, seeds=options.seeds, first=options.first, only=options.only)
+    scenarios = planned(
+        quick=options.quick,
+        seeds=options.seeds,
+        first=options.first,
+        only=options.only,
+        long=options.long,
+        backend=options.backend,
+    )
     if options.list:
         for scenario, seed in scenarios:
             console.print(f"{scenario.name:40} seed {seed:<4} {scenario.row}", markup=False)
@@ -58,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="only the scenarios that `make test` runs")
-    parser.add_argument("--seeds", type=int, metavar="N", help="so many random singles, pairs and triples in all")
+    parser.add_argument("--backend", choices=("echo", "torch"), default="echo", help="what computes (default: echo)")
+    parser.add_argument("--long", action="store_true", help="etcd is gone for 10 minutes instead of one")
+    parser.add_argument("--seeds", type=int, metavar="N", help="so many random single faults, half of them on torch")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed (default: 0)")
     parser.add_argument(
         "--only", default="", metavar="NAME", help="only scenarios whose name contains NAME, or one of NAME,NAME"

@@ -32,6 +32,27 @@ def at_least(counter: str, least: int = 1) -> Check:
     return check
 
 
+def exactly(counter: str, count: int) -> Check:
+    """A counter of the core that must have moved by so much."""
+
+    async def check(world: World) -> str:
+        found = world.total(counter)
+        return "" if found == count else f"{counter} {found}, not {count}"
+
+    return check
+
+
+def mates_are_served() -> Check:
+    """Prompts that ran beside the fault are taken and answered when they are asked again."""
+
+    async def check(world: World) -> str:
+        answers = [await world.clients.say(str(stream.body["prompt"])) for stream in world.clients.streams]
+        refused = [answer for answer in answers if answer != "answered"]
+        return f"{len(refused)} of {len(answers)} innocents refused: {refused[0]}" if refused else ""
+
+    return check
+
+
 def same_leader() -> Check:
     """Nobody else was elected."""
 

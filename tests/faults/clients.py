@@ -30,6 +30,7 @@ _BREATH_S = 0.05
 _RETURNS = 40
 """Tries to come back after a break; with the pause between them about ten seconds."""
 _RETURN_PAUSE_S = 0.25
+_LONGEST_ABSENCE_S = 4.0
 
 
 def expected_text(prompt: str, seed: int, tokens: int, choice: int = 0) -> str:
@@ -66,6 +67,12 @@ class Streamed:
     """It resets its connection once it has so many tokens; 0: it stays."""
     left_at: float = 0.0
     """When it did, monotonic."""
+    returning: bool = False
+    """Once it has left it comes back, and asks for all behind some event that it had."""
+    over: bool = False
+    """It has ended somehow, and nobody comes back to it."""
+    offsets: list[tuple[str, dict[int, int]]] = field(default_factory=list)
+    """Of one that returns: id of each event, and characters by choice up to it."""
     _id: str = ""
     _data: str = ""
 
@@ -73,11 +80,6 @@ class Streamed:
     def reached(self) -> int:
         """Events with text so far, per choice."""
         return len(self.times_s) // max(1, len(self.expected))
-
-    @property
-    def over(self) -> bool:
-        """It has ended somehow."""
-        return bool(self.ends or self.error or self.broken or self.left_at)
 
     def counts(self) -> Counts:
         """What was lost, duplicated, corrupted."""
@@ -111,7 +113,18 @@ class Streamed:
         elif not line and self._data:
             self._event(self._data)
             self.last_event_id = self._id or self.last_event_id
+            if self.returning and self._id:
+                self.offsets.append((self._id, {choice: len(text) for choice, text in self.texts.items()}))
             self._id = self._data = ""
+
+    def go_back(self, rng: random.Random) -> None:
+        """Forget all behind some event; the absence is no gap."""
+        self.last_event_id, known = rng.choice(self.offsets) if self.offsets else ("", {})
+        self.texts = {choice: text[: known.get(choice, 0)] for choice, text in self.texts.items()}
+        self.finishes = {}
+        self.times_s, self.offsets = [], []
+        self.returning, self.leave_at, self.left_at = False, 0, 0.0
+        self.broken = "left"
 
     def _event(self, data: str) -> None:
         if data == "[DONE]":
@@ -158,8 +171,10 @@ class Clients:
         self._urls = list(urls)
         self._http = client
         self.streams = [self._stream(number, seed, rng) for number in range(load.streams)]
-        for stream in self.streams[: load.leavers]:
+        for number, stream in enumerate(self.streams[: load.leavers + load.returners]):
             stream.leave_at = rng.randrange(1, load.tokens * 2 // 3)
+            stream.returning = number >= load.leavers
+        self._rng = random.Random(seed)
         self.asked = Asked()
         self.enough = asyncio.Event()
         """Set once the events are over: askers end."""
@@ -178,14 +193,16 @@ class Clients:
             "stream": True,
             **kind,
         }
+        if load.unknown and "guided_json" not in kind:
+            body["ignore_eos"] = True  # a real model may want to stop before the fault
         choices = range(int(str(body.get("n", 1))))
         expected = {choice: expected_text(prompt, own_seed, load.tokens, choice) for choice in choices}
         return Streamed(body, number % len(self._urls), expected)
 
-    def expect(self, undisturbed: Sequence[Streamed]) -> None:
-        """From now on what another run gave is what must come."""
-        for stream, before in zip(self.streams, undisturbed, strict=True):
-            stream.expected = dict(before.texts)
+    def expect(self, undisturbed: Sequence[dict[int, str]]) -> None:
+        """From now on what another run gave, by stream and choice, is what must come."""
+        for stream, texts in zip(self.streams, undisturbed, strict=True):
+            stream.expected = dict(texts)
 
     @property
     def reached(self) -> int:
@@ -198,10 +215,15 @@ class Clients:
         try:
             async with asyncio.timeout(self.load.patience_s):
                 await self._once(stream, "POST", "/v1/completions", stream.body)
+                if stream.left_at and stream.returning:
+                    await asyncio.sleep(self._rng.uniform(0.0, _LONGEST_ABSENCE_S))
+                    stream.go_back(self._rng)
                 while stream.broken and self.load.returns and stream.returns < _RETURNS:
                     await self._come_back(stream)
         except TimeoutError:
             stream.broken = stream.broken or "no end in time"
+        finally:
+            stream.over = True
 
     async def _come_back(self, stream: Streamed) -> None:
         stream.returns += 1
@@ -248,6 +270,19 @@ class Clients:
         body = {"model": self.load.model, "prompt": prompt, "max_tokens": 4, "seed": 7}
         answer = await self._http.post(f"{self._urls[0]}/v1/completions", json=body, timeout=self.load.patience_s)
         return "answered" if answer.status_code == 200 else _code(answer)
+
+    async def hurried(self, number: int, tokens: int, http: httpx.AsyncClient) -> str:
+        """One request of a crowd. Returns `answered`, `wrong`, its error, or `no retry-after`."""
+        prompt, url = f"hurry {number}", self._urls[number % len(self._urls)]
+        body = {"model": self.load.model, "prompt": prompt, "max_tokens": tokens, "seed": number}
+        try:
+            answer = await http.post(f"{url}/v1/completions", json=body, timeout=self.load.patience_s)
+        except (httpx.HTTPError, OSError) as error:
+            return type(error).__name__
+        if answer.status_code == 200:
+            right = answer.json()["choices"][0]["text"] == expected_text(prompt, number, tokens)
+            return "answered" if right else "wrong"
+        return _code(answer) if "retry-after" in answer.headers else "no retry-after"
 
     async def ask(self, number: int) -> None:
         """Short requests, one after the other, until it is enough."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import random
 import signal
+import ssl
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +17,23 @@ from typing import Any
 import grpc
 import psutil
 
+from llmos.certs import make_certificates
+from llmos.config import TlsConfig
+from llmos.rpc import open_channel
 from llmos.v1 import fleet_pb2
 from llmos.v1.fleet_pb2_grpc import FleetStub
+from tests.fakes.certificates import service_tls, tls_flags
 from tests.fakes.etcd_server import EtcdCluster, EtcdServer, free_port
+from tests.faults.apart import Apart
 from tests.faults.kernel import SmallDisk
-from tests.faults.ledger import Ledger
+from tests.faults.ledger import HOME, Ledger
 from tests.faults.proxy import FaultProxy
-from tests.faults.scenario import Shape
-from tests.faults.services import Service
+from tests.faults.scenario import Load, Shape
+from tests.faults.services import ROOT, Service
 
-_LEADER = "/llmos/v1/leader"
+STORE, MODEL = HOME / "store", "tiny"
+"""The real model of shapes that ask for one, and its name (see `doubles/model.py`)."""
+_TORCH_BYTES = 2 << 30
 _CALL_S = 5.0
 _POLL_S = 0.05
 
@@ -49,6 +60,7 @@ class Places:
     port: int
     public: str
     etcd: str
+    host: str = "127.0.0.1"
 
 
 class Fleet:
@@ -65,6 +77,12 @@ class Fleet:
         self._undo = contextlib.AsyncExitStack()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._etcd_addresses: list[str] = []
+        self.undisturbed: dict[tuple[Load, int], list[dict[int, str]]] = {}
+        """What streams say when nothing happens, by load and seed; of real models, once for each fleet."""
+        self.apart: Apart | None = None
+        self._tls: TlsConfig | None = None
+        self._exported: tuple[str, ...] = ()
+        """Flags that say where spans go."""
 
     async def __aenter__(self) -> Fleet:
         try:
@@ -102,13 +120,19 @@ class Fleet:
     @property
     def urls(self) -> list[str]:
         """Base addresses of the gateways."""
-        return [f"http://127.0.0.1:{service.ready['http_port']}" for service in self.of("gateway")]
+        scheme = "http" if self._tls is None else "https"
+        return [f"{scheme}://127.0.0.1:{service.ready['http_port']}" for service in self.of("gateway")]
+
+    @property
+    def trust(self) -> ssl.SSLContext | bool:
+        """What HTTP clients verify with."""
+        return True if self._tls is None else ssl.create_default_context(cafile=str(self._tls.ca_file))
 
     def stub(self, gateway: Service) -> Any:
         """The Fleet service of a gateway."""
         address = f"127.0.0.1:{gateway.ready['grpc_port']}"
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address)
+            self._channels[address] = open_channel(address, self._tls)
         return FleetStub(self._channels[address])
 
     async def load(self) -> fleet_pb2.GetLoadResponse | None:
@@ -150,6 +174,8 @@ class Fleet:
         """Undo what a scenario did: thaw, recall, replace; then wait until all is as at the start."""
         for proxy in self.proxies.values():
             proxy.heal()
+        if self.apart is not None:
+            await asyncio.to_thread(self.apart.mend)
         if self.disk is not None:
             self.disk.clear()
         await self.revive_etcd()
@@ -202,7 +228,15 @@ class Fleet:
         await until(whole, f"{len(wanted)} ready workers (logs: {self.ledger.folder})", timeout_s)
 
     async def _start(self) -> None:
+        if self.shape.apart:
+            await asyncio.to_thread(self._set_apart)
         await asyncio.to_thread(self._start_etcd)
+        if self.shape.torch:
+            await asyncio.to_thread(_make_model)
+        if self.shape.collector:
+            port = free_port()
+            self._exported = ("--otlp-endpoint", f"http://127.0.0.1:{port}")
+            await self._add("collector", 0, "tests.faults.doubles.collector", lambda at: ["--port", str(port)])
         beside = "tests.faults.doubles." if self.shape.doubles else ""
         for number in range(self.shape.schedulers):
             await self._add("scheduler", number, f"{beside}scheduler", self._scheduler_flags)
@@ -217,6 +251,16 @@ class Fleet:
             await asyncio.to_thread(service.wait_ready)
         await self.wait_whole()
 
+    def _set_apart(self) -> None:
+        """Listening elsewhere than on loopback needs TLS."""
+        names = [f"scheduler-{number}" for number in range(self.shape.schedulers)]
+        names += [f"worker-{number}" for number in range(self.shape.workers)]
+        self.apart = Apart(self.ledger, names)
+        files = make_certificates(
+            self.ledger.folder / "tls", self.apart.addresses, 1, datetime.datetime.now(datetime.UTC)
+        )
+        self._tls = service_tls(files)
+
     def _start_etcd(self) -> None:
         if self.shape.small_disk:
             self.disk = SmallDisk(self.ledger, self.ledger.folder, self.shape.small_disk)
@@ -226,7 +270,7 @@ class Fleet:
             self.etcd = cluster.members
             cluster.__enter__()
         else:
-            self.etcd = [EtcdServer(folder)]
+            self.etcd = [EtcdServer(folder, host=self.apart.root) if self.apart else EtcdServer(folder)]
             self.etcd[0].start()
         for member in self.etcd:
             self.ledger.note("process", member.pid)
@@ -241,11 +285,14 @@ class Fleet:
         wrap: tuple[str, ...] = (),
     ) -> None:
         port, name = free_port(), f"{role}-{number}"
-        public = await self._before(name, f"127.0.0.1:{port}") if role != "gateway" else ""
+        place = self.apart.places.get(name) if self.apart else None
+        host = place.address if place else "127.0.0.1"
+        wrap = place.wrap if place else wrap
+        public = await self._before(name, f"{host}:{port}") if role != "gateway" else ""
         etcd = [await self._before(f"etcd-{name}", self._etcd_addresses[0])] if role != "gateway" else []
         etcd = etcd if self.shape.proxied else self._etcd_addresses
         service = Service(
-            role, number, module, lambda: flags(Places(port, public, ",".join(etcd))), self.ledger, wrap=wrap
+            role, number, module, lambda: flags(Places(port, public, ",".join(etcd), host)), self.ledger, wrap=wrap
         )
         service.address = public
         self.services.append(service)
@@ -259,20 +306,41 @@ class Fleet:
         return proxy.address
 
     def _scheduler_flags(self, at: Places) -> list[str]:
-        flags = ["--port", str(at.port), "--advertise", at.public, "--etcd-endpoints", at.etcd]
-        return [*flags, "--lease-ttl-s", "2", *self.shape.scheduler_flags]
+        flags = ["--lease-ttl-s", "2", *self._listening(at)]
+        return [*flags, *self._exported, *self.shape.scheduler_flags]
+
+    def _listening(self, at: Places) -> list[str]:
+        flags = ["--host", at.host, "--port", str(at.port), "--advertise", at.public, "--etcd-endpoints", at.etcd]
+        return [*flags, *self._secured]
+
+    @property
+    def _secured(self) -> tuple[str, ...]:
+        return tls_flags(self._tls) if self._tls is not None else ()
 
     def _worker_flags(self, at: Places) -> list[str]:
-        flags = ["--port", str(at.port), "--advertise", at.public, "--etcd-endpoints", at.etcd]
-        flags += ["--backend", "echo", "--model", "echo", "--echo-tokens-per-second", str(self.shape.speed)]
-        return [*flags, *self.shape.worker_flags]
+        flags = self._listening(at)
+        flags += ["--echo-tokens-per-second", str(self.shape.speed)]
+        if self.shape.torch:
+            flags += ["--backend", "torch", "--model", MODEL, "--store", str(STORE), "--precision", "fp32"]
+            flags += ["--threads", "1", "--spare-engine", "no", "--memory-limit", str(_TORCH_BYTES)]
+        else:
+            flags += ["--backend", "echo", "--model", "echo"]
+        return [*flags, *self._exported, *self.shape.worker_flags]
 
     def _gateway_flags(self, at: Places) -> list[str]:
         schedulers = ",".join(service.address for service in self.of("scheduler"))
         key = self.ledger.folder / "streams.key"
         key.write_text("5a" * 32 + "\n")
         flags = ["--schedulers", schedulers, "--http-port", str(at.port), "--grpc-port", "0"]
-        return [*flags, "--stream-key-file", str(key), *self.shape.gateway_flags]
+        return [*flags, "--stream-key-file", str(key), *self._secured, *self._exported, *self.shape.gateway_flags]
+
+
+def _make_model() -> None:
+    """Once per machine: the tiny model is the same each time."""
+    if not (STORE / "whole").exists():
+        command = [sys.executable, "-m", "tests.faults.doubles.model", str(STORE)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
+        (STORE / "whole").touch()
 
 
 def _runs(member: EtcdServer) -> bool:

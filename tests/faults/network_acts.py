@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import Literal
+
 from tests.faults.acts import Pick
 from tests.faults.proxy import FaultProxy, Way
 from tests.faults.scenario import Act
@@ -47,6 +51,45 @@ def flip(place: str | Pick, reads: int, way: Way = "down") -> Act:
         world.injected_now()
         for proxy in proxies:
             proxy.ways[way].flips = reads
+
+    return act
+
+
+def bit_storm(places: tuple[str, ...], seconds: float, every_s: float) -> Act:
+    """Every now and then a bit flips on one of the ways through the named proxies, both directions."""
+
+    async def act(world: World) -> None:
+        ways = [(proxy, way) for place in places for proxy in await _proxies(world, place) for way in proxy.ways]
+        before = sum(proxy.flipped for proxy in world.fleet.proxies.values())
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            proxy, way = world.rng.choice(ways)
+            proxy.ways[way].flips = 1
+            world.injected_now()
+            await asyncio.sleep(every_s)
+        world.facts["bits_flipped"] = sum(proxy.flipped for proxy in world.fleet.proxies.values()) - before
+
+    return act
+
+
+def cut(pick: Pick, way: Literal["in", "out"]) -> Act:
+    """The router drops all that goes to a service (`in`), or all that comes from it (`out`)."""
+
+    async def act(world: World) -> None:
+        assert world.fleet.apart is not None
+        service = await pick(world)
+        world.injected_now()
+        await asyncio.to_thread(world.fleet.apart.cut, service.name, way)
+
+    return act
+
+
+def mend() -> Act:
+    """The router knows all ways again."""
+
+    async def act(world: World) -> None:
+        assert world.fleet.apart is not None
+        await asyncio.to_thread(world.fleet.apart.mend)
 
     return act
 

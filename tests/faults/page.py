@@ -26,11 +26,8 @@ it works.
 
 
 _MISSING = (
-    "partitions by network namespaces (proxies stall each direction alone instead)",
-    "bits flipped on the wire, NaN logits",
-    "memory leaks, slow readers, a thundering herd, a trace collector that hangs, poison inside a batch of eight",
-    "a client that comes back at any offset, outages of etcd of 10 minutes, freezes of 60 s",
-    "the torch backend",
+    "a bad model version, a worker killed while it saves a checkpoint, a disk full of checkpoints: they come with"
+    " versions and jobs",
 )
 
 
@@ -42,6 +39,9 @@ def write(results: list[Result], wall_s: float) -> None:
     lines += [f"- {line}" for line in describe([])]
     lines += ["", "| " + " | ".join(name.replace("_", " ") for name in _COUNTS) + " |", "|" + "---|" * len(_COUNTS)]
     lines += ["| " + " | ".join(str(sums[name]) for name in _COUNTS) + " |", ""]
+    if gaps := report.added_gaps(results):
+        lines += ["Random single faults, what they added to a stream's longest pause: ", ""]
+        lines += [f"- {name.replace('_', ' ')}: {value:g}" for name, value in gaps.items()] + [""]
     for row in dict.fromkeys(result.row for result in results):
         lines += _section(row, [result for result in results if result.row == row])
     lines += ["## Not injected here yet", "", *(f"- {row}" for row in _MISSING)]
@@ -54,13 +54,14 @@ def read(paths: list[Path]) -> tuple[list[Result], float]:
     found = []
     for one in (one for run in runs for one in run["scenarios"]):
         counts = Counts(**{name: one[name] for name in _COUNTS})
-        times = {name: value for name, value in one.items() if name.endswith("_s") and value is not None and value >= 0}
+        times = {name: value for name, value in one.items() if name.endswith(("_s", "_pct")) and value is not None}
         times.pop("wall_s")
         known = {
             "targets": one["targets"],
             "failures": one["failures"],
             "facts": one["facts"],
             "note": one.get("note", ""),
+            "gaps": one.get("gaps", []),
         }
         found.append(Result(one["name"], one["row"], one["seed"], counts, times, wall_s=one["wall_s"], **known))
     return found, max(run["wall_s"] for run in runs)
@@ -81,7 +82,7 @@ def _section(row: str, results: list[Result]) -> list[str]:
 
 
 def _time(result: Result, name: str) -> str:
-    shown = f"{name.removesuffix('_s').replace('_', ' ')} {result.times[name]:.2f} s"
+    shown = report.measured(name, result.times[name])
     target = result.targets.get(name)
     if target is None:
         return shown

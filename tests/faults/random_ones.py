@@ -1,16 +1,20 @@
-"""Random faults by seed: of three in turn a single, a pair, a triple, at random tokens, on random services."""
+"""Random faults by seed: singles, pairs, triples, at random tokens, on random services, on either backend."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 
-from tests.faults.acts import Pick, freeze, kill, kill_engine, leader, pause, some, thaw, worker
-from tests.faults.network_acts import heal, reset, roughen, stall
-from tests.faults.scenario import Act, Event, Load, Scenario, Shape
+from tests.faults.acts import Pick, freeze, kill, kill_engine, leader, order, pause, recall, some, thaw, worker
+from tests.faults.kernel_acts import limit_cpu, unlimit_cpu
+from tests.faults.network_acts import flip, heal, reset, roughen, stall
+from tests.faults.scenario import MIX, Act, Event, Load, Scenario, Shape
 
 SHAPE = Shape(workers=4, proxied=True)
-_LOAD = Load(streams=10, tokens=300, kinds=("greedy", "seeded", "four", "penalties"), patience_s=60)
+TORCH = Shape(workers=3, proxied=True, torch=True)
+_LOAD = Load(streams=10, tokens=200, kinds=("greedy", "seeded", "four", "penalties"), patience_s=60)
+_REAL = Load(streams=10, tokens=200, kinds=MIX, patience_s=60, model="tiny", unknown=True)
+_PLAIN = ("it lasts", "it is over")
 Faults = list[tuple[str, Act]]
 
 
@@ -32,6 +36,10 @@ _WORKERS: tuple[Callable[[Pick, random.Random], Faults], ...] = (
     lambda pick, rng: _lasting("what a worker is told stalls", stall(pick, "up"), heal(pick), rng),
     lambda pick, rng: _lasting("a worker is cut off", stall(pick), heal(pick), rng),
     lambda pick, rng: [("a worker's connections are reset", reset(pick))],
+    lambda pick, rng: _lasting("half of its streams stand still", order(pick, "mute"), recall(pick, "mute"), rng),
+    lambda pick, rng: _lasting("a worker gets little of a processor", limit_cpu(pick, 0.02), unlimit_cpu(pick), rng),
+    lambda pick, rng: _lasting("bits flip in what it says", flip(pick, 3, "down"), heal(pick), rng),
+    lambda pick, rng: _lasting("bits flip in what it is told", flip(pick, 3, "up"), heal(pick), rng),
     lambda pick, rng: _lasting(
         "a worker's network is rough", roughen(pick, delay_s=0.1, slice_bytes=11), heal(pick), rng
     ),
@@ -44,10 +52,9 @@ _OTHERS: tuple[Callable[[random.Random], Faults], ...] = (
 )
 
 
-def scenario(seed: int) -> Scenario:
-    """One of each kind at most besides workers': etcd and the leader lost together are outside the promise."""
-    rng = random.Random(f"random {seed}")
-    count = 1 + seed % 3
+def scenario(seed: int, count: int, *, torch: bool) -> Scenario:
+    """`count` faults, at most one not of workers: etcd and the leader lost together are outside the promise."""
+    rng = random.Random(f"random {count} {seed}")
     others = rng.sample(_OTHERS, 1) if rng.random() < 0.4 else []
     faults = [make(rng) for make in others]
     faults += [rng.choice(_WORKERS)(worker(f"victim {n}"), rng) for n in range(count - len(faults))]
@@ -57,9 +64,12 @@ def scenario(seed: int) -> Scenario:
         for n, fault in enumerate(faults)
         for step, (what, act) in enumerate(fault)
     )
-    kind = ("single", "pair", "triple")[count - 1]
+    kind = ("single fault", "pair", "triple")[count - 1]
+    name = f"random {kind} {seed}"
+    shape, load, name = (TORCH, _REAL, f"{name} (torch)") if torch else (SHAPE, _LOAD, name)
     told = frozenset({"ReadError", "ConnectError", "RemoteProtocolError"}) if _kills_gateway(faults) else frozenset()
-    return Scenario(f"random {kind} {seed}", f"random {kind}s", events, SHAPE, _LOAD, errors=told)
+    note = ", ".join(what for fault in faults for what, _ in fault if what not in _PLAIN)
+    return Scenario(name, f"random {kind}s", events, shape, load, errors=told, note=note)
 
 
 def _kills_gateway(faults: list[Faults]) -> bool:

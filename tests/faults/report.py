@@ -8,7 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.faults.scenario import Result
-from tests.faults.verdict import Counts
+from tests.faults.verdict import Counts, quantile
+
+SINGLES = "random single faults"
+"""The row of what `added_gaps` is about."""
 
 
 class Progress:
@@ -61,11 +64,25 @@ def as_json(results: list[Result], wall_s: float) -> dict[str, object]:
                 "targets": dict(one.targets),
                 "facts": one.facts,
                 "note": one.note,
+                "gaps": one.gaps,
                 "failures": one.failures,
                 "wall_s": one.wall_s,
             }
         )
-    return {"scenarios": rows, "totals": asdict(totals(results)), "wall_s": round(wall_s, 1)}
+    sums = {**asdict(totals(results)), **added_gaps(results)}
+    return {"scenarios": rows, "totals": sums, "wall_s": round(wall_s, 1)}
+
+
+def added_gaps(results: list[Result]) -> dict[str, float]:
+    """Seconds that random single faults added to a stream's longest pause: p50 and p99, by backend."""
+    found: dict[str, float] = {}
+    for backend in ("echo", "torch"):
+        chosen = [one for one in results if one.row == SINGLES and one.name.endswith("(torch)") is (backend == "torch")]
+        gaps = [gap for one in chosen for gap in one.gaps]
+        if gaps:
+            found |= {f"added_gap_{backend}_p{share}_s": quantile(gaps, share / 100) for share in (50, 99)}
+            found[f"{backend}_random_faults"] = len(chosen)
+    return found
 
 
 def summarise(console: Console, results: list[Result], wall_s: float) -> None:
@@ -79,6 +96,8 @@ def summarise(console: Console, results: list[Result], wall_s: float) -> None:
     sums = asdict(totals(results))
     failed = [result.name for result in results if not result.ok]
     console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in sums.items()))
+    if gaps := added_gaps(results):
+        console.print(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in gaps.items()))
     console.print(f"{len(results) - len(failed)} of {len(results)} scenarios hold, in {wall_s:.0f} s")
     if failed:
         console.print(f"failed: {', '.join(failed)}")
@@ -88,7 +107,14 @@ def _complaints(counts: Counts) -> list[str]:
     return [f"{name} {value}" for name, value in asdict(counts).items() if value and name != "injected"]
 
 
+def measured(name: str, value: float) -> str:
+    """What was measured, with its unit, which the name ends in: `_s` or `_pct`."""
+    if name.endswith("_pct"):
+        return f"{name.removesuffix('_pct').replace('_', ' ')} {value:+.1f} %"
+    return f"{name.removesuffix('_s').replace('_', ' ')} {value:.2f} s"
+
+
 def _time(result: Result, name: str) -> str:
     target = result.targets.get(name)
-    shown = f"{name.removesuffix('_s')} {result.times[name]:.2f} s"
+    shown = measured(name, result.times[name])
     return shown if target is None else f"{shown} (target {target:g}{', LATE' if result.times[name] > target else ''})"

@@ -14,7 +14,8 @@ from tests.faults.scenario import Result, Scenario, Shape
 from tests.faults.verdict import Counts
 from tests.faults.world import play
 
-_LIMIT_S = 240.0
+_LIMIT_S = 180.0
+"""For one scenario, beside twice its clients' patience."""
 Told = Callable[[Result | str], None]
 
 
@@ -46,7 +47,7 @@ class Runner:
 
     async def _one(self, scenario: Scenario, seed: int) -> Result:
         try:
-            async with asyncio.timeout(_LIMIT_S):
+            async with asyncio.timeout(_LIMIT_S + 2 * scenario.load.patience_s):
                 fleet = await self._standing(scenario.shape)
                 result = await play(scenario, seed, fleet)
         except (Exception, ExceptionGroup) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,10 +58,16 @@ class Load:
     """Nobody can compute the answers: an undisturbed run comes first and says what they are."""
     leavers: int = 0
     """So many of the streams reset their connection at a token that the seed says, and do not come back."""
+    returners: int = 0
+    """So many more do, and come back some seconds later behind any event that they had."""
     prompt: str = "story"
     patience_s: float = 45.0
     """A stream that has not ended by then counts as lost."""
 
+
+MIX = ("greedy", "seeded", "four", "penalties", "json")
+_MOST_TOKENS = 1500
+"""The small model's context ends somewhere."""
 
 Act = Callable[["World"], Awaitable[None]]
 
@@ -98,8 +104,23 @@ class Scenario:
     targets: Mapping[str, float] = field(default_factory=dict)
     """Times: `detection_s`, `gap_s` and what the events measure; at most so much is wanted, and reported."""
     quick: bool = False
+    echo: bool = False
+    """Only the echo backend can do it."""
     note: str = ""
     """What the table should say besides."""
+
+
+def on_torch(scenario: Scenario) -> Scenario | None:
+    """The same with a small real model and every kind of request; None if that makes no sense."""
+    shape, load = scenario.shape, scenario.load
+    if scenario.echo or shape not in (Shape(), Shape(proxied=True)):
+        return None
+    return replace(
+        scenario,
+        name=f"{scenario.name} (torch)",
+        shape=replace(shape, torch=True),
+        load=replace(load, model="tiny", unknown=True, kinds=MIX, tokens=min(load.tokens, _MOST_TOKENS)),
+    )
 
 
 @dataclass(slots=True)
@@ -116,6 +137,8 @@ class Result:
     facts: dict[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     note: str = ""
+    gaps: list[float] = field(default_factory=list)
+    """Seconds, of each stream: its longest pause beyond that between two tokens."""
 
     @property
     def ok(self) -> bool:

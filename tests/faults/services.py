@@ -130,6 +130,14 @@ class Service:
         os.kill(self.pid, signal.SIGTERM)
         return self._process.wait(timeout_s)
 
+    def wait_end(self, timeout_s: float) -> int:
+        """Wait until it ends by itself; the exit status. Raises RuntimeError if it does not."""
+        assert self._process is not None
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{self.name} did not end within {timeout_s:.0f} s") from error
+
     def end(self) -> None:
         """Whatever state it is in: gone."""
         if self.ready:

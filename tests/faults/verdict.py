@@ -39,11 +39,11 @@ def compare(expected: str, got: str) -> Counts:
     at = 0
     place = 0
     while place < len(got):
-        if got[place] == STALE:
-            found.stale_accepted += 1
+        if at < len(expected) and got[place] == expected[at]:
             place, at = place + 1, at + 1
             continue
-        if at < len(expected) and got[place] == expected[at]:
+        if got[place] == STALE:
+            found.stale_accepted += 1
             place, at = place + 1, at + 1
             continue
         window = got[place : place + _WINDOW]

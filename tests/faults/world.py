@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from llmos.v1 import fleet_pb2
-from tests.faults.clients import Clients, Streamed
+from tests.faults.clients import Clients
 from tests.faults.fleet import Fleet, until
 from tests.faults.kernel import ControlGroup
 from tests.faults.scenario import Event, Result, Scenario
@@ -22,6 +22,7 @@ from tests.faults.verdict import Counts, quantile
 _SAMPLE_S = 0.25
 _RESERVE, _RESERVE_S, _SHARE = 3, 10.0, 0.1
 """Retries and hedges: a tenth of the accepted requests, and three in ten seconds."""
+_TOLD = ("migrations", "retries", "hedges", "stale_outputs", "fenced", "damaged_streams")
 _BUDGETED = ("retries", "hedges")
 
 
@@ -108,10 +109,15 @@ class World:
 async def play(scenario: Scenario, seed: int, fleet: Fleet) -> Result:
     """Run one scenario on a healthy fleet."""
     limits = httpx.Limits(max_connections=scenario.load.streams + scenario.load.askers + 8)
-    async with httpx.AsyncClient(timeout=scenario.load.patience_s, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(
+        timeout=scenario.load.patience_s, limits=limits, trust_env=False, verify=fleet.trust
+    ) as http:
         clients = Clients(fleet.urls, scenario.load, seed, http)
         if scenario.load.unknown:
-            clients.expect(await _undisturbed(scenario, seed, fleet, http))
+            known = fleet.undisturbed
+            if (scenario.load, seed) not in known:
+                known[scenario.load, seed] = await _undisturbed(scenario, seed, fleet, http)
+            clients.expect(known[scenario.load, seed])
         world = World(scenario, seed, fleet, clients, random.Random(f"{scenario.name} {seed}"))
         load = await fleet.load()
         if load is not None:
@@ -125,8 +131,8 @@ async def play(scenario: Scenario, seed: int, fleet: Fleet) -> Result:
         return await _judge(world)
 
 
-async def _undisturbed(scenario: Scenario, seed: int, fleet: Fleet, http: httpx.AsyncClient) -> list[Streamed]:
-    """The same streams with nothing happening."""
+async def _undisturbed(scenario: Scenario, seed: int, fleet: Fleet, http: httpx.AsyncClient) -> list[dict[int, str]]:
+    """What the same streams say when nothing happens."""
     clients = Clients(fleet.urls, scenario.load, seed, http)
     async with asyncio.TaskGroup() as group:
         for stream in clients.streams:
@@ -134,7 +140,7 @@ async def _undisturbed(scenario: Scenario, seed: int, fleet: Fleet, http: httpx.
     broken = [stream.error or stream.broken for stream in clients.streams if stream.error or stream.broken]
     if broken:
         raise RuntimeError(f"the undisturbed run failed: {broken[0]}")
-    return clients.streams
+    return [stream.texts for stream in clients.streams]
 
 
 async def _checked(world: World, check: object) -> str:
@@ -191,13 +197,14 @@ async def _judge(world: World) -> Result:
             world.times.setdefault("detection_s", await _noticed(world))
         except TimeoutError as error:
             world.problems.append(str(error))
-    period_s = 1 / world.fleet.shape.speed
+    period_s, gaps = 1 / world.fleet.shape.speed, list[float]()
     pauses = [stream.longest_pause_s(world.fault_at) for stream in clients.streams if stream.times_s]
     if pauses and world.fault_at:
-        world.times.setdefault("gap_s", max(0.0, quantile(pauses, 0.99) - period_s))
+        gaps = [round(max(0.0, pause - period_s), 3) for pause in pauses]
+        world.times.setdefault("gap_s", quantile(gaps, 0.99))
     world.problems += _unwanted(world)
     world.problems += _over_budget(world)
-    facts = {name: float(world.total(name)) for name in ("migrations", "retries", "hedges", "stale_outputs", "fenced")}
+    facts = {name: float(world.total(name)) for name in _TOLD}
     facts |= world.facts | {
         "answers": float(clients.asked.answers),
         "returns": float(sum(s.returns for s in clients.streams)),
@@ -213,6 +220,7 @@ async def _judge(world: World) -> Result:
         {name: value for name, value in facts.items() if value},
         round(time.monotonic() - world.begun_at, 2),
         scenario.note,
+        gaps,
     )
 
 

@@ -26,31 +26,31 @@ from llmos.internal.v1 import request_pb2 as llmos_dot_internal_dot_v1_dot_reque
 from llmos.v1 import inference_pb2 as llmos_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fllmos/internal/v1/journal.proto\x12\x11llmos.internal.v1\x1a\x1fllmos/internal/v1/request.proto\x1a\x18llmos/v1/inference.proto\";\n\rFollowRequest\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\x12\x14\n\x0chighest_term\x18\x02 \x01(\x04\"u\n\x0e\x46ollowResponse\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\x31\n\x07records\x18\x04 \x03(\x0b\x32 .llmos.internal.v1.JournalRecord\"\xf5\x01\n\rJournalRecord\x12\x30\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.JournalEntryH\x00\x12\x36\n\x08progress\x18\x02 \x01(\x0b\x32\".llmos.internal.v1.JournalProgressH\x00\x12\x34\n\x07removal\x18\x03 \x01(\x0b\x32!.llmos.internal.v1.JournalRemovalH\x00\x12:\n\nquarantine\x18\x04 \x01(\x0b\x32$.llmos.internal.v1.JournalQuarantineH\x00\x42\x08\n\x06\x63hange\"\xa2\x02\n\x0cJournalEntry\x12\x11\n\torigin_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.llmos.internal.v1.Request\x12\x0e\n\x06sealed\x18\x03 \x01(\x0c\x12\x31\n\x07\x63hoices\x18\x04 \x03(\x0b\x32 .llmos.internal.v1.JournalChoice\x12\r\n\x05\x63laim\x18\x05 \x01(\r\x12\x11\n\topen_from\x18\x06 \x01(\r\x12.\n\x05phase\x18\x07 \x01(\x0e\x32\x1f.llmos.internal.v1.JournalPhase\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x16\n\x0eprompt_charged\x18\n \x01(\x08\"\xc6\x01\n\rJournalChoice\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x31\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1f.llmos.internal.v1.LogprobEntry\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.llmos.v1.FinishReason\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\x12\x0f\n\x07\x63harged\x18\x07 \x01(\r\"\x87\x01\n\x0fJournalProgress\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x07\x63hoices\x18\x02 \x03(\x0b\x32 .llmos.internal.v1.JournalChoice\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0eprompt_charged\x18\x04 \x01(\x08\"G\n\x0eJournalRemoval\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcancelled\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x04\"F\n\x11JournalQuarantine\x12\x0c\n\x04mark\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07left_ms\x18\x03 \x01(\x04*x\n\x0cJournalPhase\x12\x1d\n\x19JOURNAL_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOURNAL_PHASE_LIVE\x10\x01\x12\x18\n\x14JOURNAL_PHASE_BROKEN\x10\x02\x12\x17\n\x13JOURNAL_PHASE_ENDED\x10\x03\x32Z\n\x07Journal\x12O\n\x06\x46ollow\x12 .llmos.internal.v1.FollowRequest\x1a!.llmos.internal.v1.FollowResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fllmos/internal/v1/journal.proto\x12\x11llmos.internal.v1\x1a\x1fllmos/internal/v1/request.proto\x1a\x18llmos/v1/inference.proto\";\n\rFollowRequest\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\x12\x14\n\x0chighest_term\x18\x02 \x01(\x04\"\x99\x01\n\x0e\x46ollowResponse\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08snapshot\x18\x03 \x01(\x08\x12\x31\n\x07records\x18\x04 \x03(\x0b\x32 .llmos.internal.v1.JournalRecord\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"\xf5\x01\n\rJournalRecord\x12\x30\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.JournalEntryH\x00\x12\x36\n\x08progress\x18\x02 \x01(\x0b\x32\".llmos.internal.v1.JournalProgressH\x00\x12\x34\n\x07removal\x18\x03 \x01(\x0b\x32!.llmos.internal.v1.JournalRemovalH\x00\x12:\n\nquarantine\x18\x04 \x01(\x0b\x32$.llmos.internal.v1.JournalQuarantineH\x00\x42\x08\n\x06\x63hange\"\xa2\x02\n\x0cJournalEntry\x12\x11\n\torigin_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.llmos.internal.v1.Request\x12\x0e\n\x06sealed\x18\x03 \x01(\x0c\x12\x31\n\x07\x63hoices\x18\x04 \x03(\x0b\x32 .llmos.internal.v1.JournalChoice\x12\r\n\x05\x63laim\x18\x05 \x01(\r\x12\x11\n\topen_from\x18\x06 \x01(\r\x12.\n\x05phase\x18\x07 \x01(\x0e\x32\x1f.llmos.internal.v1.JournalPhase\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\r\x12\x16\n\x0eprompt_charged\x18\n \x01(\x08\"\xc6\x01\n\rJournalChoice\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x31\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1f.llmos.internal.v1.LogprobEntry\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.llmos.v1.FinishReason\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\x12\x0f\n\x07\x63harged\x18\x07 \x01(\r\"\x87\x01\n\x0fJournalProgress\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x31\n\x07\x63hoices\x18\x02 \x03(\x0b\x32 .llmos.internal.v1.JournalChoice\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x16\n\x0eprompt_charged\x18\x04 \x01(\x08\"G\n\x0eJournalRemoval\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcancelled\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_ms\x18\x03 \x01(\x04\"F\n\x11JournalQuarantine\x12\x0c\n\x04mark\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07left_ms\x18\x03 \x01(\x04*x\n\x0cJournalPhase\x12\x1d\n\x19JOURNAL_PHASE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOURNAL_PHASE_LIVE\x10\x01\x12\x18\n\x14JOURNAL_PHASE_BROKEN\x10\x02\x12\x17\n\x13JOURNAL_PHASE_ENDED\x10\x03\x32Z\n\x07Journal\x12O\n\x06\x46ollow\x12 .llmos.internal.v1.FollowRequest\x1a!.llmos.internal.v1.FollowResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llmos.internal.v1.journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOURNALPHASE']._serialized_start=1318
-  _globals['_JOURNALPHASE']._serialized_end=1438
+  _globals['_JOURNALPHASE']._serialized_start=1355
+  _globals['_JOURNALPHASE']._serialized_end=1475
   _globals['_FOLLOWREQUEST']._serialized_start=113
   _globals['_FOLLOWREQUEST']._serialized_end=172
-  _globals['_FOLLOWRESPONSE']._serialized_start=174
-  _globals['_FOLLOWRESPONSE']._serialized_end=291
-  _globals['_JOURNALRECORD']._serialized_start=294
-  _globals['_JOURNALRECORD']._serialized_end=539
-  _globals['_JOURNALENTRY']._serialized_start=542
-  _globals['_JOURNALENTRY']._serialized_end=832
-  _globals['_JOURNALCHOICE']._serialized_start=835
-  _globals['_JOURNALCHOICE']._serialized_end=1033
-  _globals['_JOURNALPROGRESS']._serialized_start=1036
-  _globals['_JOURNALPROGRESS']._serialized_end=1171
-  _globals['_JOURNALREMOVAL']._serialized_start=1173
-  _globals['_JOURNALREMOVAL']._serialized_end=1244
-  _globals['_JOURNALQUARANTINE']._serialized_start=1246
-  _globals['_JOURNALQUARANTINE']._serialized_end=1316
-  _globals['_JOURNAL']._serialized_start=1440
-  _globals['_JOURNAL']._serialized_end=1530
+  _globals['_FOLLOWRESPONSE']._serialized_start=175
+  _globals['_FOLLOWRESPONSE']._serialized_end=328
+  _globals['_JOURNALRECORD']._serialized_start=331
+  _globals['_JOURNALRECORD']._serialized_end=576
+  _globals['_JOURNALENTRY']._serialized_start=579
+  _globals['_JOURNALENTRY']._serialized_end=869
+  _globals['_JOURNALCHOICE']._serialized_start=872
+  _globals['_JOURNALCHOICE']._serialized_end=1070
+  _globals['_JOURNALPROGRESS']._serialized_start=1073
+  _globals['_JOURNALPROGRESS']._serialized_end=1208
+  _globals['_JOURNALREMOVAL']._serialized_start=1210
+  _globals['_JOURNALREMOVAL']._serialized_end=1281
+  _globals['_JOURNALQUARANTINE']._serialized_start=1283
+  _globals['_JOURNALQUARANTINE']._serialized_end=1353
+  _globals['_JOURNAL']._serialized_start=1477
+  _globals['_JOURNAL']._serialized_end=1567
 # @@protoc_insertion_point(module_scope)

@@ -81,12 +81,15 @@ class FollowResponse(google.protobuf.message.Message):
     SEQUENCE_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
     RECORDS_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     term: builtins.int
     """Term of the leader. A follower refuses what comes from a lower one than it has seen."""
     sequence: builtins.int
     """Counts this stream's batches from 1."""
     snapshot: builtins.bool
     """More of the beginning is to come. What a follower knew before is valid until the first batch without this."""
+    checksum: builtins.int
+    """CRC-32 (that of zlib) of all bytes of the serialized message before this field, which comes last."""
     @property
     def records(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___JournalRecord]:
         """What has changed, in order."""
@@ -98,8 +101,11 @@ class FollowResponse(google.protobuf.message.Message):
         sequence: builtins.int = ...,
         snapshot: builtins.bool = ...,
         records: collections.abc.Iterable[global___JournalRecord] | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["records", b"records", "sequence", b"sequence", "snapshot", b"snapshot", "term", b"term"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "records", b"records", "sequence", b"sequence", "snapshot", b"snapshot", "term", b"term"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___FollowResponse = FollowResponse
 

@@ -27,7 +27,7 @@ from llmos.internal.v1 import request_pb2 as llmos_dot_internal_dot_v1_dot_reque
 from llmos.v1 import fleet_pb2 as llmos_dot_v1_dot_fleet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llmos/internal/v1/requests.proto\x12\x11llmos.internal.v1\x1a\x1fllmos/internal/v1/journal.proto\x1a\x1fllmos/internal/v1/request.proto\x1a\x14llmos/v1/fleet.proto\"\xa7\x02\n\x0f\x45xchangeRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.GatewayHelloH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.llmos.internal.v1.SubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.llmos.internal.v1.CancelH\x00\x12+\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.llmos.internal.v1.FinishH\x00\x12%\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x16.llmos.internal.v1.AckH\x00\x12)\n\x05spans\x18\x06 \x01(\x0b\x32\x18.llmos.internal.v1.SpansH\x00\x42\t\n\x07message\"\xe5\x01\n\x10\x45xchangeResponse\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.llmos.internal.v1.WelcomeH\x00\x12\x32\n\nnot_leader\x18\x02 \x01(\x0b\x32\x1c.llmos.internal.v1.NotLeaderH\x00\x12\x31\n\tcatalogue\x18\x03 \x01(\x0b\x32\x1c.llmos.internal.v1.CatalogueH\x00\x12\x30\n\x05\x66rame\x18\x04 \x01(\x0b\x32\x1f.llmos.internal.v1.GatewayFrameH\x00\x42\t\n\x07message\"B\n\x0cGatewayHello\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.llmos.v1.Node\x12\x14\n\x0chighest_term\x18\x02 \x01(\x04\"g\n\x06Submit\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.llmos.internal.v1.Request\x12\x0e\n\x06sealed\x18\x02 \x01(\x0c\x12\x11\n\torigin_id\x18\x03 \x01(\t\x12\r\n\x05\x63laim\x18\x04 \x01(\r\";\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63laim\x18\x03 \x01(\r\"@\n\x06\x46inish\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x12\n\nkeep_until\x18\x03 \x01(\r\"\x17\n\x03\x41\x63k\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"&\n\x05Spans\x12\x1d\n\x05spans\x18\x01 \x03(\x0b\x32\x0e.llmos.v1.Span\"-\n\x07Welcome\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\"#\n\tNotLeader\x12\x16\n\x0eleader_address\x18\x01 \x01(\t\"P\n\tCatalogue\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x31\n\x06models\x18\x02 \x03(\x0b\x32!.llmos.internal.v1.CatalogueModel\"\x9b\x02\n\x0e\x43\x61talogueModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x03 \x01(\t\x12\x1a\n\x12\x63hat_template_hash\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x11\n\tbos_token\x18\x07 \x01(\t\x12\x11\n\teos_token\x18\x08 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\t \x03(\t\x12\x16\n\x0e\x63reated_unix_s\x18\n \x01(\x03\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12\x0e\n\x06labels\x18\x0c \x03(\t\x12\x12\n\ndimensions\x18\r \x03(\r\"\xb1\x01\n\x0cGatewayFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x07outputs\x18\x02 \x03(\x0b\x32\x19.llmos.internal.v1.Output\x12,\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1a.llmos.internal.v1.Failure\x12\x35\n\rclass_changes\x18\x04 \x03(\x0b\x32\x1e.llmos.internal.v1.ClassChange\"U\n\x0b\x43lassChange\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\x08priority\x18\x02 \x01(\x0e\x32 .llmos.internal.v1.PriorityClass\"\"\n\x10\x46\x65tchBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"!\n\x11\x46\x65tchBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"3\n\rTakeUpRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\norigin_ids\x18\x02 \x03(\t\"@\n\x0eTakeUpResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.JournalEntry2\x8c\x02\n\x08Requests\x12W\n\x08\x45xchange\x12\".llmos.internal.v1.ExchangeRequest\x1a#.llmos.internal.v1.ExchangeResponse(\x01\x30\x01\x12X\n\tFetchBlob\x12#.llmos.internal.v1.FetchBlobRequest\x1a$.llmos.internal.v1.FetchBlobResponse0\x01\x12M\n\x06TakeUp\x12 .llmos.internal.v1.TakeUpRequest\x1a!.llmos.internal.v1.TakeUpResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llmos/internal/v1/requests.proto\x12\x11llmos.internal.v1\x1a\x1fllmos/internal/v1/journal.proto\x1a\x1fllmos/internal/v1/request.proto\x1a\x14llmos/v1/fleet.proto\"\xcb\x02\n\x0f\x45xchangeRequest\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.GatewayHelloH\x00\x12+\n\x06submit\x18\x02 \x01(\x0b\x32\x19.llmos.internal.v1.SubmitH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.llmos.internal.v1.CancelH\x00\x12+\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.llmos.internal.v1.FinishH\x00\x12%\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x16.llmos.internal.v1.AckH\x00\x12)\n\x05spans\x18\x06 \x01(\x0b\x32\x18.llmos.internal.v1.SpansH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x01\x88\x01\x01\x42\t\n\x07messageB\x0b\n\t_checksum\"\x89\x02\n\x10\x45xchangeResponse\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.llmos.internal.v1.WelcomeH\x00\x12\x32\n\nnot_leader\x18\x02 \x01(\x0b\x32\x1c.llmos.internal.v1.NotLeaderH\x00\x12\x31\n\tcatalogue\x18\x03 \x01(\x0b\x32\x1c.llmos.internal.v1.CatalogueH\x00\x12\x30\n\x05\x66rame\x18\x04 \x01(\x0b\x32\x1f.llmos.internal.v1.GatewayFrameH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x01\x88\x01\x01\x42\t\n\x07messageB\x0b\n\t_checksum\"B\n\x0cGatewayHello\x12\x1c\n\x04node\x18\x01 \x01(\x0b\x32\x0e.llmos.v1.Node\x12\x14\n\x0chighest_term\x18\x02 \x01(\x04\"g\n\x06Submit\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.llmos.internal.v1.Request\x12\x0e\n\x06sealed\x18\x02 \x01(\x0c\x12\x11\n\torigin_id\x18\x03 \x01(\t\x12\r\n\x05\x63laim\x18\x04 \x01(\r\";\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63laim\x18\x03 \x01(\r\"@\n\x06\x46inish\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x12\n\nkeep_until\x18\x03 \x01(\r\"\x17\n\x03\x41\x63k\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"&\n\x05Spans\x12\x1d\n\x05spans\x18\x01 \x03(\x0b\x32\x0e.llmos.v1.Span\"-\n\x07Welcome\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\"#\n\tNotLeader\x12\x16\n\x0eleader_address\x18\x01 \x01(\t\"P\n\tCatalogue\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x31\n\x06models\x18\x02 \x03(\x0b\x32!.llmos.internal.v1.CatalogueModel\"\x9b\x02\n\x0e\x43\x61talogueModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x03 \x01(\t\x12\x1a\n\x12\x63hat_template_hash\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x11\n\tbos_token\x18\x07 \x01(\t\x12\x11\n\teos_token\x18\x08 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\t \x03(\t\x12\x16\n\x0e\x63reated_unix_s\x18\n \x01(\x03\x12\x12\n\nbase_model\x18\x0b \x01(\t\x12\x0e\n\x06labels\x18\x0c \x03(\t\x12\x12\n\ndimensions\x18\r \x03(\r\"\xb1\x01\n\x0cGatewayFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x07outputs\x18\x02 \x03(\x0b\x32\x19.llmos.internal.v1.Output\x12,\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1a.llmos.internal.v1.Failure\x12\x35\n\rclass_changes\x18\x04 \x03(\x0b\x32\x1e.llmos.internal.v1.ClassChange\"U\n\x0b\x43lassChange\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x32\n\x08priority\x18\x02 \x01(\x0e\x32 .llmos.internal.v1.PriorityClass\"\"\n\x10\x46\x65tchBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"!\n\x11\x46\x65tchBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"3\n\rTakeUpRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\norigin_ids\x18\x02 \x03(\t\"d\n\x0eTakeUpResponse\x12.\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.JournalEntry\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum2\x8c\x02\n\x08Requests\x12W\n\x08\x45xchange\x12\".llmos.internal.v1.ExchangeRequest\x1a#.llmos.internal.v1.ExchangeResponse(\x01\x30\x01\x12X\n\tFetchBlob\x12#.llmos.internal.v1.FetchBlobRequest\x1a$.llmos.internal.v1.FetchBlobResponse0\x01\x12M\n\x06TakeUp\x12 .llmos.internal.v1.TakeUpRequest\x1a!.llmos.internal.v1.TakeUpResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,41 +35,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llmos.internal.v1.requests_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EXCHANGEREQUEST']._serialized_start=144
-  _globals['_EXCHANGEREQUEST']._serialized_end=439
-  _globals['_EXCHANGERESPONSE']._serialized_start=442
-  _globals['_EXCHANGERESPONSE']._serialized_end=671
-  _globals['_GATEWAYHELLO']._serialized_start=673
-  _globals['_GATEWAYHELLO']._serialized_end=739
-  _globals['_SUBMIT']._serialized_start=741
-  _globals['_SUBMIT']._serialized_end=844
-  _globals['_CANCEL']._serialized_start=846
-  _globals['_CANCEL']._serialized_end=905
-  _globals['_FINISH']._serialized_start=907
-  _globals['_FINISH']._serialized_end=971
-  _globals['_ACK']._serialized_start=973
-  _globals['_ACK']._serialized_end=996
-  _globals['_SPANS']._serialized_start=998
-  _globals['_SPANS']._serialized_end=1036
-  _globals['_WELCOME']._serialized_start=1038
-  _globals['_WELCOME']._serialized_end=1083
-  _globals['_NOTLEADER']._serialized_start=1085
-  _globals['_NOTLEADER']._serialized_end=1120
-  _globals['_CATALOGUE']._serialized_start=1122
-  _globals['_CATALOGUE']._serialized_end=1202
-  _globals['_CATALOGUEMODEL']._serialized_start=1205
-  _globals['_CATALOGUEMODEL']._serialized_end=1488
-  _globals['_GATEWAYFRAME']._serialized_start=1491
-  _globals['_GATEWAYFRAME']._serialized_end=1668
-  _globals['_CLASSCHANGE']._serialized_start=1670
-  _globals['_CLASSCHANGE']._serialized_end=1755
-  _globals['_FETCHBLOBREQUEST']._serialized_start=1757
-  _globals['_FETCHBLOBREQUEST']._serialized_end=1791
-  _globals['_FETCHBLOBRESPONSE']._serialized_start=1793
-  _globals['_FETCHBLOBRESPONSE']._serialized_end=1826
-  _globals['_TAKEUPREQUEST']._serialized_start=1828
-  _globals['_TAKEUPREQUEST']._serialized_end=1879
-  _globals['_TAKEUPRESPONSE']._serialized_start=1881
-  _globals['_TAKEUPRESPONSE']._serialized_end=1945
-  _globals['_REQUESTS']._serialized_start=1948
-  _globals['_REQUESTS']._serialized_end=2216
+  _globals['_EXCHANGEREQUEST']._serialized_end=475
+  _globals['_EXCHANGERESPONSE']._serialized_start=478
+  _globals['_EXCHANGERESPONSE']._serialized_end=743
+  _globals['_GATEWAYHELLO']._serialized_start=745
+  _globals['_GATEWAYHELLO']._serialized_end=811
+  _globals['_SUBMIT']._serialized_start=813
+  _globals['_SUBMIT']._serialized_end=916
+  _globals['_CANCEL']._serialized_start=918
+  _globals['_CANCEL']._serialized_end=977
+  _globals['_FINISH']._serialized_start=979
+  _globals['_FINISH']._serialized_end=1043
+  _globals['_ACK']._serialized_start=1045
+  _globals['_ACK']._serialized_end=1068
+  _globals['_SPANS']._serialized_start=1070
+  _globals['_SPANS']._serialized_end=1108
+  _globals['_WELCOME']._serialized_start=1110
+  _globals['_WELCOME']._serialized_end=1155
+  _globals['_NOTLEADER']._serialized_start=1157
+  _globals['_NOTLEADER']._serialized_end=1192
+  _globals['_CATALOGUE']._serialized_start=1194
+  _globals['_CATALOGUE']._serialized_end=1274
+  _globals['_CATALOGUEMODEL']._serialized_start=1277
+  _globals['_CATALOGUEMODEL']._serialized_end=1560
+  _globals['_GATEWAYFRAME']._serialized_start=1563
+  _globals['_GATEWAYFRAME']._serialized_end=1740
+  _globals['_CLASSCHANGE']._serialized_start=1742
+  _globals['_CLASSCHANGE']._serialized_end=1827
+  _globals['_FETCHBLOBREQUEST']._serialized_start=1829
+  _globals['_FETCHBLOBREQUEST']._serialized_end=1863
+  _globals['_FETCHBLOBRESPONSE']._serialized_start=1865
+  _globals['_FETCHBLOBRESPONSE']._serialized_end=1898
+  _globals['_TAKEUPREQUEST']._serialized_start=1900
+  _globals['_TAKEUPREQUEST']._serialized_end=1951
+  _globals['_TAKEUPRESPONSE']._serialized_start=1953
+  _globals['_TAKEUPRESPONSE']._serialized_end=2053
+  _globals['_REQUESTS']._serialized_start=2056
+  _globals['_REQUESTS']._serialized_end=2324
 # @@protoc_insertion_point(module_scope)

@@ -27,6 +27,9 @@ class ExchangeRequest(google.protobuf.message.Message):
     FINISH_FIELD_NUMBER: builtins.int
     ACK_FIELD_NUMBER: builtins.int
     SPANS_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    checksum: builtins.int
+    """CRC-32 (that of zlib) of all bytes of the serialized message before this field, which comes last."""
     @property
     def hello(self) -> global___GatewayHello:
         """Comes first."""
@@ -60,9 +63,13 @@ class ExchangeRequest(google.protobuf.message.Message):
         finish: global___Finish | None = ...,
         ack: global___Ack | None = ...,
         spans: global___Spans | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "cancel", b"cancel", "finish", b"finish", "hello", b"hello", "message", b"message", "spans", b"spans", "submit", b"submit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "cancel", b"cancel", "finish", b"finish", "hello", b"hello", "message", b"message", "spans", b"spans", "submit", b"submit"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "ack", b"ack", "cancel", b"cancel", "checksum", b"checksum", "finish", b"finish", "hello", b"hello", "message", b"message", "spans", b"spans", "submit", b"submit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "ack", b"ack", "cancel", b"cancel", "checksum", b"checksum", "finish", b"finish", "hello", b"hello", "message", b"message", "spans", b"spans", "submit", b"submit"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "submit", "cancel", "finish", "ack", "spans"] | None: ...
 
 global___ExchangeRequest = ExchangeRequest
@@ -77,6 +84,9 @@ class ExchangeResponse(google.protobuf.message.Message):
     NOT_LEADER_FIELD_NUMBER: builtins.int
     CATALOGUE_FIELD_NUMBER: builtins.int
     FRAME_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    checksum: builtins.int
+    """CRC-32 (that of zlib) of all bytes of the serialized message before this field, which comes last."""
     @property
     def welcome(self) -> global___Welcome:
         """This scheduler leads."""
@@ -100,9 +110,13 @@ class ExchangeResponse(google.protobuf.message.Message):
         not_leader: global___NotLeader | None = ...,
         catalogue: global___Catalogue | None = ...,
         frame: global___GatewayFrame | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["catalogue", b"catalogue", "frame", b"frame", "message", b"message", "not_leader", b"not_leader", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["catalogue", b"catalogue", "frame", b"frame", "message", b"message", "not_leader", b"not_leader", "welcome", b"welcome"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "catalogue", b"catalogue", "checksum", b"checksum", "frame", b"frame", "message", b"message", "not_leader", b"not_leader", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "catalogue", b"catalogue", "checksum", b"checksum", "frame", b"frame", "message", b"message", "not_leader", b"not_leader", "welcome", b"welcome"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["welcome", "not_leader", "catalogue", "frame"] | None: ...
 
 global___ExchangeResponse = ExchangeResponse
@@ -518,6 +532,9 @@ class TakeUpResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ENTRY_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    checksum: builtins.int
+    """CRC-32 (that of zlib) of all bytes of the serialized message before this field, which comes last."""
     @property
     def entry(self) -> llmos.internal.v1.journal_pb2.JournalEntry:
         """The entry; its `claim` is the asker's."""
@@ -526,8 +543,10 @@ class TakeUpResponse(google.protobuf.message.Message):
         self,
         *,
         entry: llmos.internal.v1.journal_pb2.JournalEntry | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["entry", b"entry"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["entry", b"entry"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "entry", b"entry"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "entry", b"entry"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___TakeUpResponse = TakeUpResponse

@@ -24,10 +24,13 @@ class AttachRequest(google.protobuf.message.Message):
     TERM_FIELD_NUMBER: builtins.int
     COMMANDS_FIELD_NUMBER: builtins.int
     ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
     term: builtins.int
     """Term of the leader; a lower one than seen before is refused."""
     acknowledged: builtins.int
     """All frames up to and including this sequence number are received."""
+    checksum: builtins.int
+    """CRC-32 (that of zlib) of all bytes of the serialized message before this field, which comes last."""
     @property
     def commands(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Command]:
         """In order."""
@@ -38,8 +41,11 @@ class AttachRequest(google.protobuf.message.Message):
         term: builtins.int = ...,
         commands: collections.abc.Iterable[global___Command] | None = ...,
         acknowledged: builtins.int = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["acknowledged", b"acknowledged", "commands", b"commands", "term", b"term"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "acknowledged", b"acknowledged", "checksum", b"checksum", "commands", b"commands", "term", b"term"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___AttachRequest = AttachRequest
 
@@ -326,6 +332,9 @@ class AttachResponse(google.protobuf.message.Message):
 
     REPORT_FIELD_NUMBER: builtins.int
     FRAME_FIELD_NUMBER: builtins.int
+    CHECKSUM_FIELD_NUMBER: builtins.int
+    checksum: builtins.int
+    """CRC-32 (that of zlib) of all bytes of the serialized message before this field, which comes last."""
     @property
     def report(self) -> global___WorkerReport:
         """Comes first."""
@@ -339,9 +348,13 @@ class AttachResponse(google.protobuf.message.Message):
         *,
         report: global___WorkerReport | None = ...,
         frame: global___WorkFrame | None = ...,
+        checksum: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["frame", b"frame", "message", b"message", "report", b"report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["frame", b"frame", "message", b"message", "report", b"report"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "frame", b"frame", "message", b"message", "report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "frame", b"frame", "message", b"message", "report", b"report"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["report", "frame"] | None: ...
 
 global___AttachResponse = AttachResponse

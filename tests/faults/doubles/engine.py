@@ -1,4 +1,4 @@
-"""An engine process whose echo backend misbehaves on command.
+"""An engine process whose backend misbehaves on command.
 
 Orders are files in the folder that LLMOS_TEST_ORDERS names, one folder per worker, looked at once a step:
 
@@ -7,7 +7,8 @@ Orders are files in the folder that LLMOS_TEST_ORDERS names, one folder per work
     hog      takes 8 MiB with every step, until it dies of it
     leak     takes 256 KiB with every step, and goes on
     mute     every second attempt that runs when it appears gets no token any more
-    abort    ends the process at a step in which a prompt contains `POISON`
+    abort    ends the process at a step in which a prompt contains `POISON` (echo alone)
+    nan      the model's logits are not numbers (torch alone)
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worker import backends, engine_process
 from worker.backend import Attempt, Backend, Epoch, Output, StepResult
 from worker.backends import echo
+
+if TYPE_CHECKING:
+    _Base = Backend
+else:
+    _Base = object
 
 STALE = 1
 """A token outside the echo alphabet."""
@@ -31,12 +37,14 @@ ORDERS = "LLMOS_TEST_ORDERS"
 _HOG_BYTES, _LEAK_BYTES = 8 << 20, 256 << 10
 
 
-class FaultyEcho(echo.EchoBackend):
-    """The echo backend under orders."""
+class Faulty(_Base):
+    """A backend under orders; mixed in before a real one."""
 
-    def __init__(self, orders: Path, **options: Any) -> None:
-        super().__init__(**options)
-        self._orders = orders
+    stale_token = STALE
+
+    def obey(self, orders: Path) -> None:
+        """Where orders come from; once, before the first attempt."""
+        self.orders = orders
         self._admitted: dict[tuple[str, Epoch], float] = {}
         """Seconds since 1970, as files have them."""
         self._poisoned: set[str] = set()
@@ -45,7 +53,7 @@ class FaultyEcho(echo.EchoBackend):
     def admit(self, attempt: Attempt) -> None:
         super().admit(attempt)
         self._admitted[attempt.request_id, attempt.epoch] = time.time()
-        if POISON.encode() in bytes(token for token in attempt.prompt if token < 256):
+        if POISON.encode() in bytes(token for token in attempt.prompt if token < 256):  # one per byte, in echo
             self._poisoned.add(attempt.request_id)
 
     def cancel(self, request_id: str, choice: int | None = None, keep_until: int | None = None) -> None:
@@ -54,7 +62,7 @@ class FaultyEcho(echo.EchoBackend):
             self._poisoned.discard(request_id)
 
     def step(self) -> StepResult:
-        found = {order.name for order in self._orders.iterdir()} if self.busy() else set()
+        found = {order.name for order in self.orders.iterdir()} if self.busy() else set()
         if "abort" in found and self._poisoned:
             os.abort()
         if "hog" in found:
@@ -72,18 +80,18 @@ class FaultyEcho(echo.EchoBackend):
         self._taken.append(bytearray(os.urandom(4096) * (size // 4096)))
 
     def _muted(self, result: StepResult) -> StepResult:
-        ordered_at = (self._orders / "mute").stat().st_mtime
+        ordered_at = (self.orders / "mute").stat().st_mtime
         running = [(output.request_id, output.epoch) for output in result.outputs]
         silent = {name for name in running if self._admitted[name] < ordered_at and sum(name[0].encode()) % 2}
         outputs = [output for output in result.outputs if (output.request_id, output.epoch) not in silent]
         return dataclasses.replace(result, outputs=outputs)
 
     def _as_stale(self, result: StepResult) -> StepResult:
-        ordered_at = (self._orders / "stale").stat().st_mtime
+        ordered_at = (self.orders / "stale").stat().st_mtime
         return _each(
             result,
             lambda output: (
-                dataclasses.replace(output, token_ids=[STALE] * len(output.token_ids))
+                dataclasses.replace(output, token_ids=[self.stale_token] * len(output.token_ids))
                 if self._admitted[output.request_id, output.epoch] < ordered_at
                 else output
             ),
@@ -95,13 +103,21 @@ def _each(result: StepResult, change: Any) -> StepResult:
     return dataclasses.replace(result, outputs=outputs)
 
 
+class FaultyEcho(Faulty, echo.EchoBackend):
+    """The echo backend under orders."""
+
+
 def create(name: str, **options: Any) -> tuple[Backend, str]:
     """In the place of `worker.backends.create`."""
     environment: Mapping[str, str] = os.environ
     orders = Path(environment[ORDERS])
-    return FaultyEcho(
-        orders, tokens_per_second=options["tokens_per_second"], load_s=options["load_s"]
-    ), echo.FINGERPRINT
+    if name == "torch":
+        from tests.faults.doubles import torch_engine
+
+        return torch_engine.create(orders, **options)
+    backend = FaultyEcho(tokens_per_second=options["tokens_per_second"], load_s=options["load_s"])
+    backend.obey(orders)
+    return backend, echo.FINGERPRINT
 
 
 if __name__ == "__main__":

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from tests.faults.rows import clients, gateways, innocents, schedulers, stalls, stores, workers
+from tests.faults.rows import clients, crowds, gateways, innocents, networks, schedulers, stalls, stores, workers
 from tests.faults.scenario import Scenario
 
 
-def every(*, full: bool = False) -> list[Scenario]:
+def every(*, long: bool = False) -> list[Scenario]:
     """All single scenarios, in the order in which they run: those of one shape one after the other.
 
-    `full` adds those that last minutes.
+    With `long`, etcd is gone for 10 minutes instead of one.
     """
     found = [
         *workers.SCENARIOS,
         *stalls.SCENARIOS,
         *schedulers.SCENARIOS,
         *stores.SCENARIOS,
+        stores.outage(600, 18_600) if long else stores.outage(60, 2100),
         *clients.SCENARIOS,
         *gateways.SCENARIOS,
         *innocents.SCENARIOS,
+        *crowds.SCENARIOS,
+        *networks.SCENARIOS,
     ]
-    if full:
-        found += [stores.outage(600, 18_000)]
     shapes = list(dict.fromkeys(one.shape for one in found))
     return sorted(found, key=lambda one: shapes.index(one.shape))

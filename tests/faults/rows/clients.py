@@ -39,7 +39,7 @@ SCENARIOS = (
         "dispatches repeated",
         "the same dispatch twice",
         (
-            Event("the leader says each dispatch four times", order(leader(), "again"), after_s=0.5),
+            Event("the leader repeats each dispatch, one to five times", order(leader(), "again"), after_s=0.5),
             Event("a worker dies meanwhile", kill(worker()), tokens=20),
             Event("it lasts", pause(2)),
             Event("once again", recall(leader(), "again")),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 
-from tests.faults.acts import order, pause, until_answered, worker
-from tests.faults.checks import all_alive
+from llmos.lifetime import EXIT_RESTART
+from tests.faults.acts import order, pause, restart, until_answered, worker
+from tests.faults.checks import all_alive, exactly, mates_are_served
 from tests.faults.doubles.engine import POISON
 from tests.faults.kernel_acts import limit_memory
 from tests.faults.rows.workers import ENGINE_ENDED
@@ -16,6 +18,9 @@ from tests.faults.world import World
 
 _QUARANTINED = "request_quarantined"
 _MOST_LOST = 2
+_AFRESH = r"to be started afresh: ([\d,]+) of ([\d,]+) bytes of memory"
+_LIMIT = 256 << 20
+BOUNDED = Shape(worker_flags=("--memory-limit", str(_LIMIT)))
 
 
 def crowd(count: int) -> Act:
@@ -58,6 +63,27 @@ def poison() -> Act:
     return act
 
 
+def starts_afresh(limit: int) -> Act:
+    """A leaking worker ends by itself, before its limit, and is replaced."""
+
+    async def act(world: World) -> None:
+        service = await worker()(world)
+        status = await asyncio.to_thread(service.wait_end, 60.0)
+        hit = service.first_line(_AFRESH, world.fault_unix_s)
+        said = re.search(_AFRESH, hit[1]) if hit else None
+        if status != EXIT_RESTART or said is None:
+            world.problems.append(f"{service.name} ended with {status}, and said {hit}")
+            return
+        used, allowed = (int(number.replace(",", "")) for number in said.groups())
+        world.facts["used_mib"], world.facts["limit_mib"] = used >> 20, allowed >> 20
+        if allowed != limit or used >= allowed:
+            world.problems.append(f"it left at {used} of {allowed} bytes, the limit being {limit}")
+        world.times["afresh_s"] = time.monotonic() - world.fault_at
+        await restart(worker())(world)
+
+    return act
+
+
 SCENARIOS = (
     Scenario(
         "query of death",
@@ -65,7 +91,31 @@ SCENARIOS = (
         (Event("a prompt that ends engines, among streams", poison(), tokens=20),),
         load=Load(streams=16, tokens=250),
         targets={"gap_s": 2.5},
+        echo=True,
         note="the streams that ran beside it are innocent, all of them end whole",
+    ),
+    Scenario(
+        "poison inside a batch of 8",
+        "poison inside a batch",
+        (Event("a prompt that ends engines, among eight streams on each", poison(), tokens=20),),
+        load=Load(streams=24, tokens=250, askers=0, patience_s=60),
+        checks=(
+            ("one request is to blame", exactly("quarantined", 1)),
+            ("its mates are served", mates_are_served()),
+        ),
+        targets={"gap_s": 2.5},
+        echo=True,
+    ),
+    Scenario(
+        "memory leak",
+        "memory leak",
+        (
+            Event("a worker's engine takes more with every step", order(worker(), "leak"), tokens=20),
+            Event("it is emptied, ends and is started afresh before its limit", starts_afresh(_LIMIT)),
+        ),
+        BOUNDED,
+        Load(tokens=900, patience_s=90),
+        note="the worker leaves on its own account; the supervisor's part, a new process, is played by the harness",
     ),
     Scenario(
         "file descriptors run out",

@@ -64,6 +64,20 @@ SCENARIOS = (
         targets={"detection_s": 2.0, "gap_s": 2.5},
     ),
     Scenario(
+        "worker frozen 60 s",
+        "worker frozen",
+        (
+            Event("SIGSTOP to a worker and its engine", freeze(worker()), tokens=20),
+            Event("its streams move", until_moved(worker())),
+            Event("it lasts", pause(58.0)),
+            Event("SIGCONT, late tokens are marked", thaw(worker())),
+            Event(_LATE, pause(1.0)),
+        ),
+        load=Load(tokens=2000, patience_s=120),
+        notice=LOST,
+        targets={"detection_s": 2.0, "gap_s": 2.5},
+    ),
+    Scenario(
         "worker frozen and thawed at once",
         "worker frozen",
         (

@@ -78,11 +78,11 @@ class Arena:
         self.links.add(worker_id)
         self.post(events.WorkerAttached(worker_id, worker.report()))
 
-    def detach(self, worker_id: str) -> None:
+    def detach(self, worker_id: str, *, damaged: bool = False) -> None:
         """The stream breaks: orders on their way are lost, the worker computes on."""
         self.links.discard(worker_id)
         self.workers[worker_id].inbox.clear()
-        self.post(events.WorkerDetached(worker_id, "test"))
+        self.post(events.WorkerDetached(worker_id, "test", damaged))
 
     def kill(self, worker_id: str) -> None:
         """The worker is gone for good."""

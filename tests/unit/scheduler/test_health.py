@@ -8,7 +8,7 @@ import pytest
 
 from scheduler import commands, events
 from scheduler.budget import RESERVE, WINDOW_S, Budget
-from scheduler.health import SLOW
+from scheduler.health import SLOW, STRIKES
 from scheduler.workers import OUT, TRIAL, WELL, WorkerView
 from tests.unit.scheduler.arena import Arena, make_request
 
@@ -134,6 +134,32 @@ def test_failing_worker_is_put_out_tried_and_taken_back(workers: int) -> None:
     assert bad.health.standing == WELL
     assert len(arena.workers["w0"].refused) == before + 1
     arena.check_idle()
+
+
+@pytest.mark.parametrize("code", ["internal_error", "engine_lost"])
+def test_a_worker_whose_model_fails_is_put_out_and_its_requests_end_elsewhere(code: str) -> None:
+    """Logits that are no numbers fail an attempt with `internal_error` (`worker/engine/engine.py`)."""
+    arena = fleet(3)
+    for _ in range(100):
+        arena.core.state.budget.accepted()
+    client = arena.submit(make_request("before", max_tokens=60))
+    for _ in range(6):
+        failing(arena, "w0", 1, code)
+    assert view(arena, "w0").health.standing != WELL or arena.core.state.counters["ejections"]
+    arena.run()
+    assert client.finished == [True]
+
+
+def test_a_worker_whose_messages_come_damaged_is_put_out() -> None:
+    arena = fleet(3)
+    for number in range(STRIKES):
+        assert view(arena, "w0").health.standing == WELL
+        arena.detach("w0", damaged=True)
+        arena.attach("w0")
+        arena.advance(1.0)
+        assert arena.core.state.counters["damaged_streams"] == number + 1
+    assert view(arena, "w0").health.standing in (OUT, TRIAL)
+    assert arena.core.state.counters["ejections"] == 1
 
 
 def test_failed_trial_doubles_the_pause() -> None:
