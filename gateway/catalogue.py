@@ -55,8 +55,8 @@ class Catalogue:
         return True
 
     def find(self, name: str, capability: str) -> requests_pb2.CatalogueModel:
-        """The model of that name. Raises ModelNotFound, UnsupportedFeature where it lacks the capability, or Unavailable
-        while there is none at all: a fleet that has just begun knows of no model yet."""
+        """The model of that name. Raises ModelNotFound, UnsupportedFeature where it lacks the capability, and
+        Unavailable while there is no model at all: the fleet has just begun."""
         model = self._models.get(name)
         if not self._models:
             raise Unavailable("No model is served yet; try again.", retry_after_s=1.0)

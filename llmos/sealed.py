@@ -31,7 +31,8 @@ _has: dict[type, bool] = {}
 def _sealable(kind: type[Any]) -> bool:
     known = _has.get(kind)
     if known is None:
-        known = _has[kind] = "checksum" in kind.DESCRIPTOR.fields_by_name
+        fields = kind.DESCRIPTOR.fields_by_name if hasattr(kind, "DESCRIPTOR") else ()
+        known = _has[kind] = "checksum" in fields
     return known
 
 

@@ -57,27 +57,32 @@ def in_turns(name: str, begin: Act, end: Act, rounds: int, seconds: float) -> Ac
     return act
 
 
-def slow_readers(count: int, seconds: float, tokens: int = 4000) -> Act:
-    """So many clients ask for long answers and read one byte a second; then they are gone."""
+def slow_readers(count: int, quick_s: float, slow_s: float, tokens: int = 4000) -> Act:
+    """So many clients ask for long answers, read all for a while, then one byte a second, then are gone. The p99 of the
+    others is compared between the two, which are the same load."""
 
     async def act(world: World) -> None:
         gateways = world.fleet.of("gateway")
         before = sum(memory_of(one.pid) for one in gateways)
-        usual = gaps_s(world, 0.0, time.monotonic())
-        world.injected_now()
         socks = await _askers(world, count, tokens)
-        since, most = time.monotonic(), before
+        begun, most = time.monotonic(), before
         try:
-            while time.monotonic() - since < seconds:
+            while time.monotonic() - begun < quick_s:
+                await asyncio.sleep(0.05)
+                for sock in socks:
+                    _read(sock, 1 << 16)
+            since = time.monotonic()
+            world.injected_now()
+            while time.monotonic() - since < slow_s:
                 await asyncio.sleep(1.0)
-                world.facts["cut_off"] = sum([await _read_one(sock) for sock in socks])
+                world.facts["cut_off"] = sum([_read(sock, 1) for sock in socks])
                 most = max(most, sum(memory_of(one.pid) for one in gateways))
         finally:
             for sock in socks:
                 sock.close()
         world.facts["grown_mib"] = (most - before) >> 20
         world.facts["slow_readers"] = len(socks)
-        slow = gaps_s(world, since, time.monotonic())
+        usual, slow = gaps_s(world, begun + quick_s / 2, since), gaps_s(world, since, time.monotonic())
         world.times["others_p99_pct"] = 100 * (quantile(slow, 0.99) / quantile(usual, 0.99) - 1)
 
     return act
@@ -99,10 +104,10 @@ async def _askers(world: World, count: int, tokens: int) -> list[socket.socket]:
     return found
 
 
-async def _read_one(sock: socket.socket) -> bool:
-    """One byte; whether the gateway has cut the reader off."""
+def _read(sock: socket.socket, size: int) -> bool:
+    """What is there, at most `size` bytes; whether the gateway has cut the reader off."""
     try:
-        return sock.recv(1) == b""
+        return sock.recv(size) == b""
     except BlockingIOError:
         return False
     except OSError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.faults.acts import freeze, pause, some, thaw
+from tests.faults.acts import freeze, some, thaw
 from tests.faults.checks import all_alive, at_most, never, not_logged, same_leader
 from tests.faults.crowd_acts import burst, in_turns, restart_everything, returned, slow_readers
 from tests.faults.rows.gateways import BROKEN
@@ -10,8 +10,8 @@ from tests.faults.rows.workers import LOST
 from tests.faults.scenario import Event, Load, Scenario, Shape
 
 COLLECTED = Shape(collector=True)
-IMPATIENT = Shape(gateway_flags=("--limits-write-timeout-s", "5"))
-NARROW = Shape(worker_flags=("--memory-limit", "2097152"), scheduler_flags=("--ttft-bounds-s", "4,4,4"))
+IMPATIENT = Shape(speed=10, gateway_flags=("--limits-write-timeout-s", "5"))
+NARROW = Shape(worker_flags=("--memory-limit", "4194304"), scheduler_flags=("--ttft-bounds-s", "4,4,4"))
 _BUSY = frozenset({"overloaded", "too_many_requests", "unavailable"})
 _READERS, _GROWN_MIB = 500, 500
 """Each may hold up a megabyte in its gateway, and no more."""
@@ -43,12 +43,9 @@ SCENARIOS = (
     Scenario(
         "slow readers",
         "slow reader",
-        (
-            Event("the others run alone", pause(5.0), tokens=20),
-            Event("500 clients read one byte a second", slow_readers(_READERS, 15.0)),
-        ),
+        (Event("500 clients read all, then one byte a second", slow_readers(_READERS, 15.0, 30.0), tokens=20),),
         IMPATIENT,
-        Load(tokens=900, patience_s=90),
+        Load(tokens=550, patience_s=120),
         checks=(
             ("the gateways' memory is bounded", at_most("grown_mib", _GROWN_MIB)),
             ("every service lives", all_alive()),
@@ -59,7 +56,7 @@ SCENARIOS = (
     Scenario(
         "thundering herd",
         "thundering herd",
-        (Event("400 requests in one moment", burst(400, 40, _BUSY), tokens=60),),
+        (Event("400 requests in one moment", burst(400, 100, _BUSY), tokens=60),),
         NARROW,
         Load(tokens=500, askers=4, patience_s=90),
         checks=(("every service lives", all_alive()),),

@@ -102,6 +102,8 @@ async def test_models_come_and_go_with_the_catalogue(new_scheduler: NewScheduler
     async with running(address) as gateway:
         await eventually(lambda: gateway.link.connected)
         assert not gateway.sessions.ready()
+        with pytest.raises(Unavailable, match="yet"):
+            await start(gateway, chat("x", model="echo"))
         scheduler.push_catalogue(3, echo_model("echo"))
         await eventually(gateway.sessions.ready)
         scheduler.push_catalogue(2, echo_model("old"))
