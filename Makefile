@@ -18,9 +18,12 @@ UNIT_LONG := $(addprefix tests/unit/scheduler/test_, suspects.py ledger_sequence
 	tests/unit/gateway_http/test_event_encoder.py
 UNIT_ONE := $(addprefix tests/unit/, scheduler etcd kernel worker)
 UNIT_TWO := $(filter-out $(UNIT_TORCH) $(UNIT_ONE) %__pycache__, $(patsubst %/,%,$(wildcard tests/unit/*/)))
-# The slowest files first, four at a time: they mostly wait for processes. Threads that wait must not spin then.
-SLOW := tests/e2e/test_torch_streams.py tests/faults tests/e2e tests/integration tests/sim $(UNIT_TORCH) $(UNIT_LONG) tests/architecture
-TOGETHER := -n 4 --dist loadfile --no-loadscope-reorder
+# Side by side: what computes in its own process, and, three files at a time, what mostly waits for others; the slowest of
+# these first. Threads that wait must not spin then.
+COMPUTING := $(addprefix tests/integration/, engine engine_fast kernels store) $(UNIT_TORCH) \
+	tests/e2e/test_default_model.py tests/e2e/test_quality.py tests/faults/test_soak.py
+WAITING := tests/e2e/test_torch_streams.py tests/e2e tests/faults tests/integration tests/sim $(UNIT_LONG) tests/architecture
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(COMPUTING))
 SEEDS ?= 2000
 
 # The tests start hundreds of processes: none should compile our modules anew.
@@ -49,7 +52,8 @@ run: $(INSTALLED) ## start a fleet and serve until Ctrl-C; PROMPT="..." asks it,
 
 test: $(INSTALLED) ## every check and the tests, but for the long ones
 	@$(BIN)/python -m tests.e2e.default_model & $(MAKE) --no-print-directory lint unit || exit $$?; wait
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m "not long" $(TOGETHER) $(SLOW)
+	@export OMP_WAIT_POLICY=PASSIVE; $(BIN)/python -m pytest -q -m "not long" $(COMPUTING) & other=$$!; status=0; \
+	$(BIN)/python -m pytest -q -m "not long" $(TOGETHER) $(WAITING) || status=$$?; wait $$other || status=$$?; exit $$status
 
 long: $(INSTALLED) ## tests of what rarely breaks and takes minutes
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m long tests
