@@ -68,7 +68,7 @@ fairness: $(INSTALLED) ## the bounds of fair service in 10,000 random runs
 faults: $(INSTALLED) ## kill, freeze, cut off real processes under load: every scenario; FAULTS="--seeds 150", ...
 	$(BIN)/python -m tests.faults $(FAULTS)
 
-sim: $(INSTALLED) ## simulated schedules of faults on virtual time; SEEDS=2000 says how many
+sim: $(INSTALLED) ## simulated schedules of faults on virtual time; SEEDS=2000 says how many; SIM=--dense for more faults in each
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) $(SIM)
 
 sim-mutants: $(INSTALLED) ## bugs planted on purpose: the simulation must find every one

@@ -218,10 +218,12 @@ def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) ->
     if event.reason in BREAKS and (elsewhere or (live is not None and event.claim < live.claim)):
         state.counters["foreign_cancel"] += 1
         return
-    state.tombstones.put(event.request_id, event.reason, now)
     if event.reason in BREAKS:
+        if state.tombstones.get(event.request_id, now) in (None, *BREAKS):  # else it is over for good
+            state.tombstones.put(event.request_id, event.reason, now)
         state.journal.close(event.request_id, event.claim)
     else:
+        state.tombstones.put(event.request_id, event.reason, now)
         state.journal.cancel(event.request_id)
     if live is None:
         forget_claim(state, event.request_id, out, tell=True)

@@ -33,8 +33,10 @@ class JournalFollower:
         connect: Callable[[str], grpc.aio.Channel],
         clock: Clock,
         ttl_s: float,
+        tombstone_ttl_s: float,
     ) -> None:
-        self.replica = Replica(ttl_s)
+        """`ttl_s` and `tombstone_ttl_s` as in the policy: how long what is over is kept, and a cancelled id refused."""
+        self.replica = Replica(ttl_s, tombstone_ttl_s)
         self._scheduler_id = scheduler_id
         self._leader = leader
         self._connect = connect

@@ -73,7 +73,12 @@ class SchedulerProcess:
         self._wires = wires or Wires()
         policy = config.core_policy()
         self.follower = JournalFollower(
-            self.id, lambda: self.seat.leader_address, self._connect, clock, policy.journal_ttl_s
+            self.id,
+            lambda: self.seat.leader_address,
+            self._connect,
+            clock,
+            policy.journal_ttl_s,
+            policy.tombstone_ttl_s,
         )
         self._telemetry = self._wires.telemetry(config, self.id, clock)
         self._etcd = self._wires.etcd(config.etcd(), clock, rng)

@@ -37,11 +37,12 @@ class _Table:
 class Replica:
     """Owned by one follower."""
 
-    def __init__(self, ttl_s: float) -> None:
-        """`ttl_s` is how long the journal keeps what is over."""
+    def __init__(self, ttl_s: float, tombstone_ttl_s: float = 120.0) -> None:
+        """`ttl_s` is how long the journal keeps what is over, `tombstone_ttl_s` how long a cancelled id is refused."""
         self.term = 0
         """Highest one seen."""
         self._ttl_s = ttl_s
+        self._tombstone_ttl_s = tombstone_ttl_s
         self._table = _Table()
         self._coming: _Table | None = None
         self._sequence = 0
@@ -130,5 +131,6 @@ class Replica:
             if copy.entry.phase == journal_pb2.JOURNAL_PHASE_LIVE or copy.over_at > until:
                 break
             del entries[oldest]
+        until = now - self._tombstone_ttl_s
         for request_id in [name for name, (_, at) in cancelled.items() if at <= until]:
             del cancelled[request_id]

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.mutants or options.mutant:
         return _mutants(options, console)
     if options.seed is not None:
-        return _one(options.seed, console, verbose=options.verbose, whole=not options.shrink)
+        return _one(options.seed, console, dense=options.dense, verbose=options.verbose, whole=not options.shrink)
     return _many(options, console)
 
 
@@ -36,6 +36,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=200, help="how many schedules to run (default: 200)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--seed", type=int, help="run this one alone, and tell what happened")
+    parser.add_argument("--dense", action="store_true", help="several times as many faults in each schedule")
     parser.add_argument("--shrink", action="store_true", help="with --seed: the smallest plan that fails the same way")
     parser.add_argument("--verbose", action="store_true", help="with --seed: every line of the run")
     parser.add_argument("--mutants", action="store_true", help="plant every seeded bug and count seeds until found")
@@ -50,13 +51,15 @@ def _many(options: argparse.Namespace, console: Console) -> int:
     seeds = range(options.first, options.first + options.seeds)
     counts: Counter[str] = Counter()
     failed: list[Verdict] = []
-    virtual_s, faults, began = 0.0, 0, time.monotonic()
+    faults: Counter[str] = Counter()
+    virtual_s, began = 0.0, time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("schedules", total=len(seeds))
-        for verdict in run_seeds(seeds, jobs=options.jobs):
+        for verdict in run_seeds(seeds, jobs=options.jobs, dense=options.dense):
             counts.update(verdict.counts)
-            virtual_s, faults = virtual_s + verdict.virtual_s, faults + verdict.faults
+            faults.update(verdict.faults)
+            virtual_s += verdict.virtual_s
             if verdict.violations:
                 failed.append(verdict)
                 progress.print(_line(verdict))
@@ -66,7 +69,9 @@ def _many(options: argparse.Namespace, console: Console) -> int:
         "seeds": len(seeds),
         "violations": sum(len(verdict.violations) for verdict in failed),
         "failed_seeds": sorted(verdict.seed for verdict in failed),
-        "faults": faults,
+        "faults": faults.total(),
+        "faults_by_kind": dict(faults),
+        "faults_per_minute": round(60 * faults.total() / took),
         "virtual_hours": round(virtual_s / 3600, 2),
         "seconds": round(took, 1),
         "schedules_per_minute": round(60 * len(seeds) / took),
@@ -78,7 +83,7 @@ def _many(options: argparse.Namespace, console: Console) -> int:
     else:
         _summarise(console, summary)
     if failed and not options.json:
-        _one(min(verdict.seed for verdict in failed), console, verbose=False, whole=False)
+        _one(min(verdict.seed for verdict in failed), console, dense=options.dense, verbose=False, whole=False)
     return 1 if failed else 0
 
 
@@ -98,9 +103,9 @@ def _line(verdict: Verdict) -> str:
     return f"seed {verdict.seed} at {at_s - 1000:.3f} s: {invariant}: {detail}{more}"
 
 
-def _one(seed: int, console: Console, *, verbose: bool, whole: bool) -> int:
+def _one(seed: int, console: Console, *, dense: bool, verbose: bool, whole: bool) -> int:
     """Run one seed and tell it; shortened first unless the `whole` is wanted."""
-    plan = make_plan(seed)
+    plan = make_plan(seed, dense=dense)
     result = run(plan)
     if result.violations and not whole:
         plan = shrink(plan, result.violations[0].invariant)
@@ -111,7 +116,8 @@ def _one(seed: int, console: Console, *, verbose: bool, whole: bool) -> int:
         console.print(line, highlight=False, markup=False)
     for violation in result.violations:
         console.print(f"broken: {violation.invariant}: {violation.detail}", highlight=False, markup=False)
-    console.print(f"replay: python -m tests.sim --seed {seed}   (smaller: --shrink, all lines: --verbose)")
+    mode = " --dense" if dense else ""
+    console.print(f"replay: python -m tests.sim{mode} --seed {seed}   (smaller: --shrink, all lines: --verbose)")
     console.print(f"trace {result.digest}, {result.virtual_s:.1f} virtual seconds, {result.steps} callbacks")
     return 1 if result.violations else 0
 
@@ -120,6 +126,7 @@ def _describe(plan: Plan, console: Console) -> None:
     console.print(f"{plan.schedulers} schedulers, workers with {plan.workers} blocks, {plan.gateways} gateways")
     for order in plan.orders:
         asked = f"{len(order.prompt)}+{order.max_tokens} tokens x {order.choices}, {order.habit} after {order.after}"
+        asked += "".join(f", cut off after {one.after} for {one.away_s} s" for one in order.breaks)
         console.print(f"  client{order.number} at {order.at_s:.3f} s, gateway{order.gateway}: {asked}", highlight=False)
     for fault in plan.faults:
         console.print(
@@ -138,7 +145,9 @@ def _mutants(options: argparse.Namespace, console: Console) -> int:
         found: Verdict | None = None
         tried = 0
         seeds = range(options.first, options.first + options.seeds)
-        for verdict in run_seeds(seeds, jobs=options.jobs, mutant=name, stop=lambda one: bool(one.violations)):
+        for verdict in run_seeds(
+            seeds, jobs=options.jobs, mutant=name, dense=options.dense, stop=lambda one: bool(one.violations)
+        ):
             tried += 1
             found = verdict if verdict.violations else found
         missed += found is None

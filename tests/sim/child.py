@@ -1,4 +1,4 @@
-"""`python -m tests.sim.child [MUTANT]`: seeds on standard input, results as JSON on standard output."""
+"""`python -m tests.sim.child MODE [MUTANT]`: seeds on standard input, results as JSON on standard output."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import sys
 
 from tests.sim import mutants
+from tests.sim.faults import families
 from tests.sim.world import make_plan, run
 
 
 def main() -> None:
     """Until the input ends."""
     sys.setrecursionlimit(10_000)
-    with mutants.planted(sys.argv[1] if len(sys.argv) > 1 else ""):
+    dense, mutant = sys.argv[1] == "dense", "".join(sys.argv[2:])
+    with mutants.planted(mutant):
         for line in sys.stdin:
-            plan = make_plan(int(line))
+            plan = make_plan(int(line), dense=dense)
             result = run(plan)
             answer = {
                 "seed": result.seed,
@@ -22,7 +24,7 @@ def main() -> None:
                 "violations": [(one.invariant, one.detail, one.at_s) for one in result.violations],
                 "counts": dict(result.counts),
                 "virtual_s": result.virtual_s,
-                "faults": len(plan.faults),
+                "faults": families(plan.faults),
             }
             sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()

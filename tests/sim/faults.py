@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,7 @@ def _kill_request(world: World, fault: Fault) -> None:
             continue
         request_id = world.rng.choice(sorted(reign.core.state.requests))
         for client in world.clients:
-            client.killed = client.killed or f"/{client.name}" in request_id
+            client.killed = client.killed or client.inner_id == request_id.partition("~")[0]
         reign.loop.post_now(events.Killed(request_id))
         for gateway in world.gateways:
             world.loop.call_later(0.001, world.network.reset, gateway.name, process.name, context=NOWHERE)
@@ -300,18 +301,41 @@ KINDS: dict[str, tuple[int, str, Apply]] = {
 """How often, what it is done to, and how."""
 
 
-def draw(rng: random.Random, span_s: float, names: dict[str, list[str]]) -> list[Fault]:
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "kill": ("kill worker", "stop worker", "crash engine"),
+    "freeze": ("freeze worker", "hang engine"),
+    "stall": ("stall", "lose piece", "lose pieces"),
+    "slow": ("slow engine", "slow link"),
+    "partition": ("partition", "cut", "isolate", "reset"),
+    "scheduler": ("kill scheduler", "freeze scheduler", "stop scheduler", "isolate leader"),
+    "gateway": ("kill gateway", "freeze gateway", "stop gateway"),
+    "etcd": (*(kind for kind in KINDS if "etcd" in kind), "compaction", "lease lost", "write unheard"),
+    "other": ("kill request", "damage"),
+}
+"""Kinds under the names by which they are counted."""
+_SHORTER = 0.4
+"""Faults of a dense plan last so much shorter: with everything broken at once nothing would happen."""
+
+
+def families(faults: Iterable[Fault]) -> dict[str, int]:
+    """How many faults there are of each family."""
+    counts = Counter(fault.kind for fault in faults)
+    return {family: sum(counts[kind] for kind in kinds) for family, kinds in FAMILIES.items()}
+
+
+def draw(rng: random.Random, span_s: float, names: dict[str, list[str]], *, dense: bool = False) -> list[Fault]:
     """A schedule by chance. `names`: nodes by role."""
     kinds = list(KINDS)
     weights = [KINDS[kind][0] for kind in kinds]
     faults = []
-    for _ in range(rng.choice((1, 3, 5, 7, 9))):
+    for _ in range(rng.choice((24, 32, 40) if dense else (1, 3, 5, 7, 9))):
         kind = rng.choices(kinds, weights)[0]
         target, other = _where(rng, KINDS[kind][1], names)
         begin = rng.uniform(0.5, span_s)
         if kind == "isolate leader":
             begin *= 0.4
         lasts = 5.0 if kind == "isolate leader" else rng.choice((0.1, 0.5, 1.0, 2.0, 3.0, 5.0)) * rng.uniform(0.5, 1.5)
+        lasts *= _SHORTER if dense else 1.0
         faults.append(Fault(kind, round(begin, 3), round(min(lasts, span_s + 2.0 - begin), 3), target, other))
     return sorted(faults, key=lambda fault: fault.at_s)
 
@@ -319,8 +343,10 @@ def draw(rng: random.Random, span_s: float, names: dict[str, list[str]]) -> list
 def _where(rng: random.Random, role: str, names: dict[str, list[str]]) -> tuple[str, str]:
     if role == "pair":
         pairs = [("scheduler", "worker"), ("gateway", "scheduler"), ("scheduler", "member"), ("worker", "member")]
-        one, other = rng.choices(pairs, weights=(5, 5, 2, 1))[0]
+        one, other = rng.choices([*pairs, ("scheduler", "scheduler")], weights=(5, 5, 2, 1, 3))[0]
         ends = [rng.choice(names[one]), rng.choice(names[other])]
+        if one == other:
+            ends = rng.sample(names[one], 2)
         rng.shuffle(ends)
         return ends[0], ends[1]
     if role == "any":
@@ -331,6 +357,7 @@ def _where(rng: random.Random, role: str, names: dict[str, list[str]]) -> tuple[
 def begin(world: World, fault: Fault) -> None:
     """Let it happen, and end when its time is over."""
     world.trace.say(f"FAULT {fault.kind} {fault.target} {fault.other} for {fault.lasts_s} s")
+    world.checks.disturbed(fault.lasts_s)
     end = KINDS[fault.kind][2](world, fault)
     if end is not None:
         world.loop.call_later(fault.lasts_s, _over, world, fault, end, context=NOWHERE)

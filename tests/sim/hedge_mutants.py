@@ -6,12 +6,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from scheduler import events, frames, hedging, lifecycle
-from tests.sim.mutants import _nothing, handler, mutant, put
+from tests.sim.planting import handler, mutant, nothing, put
 
 
 @mutant("both hedges commit: the output of either is taken")
 def _both_hedges_commit(stack: ExitStack) -> None:
-    put(stack, hedging, "commit", _nothing)
+    put(stack, hedging, "commit", nothing)
 
 
 @mutant("the loser of two hedges is never cancelled")
@@ -22,7 +22,7 @@ def _loser_goes_on(stack: ExitStack) -> None:
         real(*args, tell=False, **more)
 
     put(stack, hedging, "end_attempt", end)
-    put(stack, frames, "_stop_unwanted", _nothing)
+    put(stack, frames, "_stop_unwanted", nothing)
 
 
 @mutant("the second of two attempts is forgotten when its worker is lost")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 from gateway import outbox as gateway_outbox
 from gateway import session, transcript
@@ -16,7 +13,6 @@ from scheduler import (
     admission,
     budget,
     charges,
-    core,
     events,
     frames,
     health,
@@ -32,57 +28,11 @@ from scheduler import (
     workers,
 )
 from scheduler import requests as live_requests
+from tests.sim import hedge_mutants, journal_mutants
+from tests.sim.planting import MUTANTS, Mutant, handler, mutant, nothing, planted, put
 from worker import core as worker_core
 
-Plant = Callable[[ExitStack], None]
-"""Patches the code for as long as the stack is open."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One bug."""
-
-    name: str
-    what: str
-    plant: Plant
-
-
-MUTANTS: dict[str, Mutant] = {}
-
-
-def mutant(what: str) -> Callable[[Plant], Plant]:
-    """Enter a bug under its function's name."""
-
-    def enter(plant: Plant) -> Plant:
-        name = plant.__name__.strip("_").replace("_", "-")
-        MUTANTS[name] = Mutant(name, what, plant)
-        return plant
-
-    return enter
-
-
-@contextmanager
-def planted(name: str) -> Iterator[None]:
-    """The code with one bug in it; with none for an empty name."""
-    with ExitStack() as stack:
-        if name:
-            MUTANTS[name].plant(stack)
-        yield
-
-
-def put(stack: ExitStack, owner: Any, name: str, replacement: Any) -> None:
-    """Replace an attribute."""
-    stack.enter_context(mock.patch.object(owner, name, replacement))
-
-
-def handler(stack: ExitStack, event: type, replacement: Any) -> None:
-    """Replace what the core does on an event."""
-    stack.enter_context(mock.patch.dict(core._HANDLERS, {event: replacement}))
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """What a forgotten call does."""
-
+__all__ = ["MUTANTS", "Mutant", "hedge_mutants", "journal_mutants", "planted"]
 
 # The scheduler
 
@@ -128,7 +78,7 @@ def _cancel_not_passed_on(stack: ExitStack) -> None:
         real(state, live, error, out, tell=False)
 
     put(stack, lifecycle, "drop_attempt", drop)
-    put(stack, frames, "_stop_unwanted", _nothing)
+    put(stack, frames, "_stop_unwanted", nothing)
 
 
 @mutant("the end of a request is told twice")
@@ -163,8 +113,8 @@ def _blocks_leaked(stack: ExitStack) -> None:
 
 @mutant("a new leader never settles")
 def _never_settles(stack: ExitStack) -> None:
-    put(stack, members, "settle", _nothing)
-    handler(stack, events.Settled, _nothing)
+    put(stack, members, "settle", nothing)
+    handler(stack, events.Settled, nothing)
 
 
 @mutant("output goes to the stream of another gateway")
@@ -185,22 +135,22 @@ def _resumed_from_zero(stack: ExitStack) -> None:
 
 @mutant("what a returning gateway has missed is not sent again")
 def _no_catch_up(stack: ExitStack) -> None:
-    put(stack, takeover, "_catch_up", _nothing)
+    put(stack, takeover, "_catch_up", nothing)
 
 
 @mutant("requests of a gateway that is gone are kept for ever")
 def _grace_never_over(stack: ExitStack) -> None:
-    handler(stack, events.GatewayGraceOver, _nothing)
+    handler(stack, events.GatewayGraceOver, nothing)
 
 
 @mutant("what a worker reported and nobody asked for is never cleared away")
 def _claims_kept(stack: ExitStack) -> None:
-    handler(stack, events.WorkerSettled, _nothing)
+    handler(stack, events.WorkerSettled, nothing)
 
 
 @mutant("failures are not sent to gateways")
 def _failures_lost(stack: ExitStack) -> None:
-    put(stack, outflow.Outflow, "add_failure", _nothing)
+    put(stack, outflow.Outflow, "add_failure", nothing)
 
 
 @mutant("a leader that sees another one's term goes on")
@@ -214,14 +164,14 @@ def _never_deposed(stack: ExitStack) -> None:
 
 @mutant("a takeover binds the request but not its stream")
 def _not_rebound(stack: ExitStack) -> None:
-    put(stack, takeover, "_rebind", _nothing)
+    put(stack, takeover, "_rebind", nothing)
 
 
 @mutant("the deadline of a request is ignored and its client's finish, too")
 def _finish_ignored(stack: ExitStack) -> None:
-    handler(stack, events.ChoiceFinished, _nothing)
-    handler(stack, events.DeadlinePassed, _nothing)
-    handler(stack, events.Cancelled, _nothing)
+    handler(stack, events.ChoiceFinished, nothing)
+    handler(stack, events.DeadlinePassed, nothing)
+    handler(stack, events.Cancelled, nothing)
 
 
 @mutant("tokens of a request that moved are charged twice")
@@ -243,12 +193,12 @@ def _retries_unpaid(stack: ExitStack) -> None:
 @mutant("a worker is put out although it is the last one")
 def _last_worker_put_out(stack: ExitStack) -> None:
     put(stack, health, "spare", lambda state, worker: True)
-    put(stack, health, "rescue", _nothing)
+    put(stack, health, "rescue", nothing)
 
 
 @mutant("a worker that was put out is never tried again")
 def _never_tried_again(stack: ExitStack) -> None:
-    handler(stack, events.ProbeDue, _nothing)
+    handler(stack, events.ProbeDue, nothing)
 
 
 @mutant("a request goes back to the worker that it stalled or died on")
@@ -283,7 +233,7 @@ def _renewals_believed(stack: ExitStack) -> None:
 
 @mutant("commands of a lower term are obeyed")
 def _term_fence_dropped(stack: ExitStack) -> None:
-    put(stack, worker_core.WorkerCore, "_fence", _nothing)
+    put(stack, worker_core.WorkerCore, "_fence", nothing)
 
 
 @mutant("a cancel is noted but the engine goes on")
@@ -310,7 +260,7 @@ def _nothing_resubmitted(stack: ExitStack) -> None:
 
 @mutant("frames are never acknowledged")
 def _never_acknowledged(stack: ExitStack) -> None:
-    put(stack, gateway_outbox.Outbox, "acknowledge", _nothing)
+    put(stack, gateway_outbox.Outbox, "acknowledge", nothing)
 
 
 @mutant("a gap in a stream is passed over")
@@ -322,7 +272,7 @@ def _gap_passed_over(stack: ExitStack) -> None:
         return transcript.Verdict.DUPLICATE if verdict is transcript.Verdict.GAP else verdict
 
     put(stack, transcript.Transcript, "_judge", judge)
-    put(stack, takeover, "_catch_up", _nothing)
+    put(stack, takeover, "_catch_up", nothing)
 
 
 @mutant("a request that fails its first try is refused at admission for good")
@@ -334,7 +284,3 @@ def _admission_forgets(stack: ExitStack) -> None:
             real(state, now, out)
 
     put(stack, admission, "unpark", unpark)
-
-
-# Entered by themselves: one file would be too long.
-from tests.sim import hedge_mutants as _hedge_mutants  # noqa: E402, F401

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateway.catalogue import Catalogue
@@ -15,11 +16,13 @@ from gateway.link import Link
 from gateway.link import LinkConfig as GatewayLinkConfig
 from gateway.session import Sessions
 from gateway.session_config import SessionConfig
+from gateway.vault import Vault
 from llmos.errors import Unavailable
 from llmos.etcd import EtcdClient, EtcdConfig
 from llmos.internal.v1 import registry_pb2, requests_pb2, work_pb2, work_pb2_grpc
 from llmos.v1 import fleet_pb2
 from scheduler.config import SchedulerConfig
+from scheduler.policy import Policy
 from scheduler.process import SchedulerProcess, Wires
 from scheduler.work_client import LinkConfig
 from tests.sim.checks import Checks
@@ -42,6 +45,15 @@ _TICK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """How long and how much leaders remember of streams that are over."""
+
+    ttl_s: float = 120.0
+    limit_bytes: int = 1 << 27
+    tenant_bytes: int = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
 class Ground:
     """What every node stands on."""
 
@@ -50,6 +62,7 @@ class Ground:
     checks: Checks
     etcd: EtcdConfig
     seed: str
+    memory: Memory
 
     def rng(self, name: str) -> random.Random:
         """A node's own randomness."""
@@ -58,6 +71,10 @@ class Ground:
     def etcd_client(self, rng: random.Random) -> EtcdClient:
         """A client whose channels are simulated."""
         return EtcdClient(self.etcd, VirtualClock(self.loop), rng, self.network.channel)
+
+    def vault(self, name: str) -> Vault:
+        """A gateway's. All of them have the same key."""
+        return Vault([hashlib.blake2b(self.seed.encode(), digest_size=32).digest()], self.rng(f"{name}/vault"))
 
 
 @dataclass
@@ -108,8 +125,14 @@ class SimProcess:
         self.on_kill.clear()
 
 
+@dataclass(frozen=True)
 class CalmConfig(SchedulerConfig):
     """Looks for silence less often: most of a quiet run would be that."""
+
+    journal_ttl_s: float = 120.0
+
+    def core_policy(self) -> Policy:
+        return replace(super().core_policy(), journal_ttl_s=self.journal_ttl_s)
 
     def links(self) -> LinkConfig:
         return LinkConfig(silence_s=self.worker_silence_s, watch_s=0.25)
@@ -132,7 +155,17 @@ class SimScheduler(SimProcess):
             etcd=lambda config, clock, rng: ground.etcd_client(rng),
             telemetry=lambda config, name, clock: Quiet(clock),
         )
-        config = CalmConfig(id=identity, host=self.host, port=1, lease_ttl_s=2.0, no_worker_grace_s=30.0)
+        memory = ground.memory
+        config = CalmConfig(
+            id=identity,
+            host=self.host,
+            port=1,
+            lease_ttl_s=2.0,
+            no_worker_grace_s=30.0,
+            journal_ttl_s=memory.ttl_s,
+            journal_bytes=memory.limit_bytes,
+            journal_tenant_bytes=memory.tenant_bytes,
+        )
         self.process = SchedulerProcess(config, VirtualClock(ground.loop), ground.rng(identity), wires)
         ground.checks.scheduler(self.name, self.process)
         await self.process.serve(self.stop)
@@ -291,6 +324,7 @@ class SimGateway(SimProcess):
             telemetry=Quiet(),
             leader=leader,
             rng=rng,
+            vault=ground.vault(identity),
         )
         running = asyncio.create_task(link.run(ground.checks.gateway(self.name, link, sessions)), name=self.name)
         await self.stop.wait()

@@ -32,7 +32,8 @@ class Verdict:
     violations: tuple[tuple[str, str, float], ...]
     counts: dict[str, int]
     virtual_s: float
-    faults: int
+    faults: dict[str, int]
+    """Injected, by family."""
 
 
 def judge(first: dict[str, Any], second: dict[str, Any]) -> Verdict:
@@ -48,9 +49,9 @@ def judge(first: dict[str, Any], second: dict[str, Any]) -> Verdict:
 class Child:
     """An interpreter that runs one seed after another: a number goes in, a line of JSON comes out."""
 
-    def __init__(self, hash_seed: str, mutant: str) -> None:
+    def __init__(self, hash_seed: str, mutant: str, *, dense: bool) -> None:
         self._environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        self._command = [sys.executable, "-m", "tests.sim.child", mutant]
+        self._command = [sys.executable, "-m", "tests.sim.child", "dense" if dense else "plain", mutant]
         self._popen = self._start()
         self._seeds = 0
 
@@ -82,8 +83,8 @@ class Child:
 
 
 @contextmanager
-def _children(count: int, mutant: str) -> Iterator[list[Child]]:
-    children = [Child(_HASH_SEEDS[number % len(_HASH_SEEDS)], mutant) for number in range(count)]
+def _children(count: int, mutant: str, *, dense: bool) -> Iterator[list[Child]]:
+    children = [Child(_HASH_SEEDS[number % len(_HASH_SEEDS)], mutant, dense=dense) for number in range(count)]
     try:
         yield children
     finally:
@@ -92,7 +93,12 @@ def _children(count: int, mutant: str) -> Iterator[list[Child]]:
 
 
 def run_seeds(
-    seeds: Sequence[int], *, jobs: int, mutant: str = "", stop: Callable[[Verdict], bool] = lambda verdict: False
+    seeds: Sequence[int],
+    *,
+    jobs: int,
+    mutant: str = "",
+    dense: bool = False,
+    stop: Callable[[Verdict], bool] = lambda verdict: False,
 ) -> Iterator[Verdict]:
     """Verdicts as they come, until `stop` says so. `jobs` interpreters are started, two at least."""
     jobs = max(2, jobs + jobs % 2)
@@ -112,7 +118,7 @@ def run_seeds(
         except BaseException as error:
             results.put(error)
 
-    with _children(jobs, mutant) as children:
+    with _children(jobs, mutant, dense=dense) as children:
         threads = [
             threading.Thread(target=work, args=(child, number % 2), daemon=True)
             for number, child in enumerate(children)

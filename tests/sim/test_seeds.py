@@ -19,7 +19,7 @@ def test_no_invariant_breaks_and_every_seed_gives_one_trace() -> None:
     assert sorted(verdict.seed for verdict in verdicts) == list(SEEDS)
     assert [verdict for verdict in verdicts if verdict.violations] == []
     assert sum(verdict.counts["tokens_delivered"] for verdict in verdicts) > 500
-    assert sum(verdict.faults for verdict in verdicts) > len(SEEDS)
+    assert sum(sum(verdict.faults.values()) for verdict in verdicts) > len(SEEDS)
 
 
 def test_the_command_reports_as_json() -> None:
@@ -31,7 +31,7 @@ def test_the_command_reports_as_json() -> None:
     assert report["violations"] == 0
 
 
-@pytest.mark.parametrize(("mutant", "first"), [("term-fence-dropped", 12), ("never-settles", 0)])
+@pytest.mark.parametrize(("mutant", "first"), [("term-fence-dropped", 4), ("nothing-inherited", 4)])
 def test_a_planted_bug_is_found(mutant: str, first: int) -> None:
     """Seeds from `first` on show it."""
     found = list(run_seeds(range(first, first + 4), jobs=2, mutant=mutant, stop=lambda one: bool(one.violations)))

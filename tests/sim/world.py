@@ -15,24 +15,31 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 from llmos.etcd import EtcdConfig
-from scheduler import budget, charges, deadlines, loop, reign
-from tests.sim import clients, faults
+from scheduler import budget, charges, deadlines, followers, loop, reign
+from tests.sim import faults, orders
 from tests.sim.checks import Checks, Violation
-from tests.sim.clients import Order, SimClient
+from tests.sim.clients import SimClient
 from tests.sim.etcd_cluster import MEMBERS, EtcdCluster
 from tests.sim.faults import Fault
 from tests.sim.network import Network
-from tests.sim.nodes import Ground, SimGateway, SimProcess, SimScheduler, SimWorker
+from tests.sim.nodes import Ground, Memory, SimGateway, SimProcess, SimScheduler, SimWorker
+from tests.sim.orders import Order
 from tests.sim.rest import look_at_rest
 from tests.sim.trace import Trace
 from tests.sim.vloop import NOWHERE, START, Node, VirtualLoop
 
-SPAN_S = 5.0
+SPAN_S, DENSE_SPAN_S = 5.0, 12.0
 """Clients come and faults begin within this time."""
+_REMEMBERS_S = 5.0
+"""Where leaders forget soon; some clients are away for longer."""
+_ENTRY_BYTES = 1500
+"""Of a stream that is remembered, roughly."""
 _LIMIT_S = 60.0
 """So long after the last fault everything must have ended: elections, leases, learned silence and all tokens left."""
 _TICK_S = 0.1
 """Twice the scheduler's: most of a quiet run would be ticks."""
+_BATCH_BYTES = 3000
+"""Of the journal's stream: its beginning comes in parts."""
 _REST_S = 8.0
 """For what is left over to be noticed: leases of the dead, orphans, graces."""
 
@@ -48,6 +55,8 @@ class Plan:
     gateways: int
     orders: tuple[Order, ...]
     faults: tuple[Fault, ...]
+    span_s: float = SPAN_S
+    memory: Memory = field(default_factory=Memory)
 
 
 @dataclass(slots=True)
@@ -63,19 +72,31 @@ class Result:
     lines: list[str] = field(default_factory=list)
 
 
-def make_plan(seed: int) -> Plan:
-    """A plan by chance; the same one for the same seed, wherever it is drawn."""
-    rng = random.Random(f"plan-{seed}")
-    workers = tuple(rng.choice((9, 10, 12, 20)) for _ in range(rng.choice((1, 2, 2, 3))))
+def make_plan(seed: int, *, dense: bool = False) -> Plan:
+    """A plan by chance; the same one for the same seed, wherever it is drawn. A `dense` one has several times as many
+    faults."""
+    rng = random.Random(f"{'dense' if dense else 'plan'}-{seed}")
+    workers = tuple(
+        rng.choice((9, 10, 12, 20)) for _ in range(rng.choice((2, 3)) if dense else rng.choice((1, 2, 2, 3)))
+    )
     gateways = rng.choice((1, 2, 2, 3))
+    span_s = DENSE_SPAN_S if dense else SPAN_S
     names = {
         "scheduler": ["scheduler0", "scheduler1"],
         "worker": [f"worker{number}" for number in range(len(workers))],
         "gateway": [f"gateway{number}" for number in range(gateways)],
         "member": [f"etcd{number}" for number in range(MEMBERS)],
     }
-    orders = tuple(clients.draw(rng, number, SPAN_S, gateways) for number in range(rng.choice((4, 8, 12))))
-    return Plan(seed, 2, workers, gateways, orders, tuple(faults.draw(rng, SPAN_S, names)))
+    clients = tuple(orders.draw(rng, number, span_s, gateways) for number in range(rng.choice((4, 8, 12))))
+    schedule = tuple(faults.draw(rng, span_s, names, dense=dense))
+    return Plan(seed, 2, workers, gateways, clients, schedule, span_s, _memory(rng))
+
+
+def _memory(rng: random.Random) -> Memory:
+    ttl_s = rng.choice((_REMEMBERS_S, 120.0))
+    if rng.random() < 0.75:
+        return Memory(ttl_s)
+    return Memory(ttl_s, rng.choice((2, 4)) * _ENTRY_BYTES, rng.choice((1, 2)) * _ENTRY_BYTES)
 
 
 class World:
@@ -90,7 +111,7 @@ class World:
         self.network = Network(self.loop, random.Random(f"net-{plan.seed}"), self.trace)
         self.etcd = EtcdCluster(self.loop, self.network, random.Random(f"etcd-{plan.seed}"))
         config = EtcdConfig(endpoints=self.etcd.endpoints)
-        ground = Ground(self.loop, self.network, self.checks, config, str(plan.seed))
+        ground = Ground(self.loop, self.network, self.checks, config, str(plan.seed), plan.memory)
         self.processes: dict[str, SimProcess] = {}
         for number in range(plan.schedulers):
             self._add(SimScheduler(ground, f"scheduler{number}", f"127.0.1.{number + 1}"))
@@ -133,7 +154,7 @@ class World:
         for fault in self.plan.faults:
             self.loop.call_at(START + fault.at_s, faults.begin, self, fault, context=NOWHERE)
         tasks = [asyncio.create_task(client.run(), name=client.name) for client in self.clients]
-        await asyncio.wait(tasks, timeout=SPAN_S + 2.0 + _LIMIT_S)
+        await asyncio.wait(tasks, timeout=self.plan.span_s + 2.0 + _LIMIT_S)
         for client in self.clients:
             if not client.ended:
                 self.checks.fail(
@@ -143,7 +164,7 @@ class World:
             if task.done() and not task.cancelled() and task.exception() is not None:
                 raise task.exception()  # type: ignore[misc]
             task.cancel()
-        quiet_from = START + max([SPAN_S, *(fault.at_s + fault.lasts_s for fault in self.plan.faults)])
+        quiet_from = START + max([self.plan.span_s, *(fault.at_s + fault.lasts_s for fault in self.plan.faults)])
         await asyncio.sleep(max(0.0, quiet_from - self.loop.now) + _REST_S)
         look_at_rest(self)
         etcd.cancel()
@@ -203,6 +224,7 @@ def run(plan: Plan, *, keep: int = 0) -> Result:
             mock.patch.object(loop, "_TICK_S", _TICK_S),
             mock.patch.object(reign, "_ACKNOWLEDGE_S", _TICK_S),
             mock.patch.object(reign, "LOOK_S", _TICK_S),
+            mock.patch.object(followers, "_BATCH_BYTES", _BATCH_BYTES),
             # A run is too short to earn a hedge, and to learn what is late.
             mock.patch.object(budget.Budget, "take_hedge", lambda self, now: self.take(now)),
             mock.patch.object(deadlines, "_LATE_LEAST", 2.0),

@@ -173,6 +173,26 @@ def test_what_was_cancelled_under_one_leader_is_refused_by_the_next() -> None:
     assert failures(say("early")) == ["cancelled"]
 
 
+def test_a_client_that_leaves_what_was_killed_does_not_make_it_less_dead() -> None:
+    arena, say = ready()
+    say()
+    produce(arena, 2)
+    arena.post(events.Killed("r1"))
+    arena.post(events.Cancelled(arena.gateways["g1"].stream_id, "r1", "client_gone"))
+    standby = Standby(arena, 1)
+    succeed(arena, standby)
+    assert failures(say(resume=[token("r1", 0, 0)])) == ["cancelled"]
+
+
+def test_cancelled_ids_are_refused_for_longer_than_streams_are_remembered() -> None:
+    replica = Replica(5.0, tombstone_ttl_s=60.0)
+    removal = journal_pb2.JournalRemoval(request_id="r1", cancelled="killed")
+    replica.begin()
+    replica.take(journal_pb2.FollowResponse.FromString(batch(1, journal_pb2.JournalRecord(removal=removal))), 0.0)
+    replica.take(journal_pb2.FollowResponse.FromString(batch(2)), 30.0)
+    assert replica.inheritance(59.0).cancelled == (("r1", "killed"),)
+
+
 def test_claims_go_on_under_the_next_leader_and_a_lower_one_stays_over() -> None:
     arena, say = ready()
     standby = Standby(arena, 1)
