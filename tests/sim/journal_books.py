@@ -139,6 +139,8 @@ class JournalBooks:
             self._claims[request_id] = event.claim
         entry = self._entries.get(request_id)
         if entry is not None and (event.claim or event.request.resume or entry.broken or entry.live):
+            if entry.broken and not entry.live and event.claim < entry.open_from:
+                self._fail("an old claim is over", f"{request_id} goes on under {event.claim}, not {entry.open_from}")
             entry.live, entry.claim = True, max(entry.claim, event.claim)
         else:
             entry = self._new(event)
