@@ -49,7 +49,7 @@ _SINGLE = (
 )
 
 ResponseT = TypeVar("ResponseT", pb.ChatResponse, pb.CompleteResponse)
-EventT = TypeVar("EventT", pb.StreamChatResponse, pb.StreamCompleteResponse)
+EventT = TypeVar("EventT", pb.StreamChatResponse, pb.StreamCompleteResponse, pb.ResumeStreamResponse)
 
 
 def chat_body(request: pb.ChatRequest | pb.StreamChatRequest) -> dict[str, object]:

@@ -19,8 +19,9 @@ from gateway.grpc_convert import (
 )
 from gateway.grpc_edge import Caller
 from gateway.grpc_tasks import classify_response, embed_response, score_response
+from gateway.schemas import MAX_CHOICES
 from gateway.tasks import Call, Results, Tasks
-from gateway.types import Authenticator, Engine, Generation, GenerationRequest
+from gateway.types import Authenticator, Engine, Generation, GenerationRequest, Held
 from llmos.errors import InvalidRequest
 from llmos.v1 import inference_pb2 as pb
 from llmos.v1 import inference_pb2_grpc
@@ -64,6 +65,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async for message in messages:
                 yield message
 
+    async def ResumeStream(  # noqa: N802
+        self, request: pb.ResumeStreamRequest, context: Any
+    ) -> AsyncIterator[pb.ResumeStreamResponse]:
+        """See the contract."""
+        caller = Caller(context, self._authenticator)
+        held, deadline_s = _held(request), caller.deadline_s
+        try:
+            found = await self._engine.take_up(
+                request.request_id, caller.identity, held, trace=caller.trace, deadline_s=deadline_s
+            )
+        except InvalidRequest as error:  # of a position that nobody can have, which has another name over HTTP
+            raise InvalidRequest(error.message, param="held") from error
+        await _name(found.generation, context)
+        async with aclosing(_messages(found.generation, pb.ResumeStreamResponse)) as messages:
+            async for message in messages:
+                yield message
+
     async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:  # noqa: N802
         """See the contract."""
         caller = Caller(context, self._authenticator)
@@ -100,11 +118,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         generation = await self._engine.generate(
             request, caller.identity, request_id=caller.request_id, trace=caller.trace
         )
-        try:
-            await context.send_initial_metadata((("x-request-id", generation.request_id),))
-        except BaseException:
-            await generation.aclose()
-            raise
+        await _name(generation, context)
         return generation
 
     async def _whole(
@@ -123,6 +137,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def _call(self, context: Any) -> Call:
         caller = Caller(context, self._authenticator)
         return Call(caller.identity, caller.request_id, caller.trace, caller.deadline_s)
+
+
+def _held(request: pb.ResumeStreamRequest) -> tuple[Held, ...]:
+    """What the client has. Raises InvalidRequest."""
+    if not request.request_id:
+        raise InvalidRequest("'request_id' is required.", param="request_id")
+    held = tuple(Held(one.choice, one.tokens, one.text_chars, one.finished) for one in request.held)
+    if len({one.choice for one in held}) != len(held) or any(one.choice >= MAX_CHOICES for one in held):
+        raise InvalidRequest("'held' names each choice once at most.", param="held")
+    return held
+
+
+async def _name(generation: Generation, context: Any) -> None:
+    """Tell the client its request's id ahead of everything else."""
+    try:
+        await context.send_initial_metadata((("x-request-id", generation.request_id),))
+    except BaseException:
+        await generation.aclose()
+        raise
 
 
 async def _named(work: Coroutine[Any, Any, Results], context: Any) -> Results:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,9 +15,9 @@ from llmos.cli import output
 from llmos.cli.flags import Choice, DataDir, JsonSchema, MaxTokens, Regex, Seed, ServedModel, Temperature, Timeout
 
 if TYPE_CHECKING:
-    from llmos.cli.connection import Target
-    from llmos.cli.prompting import Settings
-    from llmos.v1.inference_pb2 import Message
+    from llmos.cli.connection import Connection, Target
+    from llmos.cli.prompting import Event, Settings
+    from llmos.v1 import inference_pb2 as pb
 
 HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
@@ -40,7 +41,8 @@ def chat(
     from llmos.cli.prompting import Settings, read_constraint
 
     settings = Settings(max_tokens, temperature, seed, timeout, read_constraint(json_schema, regex, choice))
-    conversation = Conversation(find_target(data_dir), model, settings, system)
+    find = partial(find_target, data_dir)
+    conversation = Conversation(lambda lost: find(avoid=lost), model, settings, system)
     with asyncio.Runner() as runner:
         name = runner.run(conversation.choose())
         interactive = sys.stdin.isatty()
@@ -93,12 +95,13 @@ def _read_line(interactive: bool) -> str | None:
 class Conversation:
     """The turns so far. A turn that fails or is interrupted leaves no trace in them."""
 
-    def __init__(self, target: Target, model: str, settings: Settings, system: str) -> None:
-        self._target = target
+    def __init__(self, find: Callable[[str], Target], model: str, settings: Settings, system: str) -> None:
+        """`find` says where to ask, given the address that was lost last."""
+        self._find = find
         self._model = model
         self._settings = settings
         self._system = system
-        self._messages: list[Message] = []
+        self._messages: list[pb.Message] = []
 
     async def choose(self) -> str:
         """Settle on a model. Raises UnsupportedFeature if it cannot chat."""
@@ -106,7 +109,7 @@ class Conversation:
         from llmos.cli.connection import connect
         from llmos.errors import UnsupportedFeature
 
-        async with connect(self._target) as fleet:
+        async with connect(self._find("")) as fleet:
             served = await prompting.choose_model(fleet, self._model)
         if "chat" not in served.capabilities:
             raise UnsupportedFeature(f"{served.name} cannot chat: `llmos generate` continues a text with it")
@@ -120,21 +123,15 @@ class Conversation:
     async def turn(self, text: str) -> None:
         """Say `text` and write the answer as it comes."""
         from llmos.cli import prompting
-        from llmos.cli.connection import connect
-        from llmos.cli.generate import Answer
+        from llmos.cli.answering import read_answer
 
-        answer = Answer()
         asked = [*self._messages, prompting.user_says(text)]
         messages = [prompting.system_says(self._system), *asked] if self._system else asked
-        async with (
-            connect(self._target) as fleet,
-            aclosing(prompting.stream_chat(fleet, self._model, messages, self._settings)) as events,
-        ):
-            with output.waiting("waiting for the model") as answered:
-                async for event in events:
-                    piece = answer.add(event)
-                    if piece:
-                        answered()
-                        output.write(piece)
-        output.write("\n")
+
+        async def ask(fleet: Connection, settings: Settings, resume: pb.Resume | None) -> AsyncGenerator[Event, None]:
+            return prompting.stream_chat(fleet, self._model, messages, settings, resume)
+
+        answer = await read_answer(self._find, ask, self._settings, show=True)
+        if not answer.text:
+            output.write("\n")
         self._messages = [*asked, prompting.assistant_said(answer.text)]

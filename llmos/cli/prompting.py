@@ -43,7 +43,7 @@ def read_constraint(json_schema: Path | None, regex: str | None, choice: Sequenc
     return None if regex is None else pb.Constraint(regex=regex)
 
 
-Event = pb.StreamChatResponse | pb.StreamCompleteResponse
+Event = pb.StreamChatResponse | pb.StreamCompleteResponse | pb.ResumeStreamResponse
 
 
 async def list_models(fleet: Connection, timeout_s: float = CALL_TIMEOUT_S) -> Sequence[pb.ServedModel]:
@@ -92,6 +92,18 @@ async def stream_completion(
     """Events of the continuation of a text, or the rest of them after `resume`; leaving early cancels it."""
     request = pb.StreamCompleteRequest(model=model, text=text, params=settings.params(), resume=resume)
     call = fleet.inference.StreamComplete(request, metadata=fleet.metadata, timeout=settings.timeout_s)
+    try:
+        async for event in call:
+            yield event
+    finally:
+        call.cancel()
+
+
+async def take_up(
+    fleet: Connection, request: pb.ResumeStreamRequest, settings: Settings
+) -> AsyncGenerator[Event, None]:
+    """The rest of a stream that broke off, wherever it ran; leaving early cancels it."""
+    call = fleet.inference.ResumeStream(request, metadata=fleet.metadata, timeout=settings.timeout_s)
     try:
         async for event in call:
             yield event

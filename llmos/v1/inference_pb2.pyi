@@ -350,6 +350,94 @@ class Resume(google.protobuf.message.Message):
 global___Resume = Resume
 
 @typing.final
+class StreamPosition(google.protobuf.message.Message):
+    """How far a client has come with one choice of a stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHOICE_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    TEXT_CHARS_FIELD_NUMBER: builtins.int
+    FINISHED_FIELD_NUMBER: builtins.int
+    choice: builtins.int
+    """The choice, counted from 0."""
+    tokens: builtins.int
+    """Number of token ids received for it."""
+    text_chars: builtins.int
+    """Length in characters of the text received for it."""
+    finished: builtins.bool
+    """Its finish reason was received."""
+    def __init__(
+        self,
+        *,
+        choice: builtins.int = ...,
+        tokens: builtins.int = ...,
+        text_chars: builtins.int = ...,
+        finished: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "finished", b"finished", "text_chars", b"text_chars", "tokens", b"tokens"]) -> None: ...
+
+global___StreamPosition = StreamPosition
+
+@typing.final
+class ResumeStreamRequest(google.protobuf.message.Message):
+    """Asks for the rest of a stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """Id of the request whose stream broke, as its first event or the metadata `x-request-id` said it."""
+    @property
+    def held(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StreamPosition]:
+        """What was received, per choice; a choice that is not named starts from its beginning."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        held: collections.abc.Iterable[global___StreamPosition] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["held", b"held", "request_id", b"request_id"]) -> None: ...
+
+global___ResumeStreamRequest = ResumeStreamRequest
+
+@typing.final
+class ResumeStreamResponse(google.protobuf.message.Message):
+    """One event of the rest of a stream, whether a conversation was answered or a text continued."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    START_FIELD_NUMBER: builtins.int
+    DELTA_FIELD_NUMBER: builtins.int
+    USAGE_FIELD_NUMBER: builtins.int
+    @property
+    def start(self) -> global___StreamStart:
+        """Comes first, as it came the first time."""
+
+    @property
+    def delta(self) -> global___Delta:
+        """Output that was not received."""
+
+    @property
+    def usage(self) -> global___Usage:
+        """Comes last; the stream then ends with status OK."""
+
+    def __init__(
+        self,
+        *,
+        start: global___StreamStart | None = ...,
+        delta: global___Delta | None = ...,
+        usage: global___Usage | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["delta", b"delta", "event", b"event", "start", b"start", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["delta", b"delta", "event", b"event", "start", b"start", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["start", "delta", "usage"] | None: ...
+
+global___ResumeStreamResponse = ResumeStreamResponse
+
+@typing.final
 class Usage(google.protobuf.message.Message):
     """Token counts of a request."""
 

@@ -58,6 +58,11 @@ class InferenceStub(object):
                 request_serializer=llmos_dot_v1_dot_inference__pb2.StreamCompleteRequest.SerializeToString,
                 response_deserializer=llmos_dot_v1_dot_inference__pb2.StreamCompleteResponse.FromString,
                 _registered_method=True)
+        self.ResumeStream = channel.unary_stream(
+                '/llmos.v1.Inference/ResumeStream',
+                request_serializer=llmos_dot_v1_dot_inference__pb2.ResumeStreamRequest.SerializeToString,
+                response_deserializer=llmos_dot_v1_dot_inference__pb2.ResumeStreamResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/llmos.v1.Inference/Cancel',
                 request_serializer=llmos_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
@@ -120,6 +125,15 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResumeStream(self, request, context):
+        """ResumeStream gives the rest of an answer whose connection broke, by its request's id alone, at any gateway. A stream
+        that is still read elsewhere is taken from there; that reader's ends with status CANCELLED. NOT_FOUND: it never was,
+        is another tenant's, was cancelled, or is over for too long.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Cancel stops a request of the same tenant; its stream ends with status CANCELLED.
         """
@@ -177,6 +191,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.StreamComplete,
                     request_deserializer=llmos_dot_v1_dot_inference__pb2.StreamCompleteRequest.FromString,
                     response_serializer=llmos_dot_v1_dot_inference__pb2.StreamCompleteResponse.SerializeToString,
+            ),
+            'ResumeStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ResumeStream,
+                    request_deserializer=llmos_dot_v1_dot_inference__pb2.ResumeStreamRequest.FromString,
+                    response_serializer=llmos_dot_v1_dot_inference__pb2.ResumeStreamResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -316,6 +335,33 @@ class Inference(object):
             '/llmos.v1.Inference/StreamComplete',
             llmos_dot_v1_dot_inference__pb2.StreamCompleteRequest.SerializeToString,
             llmos_dot_v1_dot_inference__pb2.StreamCompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/llmos.v1.Inference/ResumeStream',
+            llmos_dot_v1_dot_inference__pb2.ResumeStreamRequest.SerializeToString,
+            llmos_dot_v1_dot_inference__pb2.ResumeStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

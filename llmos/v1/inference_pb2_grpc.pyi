@@ -49,6 +49,15 @@ class InferenceStub:
     ]
     """StreamComplete continues a text while it is being generated."""
 
+    ResumeStream: grpc.UnaryStreamMultiCallable[
+        llmos.v1.inference_pb2.ResumeStreamRequest,
+        llmos.v1.inference_pb2.ResumeStreamResponse,
+    ]
+    """ResumeStream gives the rest of an answer whose connection broke, by its request's id alone, at any gateway. A stream
+    that is still read elsewhere is taken from there; that reader's ends with status CANCELLED. NOT_FOUND: it never was,
+    is another tenant's, was cancelled, or is over for too long.
+    """
+
     Cancel: grpc.UnaryUnaryMultiCallable[
         llmos.v1.inference_pb2.CancelRequest,
         llmos.v1.inference_pb2.CancelResponse,
@@ -109,6 +118,15 @@ class InferenceAsyncStub:
         llmos.v1.inference_pb2.StreamCompleteResponse,
     ]
     """StreamComplete continues a text while it is being generated."""
+
+    ResumeStream: grpc.aio.UnaryStreamMultiCallable[
+        llmos.v1.inference_pb2.ResumeStreamRequest,
+        llmos.v1.inference_pb2.ResumeStreamResponse,
+    ]
+    """ResumeStream gives the rest of an answer whose connection broke, by its request's id alone, at any gateway. A stream
+    that is still read elsewhere is taken from there; that reader's ends with status CANCELLED. NOT_FOUND: it never was,
+    is another tenant's, was cancelled, or is over for too long.
+    """
 
     Cancel: grpc.aio.UnaryUnaryMultiCallable[
         llmos.v1.inference_pb2.CancelRequest,
@@ -178,6 +196,17 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[llmos.v1.inference_pb2.StreamCompleteResponse], collections.abc.AsyncIterator[llmos.v1.inference_pb2.StreamCompleteResponse]]:
         """StreamComplete continues a text while it is being generated."""
+
+    @abc.abstractmethod
+    def ResumeStream(
+        self,
+        request: llmos.v1.inference_pb2.ResumeStreamRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[llmos.v1.inference_pb2.ResumeStreamResponse], collections.abc.AsyncIterator[llmos.v1.inference_pb2.ResumeStreamResponse]]:
+        """ResumeStream gives the rest of an answer whose connection broke, by its request's id alone, at any gateway. A stream
+        that is still read elsewhere is taken from there; that reader's ends with status CANCELLED. NOT_FOUND: it never was,
+        is another tenant's, was cancelled, or is over for too long.
+        """
 
     @abc.abstractmethod
     def Cancel(

@@ -109,6 +109,8 @@ class ScriptedGateway:
         """Requests on the worker, one less each time that somebody looks."""
         self.breaks = 0
         """So many streams break off after at most one more piece, as if the gateway had died."""
+        self.forgets = False
+        """It knows nothing of streams that broke off."""
         self.may_finish = threading.Event()
         """Streams wait for this after their pieces."""
         self.may_finish.set()
@@ -177,16 +179,25 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
     def StreamComplete(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         yield from self._stream(request, context, inference_pb2.StreamCompleteResponse)
 
+    def ResumeStream(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
+        self._gateway.note(request, context)
+        if self._gateway.forgets:
+            context.set_trailing_metadata((("llmos-error-code", "not_found"),))
+            context.abort(grpc.StatusCode.NOT_FOUND, "Nothing is remembered of such a stream.")
+        yield from self._rest(sum(one.tokens for one in request.held), context, inference_pb2.ResumeStreamResponse)
+
     def _stream(self, request: Any, context: Any, event: Any) -> Iterator[Any]:
         self._gateway.note(request, context)
         if request.params.max_tokens == 13:
             extra = (("llmos-error-code", "overloaded"), ("retry-after", "1"))
             context.set_trailing_metadata(extra)
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+        yield from self._rest(sum(len(choice.token_ids) for choice in request.resume.choices), context, event)
+
+    def _rest(self, held: int, context: Any, event: Any) -> Iterator[Any]:
         # Here: a client that leaves after the last piece may stop this generator before its next line.
         context.add_callback(self._gateway.ended.set)
         yield event(start=inference_pb2.StreamStart(request_id="r1", model="m", model_version="v", seed=5))
-        held = sum(len(choice.token_ids) for choice in request.resume.choices)
         rest = list(enumerate(self._gateway.pieces))[held:]
         for index, piece in rest[:1] if self._gateway.breaks else rest:
             yield event(delta=inference_pb2.Delta(index=index, text=piece, token_ids=[index]))

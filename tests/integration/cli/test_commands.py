@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmos.certs import make_certificates
-from llmos.cli import main
+from llmos.cli import answering, main
 from llmos.cli.completion import worker_ids
 from llmos.v1 import fleet_pb2
 from llmos.v1 import inference_pb2 as pb
@@ -295,12 +295,35 @@ def test_a_broken_stream_goes_on_with_what_has_come(gateway: ScriptedGateway, te
     assert terminal.run("generate", "x", "-t", "1") == (0, "Paris\n", "")
     first, second = gateway.asked
     assert not first.HasField("resume")
+    assert second == pb.ResumeStreamRequest(request_id="r1", held=[pb.StreamPosition(tokens=1, text_chars=3)])
+
+
+def test_a_stream_that_the_fleet_forgot_goes_on_by_what_has_come(gateway: ScriptedGateway, terminal: Terminal) -> None:
+    gateway.breaks, gateway.forgets = 1, True
+    assert terminal.run("generate", "x", "-t", "1") == (0, "Paris\n", "")
+    _, by_id, second = gateway.asked
+    assert by_id.request_id == "r1"
     (held,) = second.resume.choices
     assert (second.resume.request_id, second.params.seed) == ("r1", 5)
     assert (list(held.token_ids), held.text_chars, held.finished) == ([0], 3, False)
 
 
-def test_an_answer_that_breaks_off_for_good_ends_its_line(gateway: ScriptedGateway, terminal: Terminal) -> None:
+def test_a_turn_of_a_chat_goes_on_at_another_address(
+    gateway: ScriptedGateway, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scripted_gateway() as other:
+        monkeypatch.setenv("LLMOS_ADDRESS", f"127.0.0.1:1, {gateway.address},{other.address}")
+        gateway.breaks = 1
+        terminal.type("one\n")
+        assert terminal.run("chat")[:2] == (0, "Paris\n")
+    assert [type(one).__name__ for one in gateway.asked] == ["StreamChatRequest"]
+    assert [one.held[0].tokens for one in other.asked] == [1]
+
+
+def test_an_answer_that_breaks_off_for_good_ends_its_line(
+    gateway: ScriptedGateway, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "_PATIENCE_S", 0.2)
     gateway.breaks = 99
     status, out, err = terminal.run("generate", "x")
     assert (status, out, err.count("\n")) == (1, "Paris\n", 1)

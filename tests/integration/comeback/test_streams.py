@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
 import secrets
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
+from llmos.rpc import error_from_rpc, open_channel
+from llmos.v1 import inference_pb2 as pb
+from llmos.v1 import inference_pb2_grpc
 from tests.fakes.comeback import Reader
 from tests.fakes.fleet import Fleet, Process, running_fleet
 
@@ -160,3 +169,115 @@ async def test_a_killed_gateways_streams_go_on_at_another(fleet: Fleet, http: ht
     assert all(isinstance(error, httpx.TransportError) for error in broken)
     await asyncio.gather(*(reader.come_back(http, urls(fleet)[1]) for reader in readers))
     assert [reader.whole for reader in readers] == [reader.whole for reader in undisturbed]
+
+
+class Holder:
+    """What a client of the gRPC API has, choice by choice."""
+
+    def __init__(self) -> None:
+        self.text, self.tokens, self.finishes = [""] * 2, [[], []], [0, 0]  # type: ignore[var-annotated]
+        self.logprobs: list[list[bytes]] = [[], []]
+        self.request_id = ""
+        self.usage: pb.Usage | None = None
+
+    async def read(self, call: Any, deltas: int | None = None) -> None:
+        """So many deltas, or all; then it breaks off."""
+        async for event in call:
+            if event.HasField("start"):
+                self.request_id = event.start.request_id
+            elif event.HasField("usage"):
+                self.usage = event.usage
+            else:
+                delta, choice = event.delta, event.delta.choice
+                assert delta.index == len(self.tokens[choice])
+                self.text[choice] += delta.text
+                self.tokens[choice] += delta.token_ids
+                self.finishes[choice] = delta.finish_reason or self.finishes[choice]
+                self.logprobs[choice] += [one.SerializeToString(deterministic=True) for one in delta.logprobs]
+                deltas = None if deltas is None else deltas - 1
+            if deltas == 0:
+                call.cancel()
+                return
+
+    def position(self) -> pb.ResumeStreamRequest:
+        held = [
+            pb.StreamPosition(
+                choice=choice,
+                tokens=len(self.tokens[choice]),
+                text_chars=len(self.text[choice]),
+                finished=bool(self.finishes[choice]),
+            )
+            for choice in range(2)
+        ]
+        return pb.ResumeStreamRequest(request_id=self.request_id, held=held)
+
+
+async def test_over_grpc_a_stream_goes_on_elsewhere_from_any_position(fleet: Fleet) -> None:
+    params = pb.GenerationParams(max_tokens=30, seed=9, n=2, logprobs=1, stop=["q"])
+    request = pb.StreamCompleteRequest(model="echo", text="once upon a time", params=params)
+    async with AsyncExitStack() as stack:
+        stubs: list[Any] = []
+        for gateway in fleet.gateways()[:2]:
+            channel = await stack.enter_async_context(open_channel(f"127.0.0.1:{gateway.ready['grpc_port']}"))
+            stubs.append(inference_pb2_grpc.InferenceStub(channel))
+        undisturbed, client = Holder(), Holder()
+        await undisturbed.read(stubs[0].StreamComplete(request, timeout=30))
+        await client.read(stubs[0].StreamComplete(request, timeout=30), 7)
+        for number, deltas in enumerate((9, 11, None)):
+            await client.read(stubs[1 - number % 2].ResumeStream(client.position(), timeout=30), deltas)
+        assert vars(client) == {**vars(undisturbed), "request_id": client.request_id}
+        far = pb.StreamPosition(choice=1, tokens=31)
+        twice = [pb.StreamPosition(choice=0)] * 2
+        for bad, code, param in (
+            (pb.ResumeStreamRequest(request_id=client.request_id, held=[far]), "invalid_request", "held"),
+            (pb.ResumeStreamRequest(request_id=client.request_id, held=twice), "invalid_request", "held"),
+            (pb.ResumeStreamRequest(), "invalid_request", "request_id"),
+            (pb.ResumeStreamRequest(request_id="req-none"), "not_found", ""),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stubs[0].ResumeStream(bad, timeout=30).read()
+            error = error_from_rpc(refused.value)
+            assert (error.code, error.param or "") == (code, param)
+
+
+def ask(fleet: Fleet, gateways: list[Process]) -> subprocess.Popen[bytes]:
+    """The real command, with several gateways to choose from."""
+    addresses = ",".join(f"127.0.0.1:{gateway.ready['grpc_port']}" for gateway in gateways)
+    command = [
+        sys.executable,
+        "-m",
+        "llmos.cli.main",
+        "generate",
+        "--raw",
+        "a tale",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "400",
+    ]
+    environment = {**fleet.environment, "LLMOS_ADDRESS": addresses}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+async def taken_up(gateway: Process) -> float:
+    """Streams that this gateway went on with."""
+    async with httpx.AsyncClient(verify=False) as http:
+        text = (await http.get(f"{url(gateway)}/metrics")).text
+    (value,) = re.findall(r"^\S*sessions_taken_up (\S+)$", text, re.MULTILINE)
+    return float(value)
+
+
+async def test_the_command_goes_on_by_id_when_its_gateway_is_killed(fleet: Fleet) -> None:
+    """The last test of this file: it takes another gateway's life."""
+    first, second, _ = fleet.gateways()
+    before = await taken_up(first)
+    with ask(fleet, [first]) as undisturbed, ask(fleet, [second, first]) as disturbed:
+        assert disturbed.stdout is not None
+        beginning = await asyncio.to_thread(os.read, disturbed.stdout.fileno(), 4)
+        second.kill()
+        whole, complaints = await asyncio.to_thread(undisturbed.communicate, timeout=30)
+        rest, said = await asyncio.to_thread(disturbed.communicate, timeout=30)
+    assert (undisturbed.returncode, disturbed.returncode, complaints, said) == (0, 0, b"", b"")
+    assert beginning + rest == whole
+    assert len(beginning) < len(whole)
+    assert await taken_up(first) == before + 1
