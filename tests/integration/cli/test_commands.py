@@ -4,52 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from llmos.certs import make_certificates
-from llmos.cli import answering, main
 from llmos.cli.completion import worker_ids
 from llmos.v1 import fleet_pb2
 from llmos.v1 import inference_pb2 as pb
 from tests.fakes.scripted_gateway import ScriptedGateway, scripted_gateway
-
-
-@pytest.fixture
-def gateway(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ScriptedGateway]:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with scripted_gateway() as gateway:
-        monkeypatch.setenv("LLMOS_ADDRESS", gateway.address)
-        yield gateway
-
-
-class Terminal:
-    """Runs the command in this process, as the installed script would."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        """(exit status, stdout, stderr)"""
-        self._monkeypatch.setattr(sys, "argv", ["llmos", *arguments])
-        with pytest.raises(SystemExit) as left:
-            main.main()
-        captured = self._capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    def type(self, text: str) -> None:
-        import io
-
-        self._monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(monkeypatch, capsys)
+from tests.integration.cli.conftest import Terminal
 
 
 def test_what_the_system_refuses_is_one_line(terminal: Terminal) -> None:
@@ -288,46 +253,6 @@ def test_input_that_is_no_text_is_one_line(
     status, out, err = terminal.run(*arguments)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "not UTF-8" in err
-
-
-def test_a_broken_stream_goes_on_with_what_has_come(gateway: ScriptedGateway, terminal: Terminal) -> None:
-    gateway.breaks = 1
-    assert terminal.run("generate", "x", "-t", "1") == (0, "Paris\n", "")
-    first, second = gateway.asked
-    assert not first.HasField("resume")
-    assert second == pb.ResumeStreamRequest(request_id="r1", held=[pb.StreamPosition(tokens=1, text_chars=3)])
-
-
-def test_a_stream_that_the_fleet_forgot_goes_on_by_what_has_come(gateway: ScriptedGateway, terminal: Terminal) -> None:
-    gateway.breaks, gateway.forgets = 1, True
-    assert terminal.run("generate", "x", "-t", "1") == (0, "Paris\n", "")
-    _, by_id, second = gateway.asked
-    assert by_id.request_id == "r1"
-    (held,) = second.resume.choices
-    assert (second.resume.request_id, second.params.seed) == ("r1", 5)
-    assert (list(held.token_ids), held.text_chars, held.finished) == ([0], 3, False)
-
-
-def test_a_turn_of_a_chat_goes_on_at_another_address(
-    gateway: ScriptedGateway, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with scripted_gateway() as other:
-        monkeypatch.setenv("LLMOS_ADDRESS", f"127.0.0.1:1, {gateway.address},{other.address}")
-        gateway.breaks = 1
-        terminal.type("one\n")
-        assert terminal.run("chat")[:2] == (0, "Paris\n")
-    assert [type(one).__name__ for one in gateway.asked] == ["StreamChatRequest"]
-    assert [one.held[0].tokens for one in other.asked] == [1]
-
-
-def test_an_answer_that_breaks_off_for_good_ends_its_line(
-    gateway: ScriptedGateway, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answering, "_PATIENCE_S", 0.2)
-    gateway.breaks = 99
-    status, out, err = terminal.run("generate", "x")
-    assert (status, out, err.count("\n")) == (1, "Paris\n", 1)
-    assert len(gateway.asked) < 99
 
 
 def test_a_typed_error_is_one_line(gateway: ScriptedGateway, terminal: Terminal) -> None:

@@ -263,7 +263,7 @@ async def taken_up(gateway: Process) -> float:
     """Streams that this gateway went on with."""
     async with httpx.AsyncClient(verify=False) as http:
         text = (await http.get(f"{url(gateway)}/metrics")).text
-    (value,) = re.findall(r"^\S*sessions_taken_up (\S+)$", text, re.MULTILINE)
+    (value,) = re.findall(r"^\S*sessions_taken_up_total (\S+)$", text, re.MULTILINE)
     return float(value)
 
 
