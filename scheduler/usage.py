@@ -13,7 +13,8 @@ _POINTS = 40
 _FIRST_STRETCH_S, _LONGEST_STRETCH_S = 0.5, 60.0
 _ENOUGH = 10
 """Points without which nothing is certain."""
-Kind: TypeAlias = fleet_pb2.ResourceKind.ValueType
+Resource: TypeAlias = tuple[fleet_pb2.ResourceKind.ValueType, str]
+"""What it is, and of which device if there are several."""
 
 
 @dataclass(slots=True)
@@ -54,10 +55,10 @@ class Series:
 class Decay:
     """What is known of one worker's use of resources."""
 
-    series: dict[Kind, Series] = field(default_factory=dict)
-    uses: dict[Kind, fleet_pb2.ResourceUse] = field(default_factory=dict)
+    series: dict[Resource, Series] = field(default_factory=dict)
+    uses: dict[Resource, fleet_pb2.ResourceUse] = field(default_factory=dict)
     """The last word on each, with the trend."""
-    first: dict[Kind, int] = field(default_factory=dict)
+    first: dict[Resource, int] = field(default_factory=dict)
     """The first word on each."""
     models: tuple[tuple[str, int], ...] = ()
     """States of its models when the series began."""

@@ -32,6 +32,7 @@ from worker.config import WorkerConfig
 from worker.core import WorkerCore
 from worker.engine_link import EngineLink
 from worker.engine_process import EngineSetup
+from worker.gpu_use import Gauge, GpuWatch, RecordedGauge, local_gauge
 from worker.models import HeldModel
 from worker.probe import Probe, RecordedProbe, local_probe
 from worker.registration import Registration
@@ -74,11 +75,13 @@ class WorkerProcess:
         link = EngineLink(_setup(config, held), core, clock=self._clock, rng=self._rng, spare_after_s=spare_after_s)
         core.connect(link)
         core.on_restart = partial(self._start_afresh, stop)
-        vitals = Vitals(capacity.memory_bytes, lambda: (os.getpid(), link.pid, link.spare_pid))
+        gpus = GpuWatch(_gauge(config))
+        pids = lambda: (os.getpid(), link.pid, link.spare_pid)  # noqa: E731 - two of them change
+        vitals = Vitals(capacity.memory_bytes, pids, gpus=lambda: gpus.last)
         server = RpcServer(config.host, config.port, tls=config.tls)
         server.add(work_pb2_grpc.add_WorkServicer_to_server, WorkService(core, held), "llmos.internal.v1.Work")
         try:
-            async with _beside(stop, link.run(), _tick(core, vitals)):
+            async with _beside(stop, link.run(), _tick(core, vitals), gpus.run()):
                 if await _first(link.ready, stop):
                     await server.start()
                     async with self._registered(server.port, capacity, held, shelf, stop):
@@ -187,6 +190,12 @@ def _probe(config: WorkerConfig) -> Probe:
         return RecordedProbe(config.probe_recording)
     disk = config.store or default_store_path()
     return local_probe(disk, memory_limit=config.memory_limit, gpus_first=USES_GPUS[config.backend])
+
+
+def _gauge(config: WorkerConfig) -> Gauge | None:
+    if config.gpu_use_recording is not None:
+        return RecordedGauge(config.gpu_use_recording)
+    return local_gauge() if USES_GPUS[config.backend] and config.probe_recording is None else None
 
 
 def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:

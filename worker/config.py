@@ -42,6 +42,8 @@ class WorkerConfig:
     """Bytes of main memory that it may use; 0: what the host and its control groups allow."""
     probe_recording: Path | None = None
     """Recorded totals to report instead of measured ones (`python -m worker.probe --record FILE`)."""
+    gpu_use_recording: Path | None = None
+    """Recorded use of graphics processors' memory to report instead of measuring it (`python -m worker.gpu_use`)."""
     pool: str = ""
     """Placement pool that it belongs to; empty: the default one."""
     echo_tokens_per_second: float = 0.0

@@ -93,6 +93,7 @@ def _use_json(use: ResourceUse) -> dict[str, object]:
 
     return {
         "kind": output.enum_name(fleet_pb2.ResourceKind, use.kind),
+        "device": use.device_id,
         "used": use.used,
         "limit": use.limit,
         "growth_per_s": round(use.growth_per_s, 3),

@@ -177,6 +177,8 @@ class _ResourceKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """Open file descriptors, of the process that has most."""
     RESOURCE_KIND_THREADS: _ResourceKind.ValueType  # 3
     """Threads of all its processes."""
+    RESOURCE_KIND_GPU_MEMORY: _ResourceKind.ValueType  # 4
+    """Memory of a graphics processor that its processes hold, in bytes."""
 
 class ResourceKind(_ResourceKind, metaclass=_ResourceKindEnumTypeWrapper):
     """What of a node can run out."""
@@ -189,6 +191,8 @@ RESOURCE_KIND_FILES: ResourceKind.ValueType  # 2
 """Open file descriptors, of the process that has most."""
 RESOURCE_KIND_THREADS: ResourceKind.ValueType  # 3
 """Threads of all its processes."""
+RESOURCE_KIND_GPU_MEMORY: ResourceKind.ValueType  # 4
+"""Memory of a graphics processor that its processes hold, in bytes."""
 global___ResourceKind = ResourceKind
 
 class _DrainReason:
@@ -209,6 +213,8 @@ class _DrainReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """It runs out of file descriptors, likewise."""
     DRAIN_REASON_THREADS: _DrainReason.ValueType  # 5
     """It runs out of threads, likewise."""
+    DRAIN_REASON_GPU_MEMORY: _DrainReason.ValueType  # 6
+    """It runs out of memory of a graphics processor, likewise."""
 
 class DrainReason(_DrainReason, metaclass=_DrainReasonEnumTypeWrapper):
     """Why a node takes nothing new."""
@@ -225,6 +231,8 @@ DRAIN_REASON_FILES: DrainReason.ValueType  # 4
 """It runs out of file descriptors, likewise."""
 DRAIN_REASON_THREADS: DrainReason.ValueType  # 5
 """It runs out of threads, likewise."""
+DRAIN_REASON_GPU_MEMORY: DrainReason.ValueType  # 6
+"""It runs out of memory of a graphics processor, likewise."""
 global___DrainReason = DrainReason
 
 class _ModelState:
@@ -369,6 +377,7 @@ class ResourceUse(google.protobuf.message.Message):
     GROWTH_PER_S_FIELD_NUMBER: builtins.int
     GROWTH_PER_REQUEST_FIELD_NUMBER: builtins.int
     LEFT_S_FIELD_NUMBER: builtins.int
+    DEVICE_ID_FIELD_NUMBER: builtins.int
     kind: global___ResourceKind.ValueType
     """Which."""
     used: builtins.int
@@ -381,6 +390,8 @@ class ResourceUse(google.protobuf.message.Message):
     """Growth per attempt that ended there, likewise."""
     left_s: builtins.float
     """Seconds until the limit is reached if it goes on like this; 0: it is not growing."""
+    device_id: builtins.str
+    """Which device, of kinds that several devices have."""
     def __init__(
         self,
         *,
@@ -390,8 +401,9 @@ class ResourceUse(google.protobuf.message.Message):
         growth_per_s: builtins.float = ...,
         growth_per_request: builtins.float = ...,
         left_s: builtins.float = ...,
+        device_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["growth_per_request", b"growth_per_request", "growth_per_s", b"growth_per_s", "kind", b"kind", "left_s", b"left_s", "limit", b"limit", "used", b"used"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "growth_per_request", b"growth_per_request", "growth_per_s", b"growth_per_s", "kind", b"kind", "left_s", b"left_s", "limit", b"limit", "used", b"used"]) -> None: ...
 
 global___ResourceUse = ResourceUse
 

@@ -106,6 +106,40 @@ def test_what_was_promised_to_models_is_no_leak(arena: Arena) -> None:
     assert 700 <= 200 + 6 * half < 800
 
 
+def says_gpu(arena: Arena, used: float, device: str = "GPU-1") -> None:
+    kind = fleet_pb2.RESOURCE_KIND_GPU_MEMORY
+    use = fleet_pb2.ResourceUse(kind=kind, device_id=device, used=int(used), limit=LIMIT)
+    other = fleet_pb2.ResourceUse(kind=kind, device_id="GPU-2", used=100, limit=LIMIT)
+    arena.post(events.WorkerFrame("w1", work_pb2.WorkFrame(uses=[use, other])))
+
+
+def test_a_leak_of_a_graphics_processors_memory_is_acted_on_beyond_what_models_were_given(arena: Arena) -> None:
+    worker = arena.core.state.workers["w1"]
+    slot = next(iter(worker.slots.values()))
+    slot.device, slot.budget = "GPU-1", 700
+    for half in range(120):
+        says_gpu(arena, 200 + 6 * half)
+        arena.advance(0.5)
+        if worker.restart is not None:
+            break
+    assert worker.restart is not None
+    assert worker.restart.reason == fleet_pb2.DRAIN_REASON_GPU_MEMORY
+    assert "of a graphics processor's memory" in worker.restart.detail
+    assert 700 <= 200 + 6 * half < 850
+    assert set(worker.decay.uses) == {(fleet_pb2.RESOURCE_KIND_GPU_MEMORY, name) for name in ("GPU-1", "GPU-2")}
+
+
+def test_a_graphics_processor_that_models_fill_is_no_leak(arena: Arena) -> None:
+    worker = arena.core.state.workers["w1"]
+    slot = next(iter(worker.slots.values()))
+    slot.device, slot.budget = "GPU-1", 900
+    says_gpu(arena, 10)
+    for half in range(240):
+        says_gpu(arena, min(940, 200 + 20 * half))
+        arena.advance(0.5)
+    assert worker.restart is None, "full, and steady"
+
+
 def test_people_see_why(arena: Arena) -> None:
     grow(arena, 10.0, "w1")
     state = arena.core.state
