@@ -65,7 +65,8 @@ unit: $(INSTALLED) ## the tests that take milliseconds
 fairness: $(INSTALLED) ## the bounds of fair service in 10,000 random runs
 	LLMOS_TEST_FAIR_RUNS=10000 $(BIN)/python -m pytest -q tests/unit/scheduler/test_fairness.py -k bounds_hold
 
-faults: $(INSTALLED) ## kill, freeze, cut off real processes under load: every scenario; FAULTS="--seeds 150", ...
+FAULTS ?= --write-docs
+faults: $(INSTALLED) ## kill, freeze, cut off real processes under load: every scenario, into docs/faults.md; FAULTS="--seeds 150 --json", ...
 	$(BIN)/python -m tests.faults $(FAULTS)
 
 sim: $(INSTALLED) ## simulated schedules of faults on virtual time; SEEDS=2000 says how many; SIM=--dense for more faults in each

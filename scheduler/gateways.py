@@ -18,6 +18,11 @@ from scheduler.outflow import LIMIT_BYTES, Outflow
 log = logging.getLogger(__name__)
 
 _LEAVE_S = 1.0
+UNHEARD_S = 10.0
+"""A gateway acknowledges within a second. One that has not for so long does not read what it is sent: it is frozen, or
+a damaged length has made it wait for bytes that never come, which its answers to probes would not show."""
+_STOOD_STILL_S = 1.0
+"""A longer pause between two looks is this process's own, and says nothing about gateways."""
 
 
 class GatewayStream:
@@ -34,6 +39,8 @@ class GatewayStream:
         self._wake = asyncio.Event()
         self.over = False
         """Nothing more is sent, and nothing of what still arrives is heeded."""
+        self._heard = 0
+        self._heard_at = self._looked_at = 0.0
 
     def wake(self) -> None:
         """There may be something to send."""
@@ -56,6 +63,15 @@ class GatewayStream:
         """Close with an error; what was collected is dropped."""
         self._error = error
         self.end()
+
+    def unheard(self, now: float) -> bool:
+        """Whether frames have been on their way for `UNHEARD_S` and none has arrived. Look often."""
+        acknowledged = self.outflow.acknowledged
+        stood_still = now - self._looked_at > _STOOD_STILL_S
+        self._looked_at = now
+        if stood_still or acknowledged != self._heard or not self.outflow.unacknowledged:
+            self._heard, self._heard_at = acknowledged, now
+        return now - self._heard_at >= UNHEARD_S
 
     @property
     def choking(self) -> bool:
@@ -150,6 +166,16 @@ class GatewayDesk:
                 stream.wake()
         self._touched.clear()
         return choked
+
+    def drop_unheard(self, now: float) -> list[int]:
+        """Give up streams on which nothing arrives; the gateway opens a new one. Returns them."""
+        found = [stream for stream in self._streams.values() if stream.unheard(now)]
+        for stream in found:
+            log.warning("gateway %s acknowledges nothing; closing its stream", stream.node.id)
+            self._touched.pop(stream, None)
+            del self._streams[stream.id]
+            stream.fail(SlowReader("The gateway acknowledged nothing."))
+        return [stream.id for stream in found]
 
     async def serve(
         self,

@@ -35,6 +35,11 @@ class Outflow:
         return self.unacknowledged < self._window
 
     @property
+    def acknowledged(self) -> int:
+        """Frames that have arrived."""
+        return self._acknowledged
+
+    @property
     def unacknowledged(self) -> int:
         """Frames on their way."""
         return self._sequence - self._acknowledged

@@ -167,6 +167,8 @@ class Reign:
         while True:
             await asyncio.sleep(_ACKNOWLEDGE_S)
             self.workers.acknowledge()
+            for stream_id in self.gateways.drop_unheard(self._context.clock.monotonic()):
+                self.loop.post_now(events.GatewayLost(stream_id))
 
     def _link_context(self, context: ReignContext) -> LinkContext:
         return LinkContext(
