@@ -28,6 +28,7 @@
     |   |-- DamagedMessage              its bytes changed on the way; the stream ends
     |   |-- AttemptLost                 worker died or broke the contract; re-dispatched
     |   |   `-- EngineLost              its engine ended under it: the request may be why
+    |   |-- UnsoundOutput               a model gave what is no number; tried again elsewhere
     |   `-- EtcdError                   etcd refused or cannot be reached
     |       |-- EtcdUnavailable         no endpoint answered within the deadline
     |       |-- EtcdAuthFailed          user, password or role refused
@@ -264,6 +265,13 @@ class EngineLost(AttemptLost):
     """The engine that computed the attempt ended."""
 
     code = "engine_lost"
+
+
+class UnsoundOutput(FleetError):
+    """A model's logits or values are not numbers. Most often the worker's doing, so another one may do better."""
+
+    code = "unsound_output"
+    grpc_status = grpc.StatusCode.DATA_LOSS
 
 
 class EtcdError(FleetError):

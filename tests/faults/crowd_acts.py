@@ -68,7 +68,7 @@ def slow_readers(count: int, quick_s: float, slow_s: float, tokens: int = 4000) 
         begun, most = time.monotonic(), before
         try:
             while time.monotonic() - begun < quick_s:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.25)
                 for sock in socks:
                     _read(sock, 1 << 16)
             since = time.monotonic()
@@ -96,7 +96,13 @@ async def _askers(world: World, count: int, tokens: int) -> list[socket.socket]:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _TIGHT)
         await loop.sock_connect(sock, ("127.0.0.1", int(url.rpartition(":")[2])))
-        body = {"model": world.clients.load.model, "prompt": f"slow {number}", "max_tokens": tokens, "stream": True}
+        body = {
+            "model": world.clients.load.model,
+            "prompt": f"slow {number}",
+            "max_tokens": tokens,
+            "stream": True,
+            "logprobs": 5,
+        }
         data = json.dumps(body).encode()
         head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         await loop.sock_sendall(sock, f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)

@@ -16,6 +16,7 @@ from llmos.errors import (
     InvalidRequest,
     PromptTooLong,
     Unavailable,
+    UnsoundOutput,
     UnsupportedFeature,
 )
 from worker.backend import Attempt, Blocks, CacheChange, Footprint, Stage, StepResult, Task
@@ -257,9 +258,9 @@ class Engine:
             return False
         try:
             if pick is None:
-                raise InternalError("The model gave logits that are not numbers.")
+                raise UnsoundOutput("The model gave logits that are not numbers.")
             run.append(choice, pick.token_id)
-        except (InternalError, InvalidConstraint) as error:
+        except (UnsoundOutput, InternalError, InvalidConstraint) as error:
             report.fail(run, error)
             self._roster.forget(run)
             return False

@@ -8,7 +8,7 @@ import math
 import torch
 
 from llmos.clock import Clock
-from llmos.errors import InternalError, InvalidRequest, PromptTooLong, Unavailable, UnsupportedFeature
+from llmos.errors import InvalidRequest, PromptTooLong, Unavailable, UnsoundOutput, UnsupportedFeature
 from worker.backend import Attempt, Blocks, Failure, FinishReason, Footprint, Output, Stage, StageDone, StepResult
 from worker.demand import workspace_bytes
 from worker.engine.encoder import Encoder, Text
@@ -145,4 +145,4 @@ def _check(attempt: Attempt, encoder: Encoder) -> None:
 
 def _failure(attempt: Attempt) -> Failure:
     message = "The model gave values that are not numbers."
-    return Failure(attempt.request_id, attempt.epoch, InternalError.code, message)
+    return Failure(attempt.request_id, attempt.epoch, UnsoundOutput.code, message)

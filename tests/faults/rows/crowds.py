@@ -10,7 +10,7 @@ from tests.faults.rows.workers import LOST
 from tests.faults.scenario import Event, Load, Scenario, Shape
 
 COLLECTED = Shape(collector=True)
-IMPATIENT = Shape(speed=10, gateway_flags=("--limits-write-timeout-s", "5"))
+IMPATIENT = Shape(speed=5, gateway_flags=("--limits-write-timeout-s", "5"))
 NARROW = Shape(worker_flags=("--memory-limit", "4194304"), scheduler_flags=("--ttft-bounds-s", "4,4,4"))
 _BUSY = frozenset({"overloaded", "too_many_requests", "unavailable"})
 _READERS, _GROWN_MIB = 500, 500
@@ -45,7 +45,7 @@ SCENARIOS = (
         "slow reader",
         (Event("500 clients read all, then one byte a second", slow_readers(_READERS, 15.0, 30.0), tokens=20),),
         IMPATIENT,
-        Load(tokens=550, patience_s=120),
+        Load(tokens=300, patience_s=120),
         checks=(
             ("the gateways' memory is bounded", at_most("grown_mib", _GROWN_MIB)),
             ("every service lives", all_alive()),
@@ -56,13 +56,13 @@ SCENARIOS = (
     Scenario(
         "thundering herd",
         "thundering herd",
-        (Event("400 requests in one moment", burst(400, 100, _BUSY), tokens=60),),
+        (Event("160 requests in one moment", burst(160, 100, _BUSY), tokens=60),),
         NARROW,
         Load(tokens=500, askers=4, patience_s=90),
         checks=(("every service lives", all_alive()),),
         errors=_BUSY,
         targets={"recovered_s": 10.0},
-        note="each of the crowd is answered, or refused with Retry-After",
+        note="ten times as many as there were; each is answered, or refused with Retry-After",
     ),
     Scenario(
         "restart of everything",

@@ -227,7 +227,7 @@ def test_an_attempt_that_breaks_fails_alone(loaded: Load, written: Written, tmp_
     for request in requests:
         backend.admit(request)
     found = Transcript().run(backend)
-    assert [(failure.request_id, failure.code) for failure in found.failures] == [("poison", "internal_error")]
+    assert [(failure.request_id, failure.code) for failure in found.failures] == [("poison", "unsound_output")]
     assert found.tokens == expected
     assert free(backend) == total
 

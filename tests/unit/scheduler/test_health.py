@@ -136,9 +136,9 @@ def test_failing_worker_is_put_out_tried_and_taken_back(workers: int) -> None:
     arena.check_idle()
 
 
-@pytest.mark.parametrize("code", ["internal_error", "engine_lost"])
+@pytest.mark.parametrize("code", ["unsound_output", "engine_lost"])
 def test_a_worker_whose_model_fails_is_put_out_and_its_requests_end_elsewhere(code: str) -> None:
-    """Logits that are no numbers fail an attempt with `internal_error` (`worker/engine/engine.py`)."""
+    """Logits that are no numbers fail an attempt with `unsound_output` (`worker/engine/engine.py`)."""
     arena = fleet(3)
     for _ in range(100):
         arena.core.state.budget.accepted()
