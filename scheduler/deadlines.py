@@ -97,7 +97,8 @@ class Sketch:
 
     def count(self, now: float) -> float:
         """Observations, older ones as fractions."""
-        return self._total / self._weight(now) if self._total else 0.0
+        weight = self._weight(now)  # which may make light of the total
+        return self._total / weight if self._total else 0.0
 
     def quantile(self, share: float) -> float:
         """The upper edge of the bucket below which this share lies; 0 if nothing was seen."""
@@ -213,7 +214,7 @@ class Deadlines:
             usual = everywhere.late if everywhere is not None else math.inf
         if own is not None:
             usual = min(usual, own.late)
-        return max(_LATE_FLOOR_S, usual * expected_s)
+        return max(_LATE_FLOOR_S, usual * expected_s) if usual < math.inf else math.inf
 
     def typify(self) -> None:
         """Look up what is late on the median worker; about twice a second. One that is often slow must not make its own

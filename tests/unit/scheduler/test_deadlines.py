@@ -125,6 +125,16 @@ def test_a_worker_that_is_often_slow_is_late_by_what_the_others_show() -> None:
     assert deadlines.late_s("prefill", "m", "new", 0) < 1.2
 
 
+def test_workers_that_were_idle_for_long_are_not_compared() -> None:
+    deadlines = Deadlines()
+    for number in range(40):
+        for worker in ("a", "b"):
+            deadlines.compare("m", worker, 1.0, number / 10)
+    for idle in range(4, 400):
+        assert deadlines.slow(4.0, float(idle)) == []
+    assert deadlines.slowness("m", ("a", "b"), 400.0) == {}
+
+
 class Scene:
     """A watch, spans on a clock moved by hand, and how far things are."""
 
