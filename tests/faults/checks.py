@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from itertools import pairwise
 
 import grpc
@@ -109,7 +110,7 @@ def moved_elsewhere() -> Check:
     async def check(world: World) -> str:
         moved = 0
         for stream in world.clients.streams:
-            attempts = await attempts_of(world, stream.request_id)
+            attempts = without_needless(await attempts_of(world, stream.request_id))
             for before, after in pairwise(attempts):
                 moved += 1
                 if before.attributes.get("llmos.worker") == after.attributes.get("llmos.worker"):
@@ -120,6 +121,14 @@ def moved_elsewhere() -> Check:
         return "" if moved else "no trace shows a request that moved"
 
     return check
+
+
+def without_needless(attempts: Sequence[fleet_pb2.Span]) -> list[fleet_pb2.Span]:
+    """Less second attempts that the first one forestalled: nothing moved to them."""
+    needless = {
+        after.span_id for before, after in pairwise(attempts) if before.attributes.get("llmos.hedge", "") == "won"
+    }
+    return [one for one in attempts if one.span_id not in needless or one.attributes.get("llmos.hedge", "") != "lost"]
 
 
 async def attempts_of(world: World, request_id: str) -> list[fleet_pb2.Span]:

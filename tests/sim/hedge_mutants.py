@@ -25,18 +25,6 @@ def _loser_goes_on(stack: ExitStack) -> None:
     put(stack, frames, "_stop_unwanted", nothing)
 
 
-@mutant("the second of two attempts is forgotten when its worker is lost")
-def _hedge_of_a_lost_worker_kept(stack: ExitStack) -> None:
-    real = lifecycle.stand_in
-
-    def stand_in(state: Any, live: Any, attempt: Any, error: str, out: Any, *, tell: bool) -> bool:
-        if attempt is live.hedge:
-            return True
-        return real(state, live, attempt, error, out, tell=tell)
-
-    put(stack, lifecycle, "stand_in", stand_in)
-
-
 @mutant("a request is hedged although there is output")
 def _hedged_in_mid_stream(stack: ExitStack) -> None:
     real = hedging.late
