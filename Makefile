@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover detection scheduler stack fairness overload ledger
+BENCHES := engine quality serving kernels lora prefix constrained exactness restart embeddings soak routing failover detection hedging scheduler stack fairness overload ledger
 # Two processes for two cores. What imports torch, which takes longer than all of them, runs with the slow ones, and so do
 # those that try hundreds of random runs.
 UNIT_TORCH := tests/unit/engine tests/unit/bench
