@@ -357,8 +357,11 @@ def _leaves(root: type[LlmosError]) -> dict[str, type[LlmosError]]:
 
 
 def from_code(code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> LlmosError:
-    """Rebuild an error that crossed the wire as `(code, message)`. An unknown code becomes InternalError."""
+    """Rebuild an error that crossed the wire as `(code, message)`; who leads does not cross. An unknown code becomes
+    InternalError."""
     kind = _leaves(LlmosError).get(code, InternalError)
-    if kind is MissingExtra or kind is NotLeader:
+    if kind is NotLeader:
+        return NotLeader(message)
+    if kind is MissingExtra:
         kind = InternalError
     return kind(message, param=param, retry_after_s=retry_after_s)

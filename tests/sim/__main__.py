@@ -40,7 +40,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shrink", action="store_true", help="with --seed: the smallest plan that fails the same way")
     parser.add_argument("--verbose", action="store_true", help="with --seed: every line of the run")
     parser.add_argument("--mutants", action="store_true", help="plant every seeded bug and count seeds until found")
-    parser.add_argument("--mutant", help="plant this one only")
+    parser.add_argument("--mutant", nargs="+", metavar="NAME", choices=mutants.MUTANTS, help="plant these only")
     parser.add_argument("--list", action="store_true", help="with --mutants: name them and end")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="interpreters (default: one per core)")
     parser.add_argument("--json", action="store_true", help="results as JSON on standard output")
@@ -135,7 +135,7 @@ def _describe(plan: Plan, console: Console) -> None:
 
 
 def _mutants(options: argparse.Namespace, console: Console) -> int:
-    names = [options.mutant] if options.mutant else list(mutants.MUTANTS)
+    names = options.mutant or list(mutants.MUTANTS)
     if options.list:
         for name in names:
             console.print(f"{name:28} {mutants.MUTANTS[name].what}", highlight=False)
