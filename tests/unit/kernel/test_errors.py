@@ -32,9 +32,7 @@ def test_inner_nodes_with_a_code_rebuild_too() -> None:
     assert type(errors.from_code("invalid_request", "x")) is errors.InvalidRequest
     assert type(errors.from_code("not_found", "x")) is errors.NotFound
     assert type(errors.from_code("no such code", "x")) is errors.InternalError
-    assert (
-        type(errors.from_code("not_leader", "x")) is errors.NotLeader
-    )
+    assert type(errors.from_code("not_leader", "x")) is errors.NotLeader
 
 
 def test_a_missing_extra_says_what_to_install() -> None:
