@@ -43,6 +43,16 @@ def exactly(counter: str, count: int) -> Check:
     return check
 
 
+def no_more_decisions(most: int) -> Check:
+    """The scheduler retried, hedged, moved and put out no more while the fault lasted than between, but for `most`."""
+
+    async def check(world: World) -> str:
+        within, between = world.facts["decisions_within"], world.facts["decisions_between"]
+        return f"{within:g} decisions while it lasted, {between:g} between" if within > between + most else ""
+
+    return check
+
+
 def mates_are_served() -> Check:
     """Prompts that ran beside the fault are taken and answered when they are asked again."""
 

@@ -18,6 +18,7 @@ from tests.faults.scenario import Act
 from tests.faults.verdict import quantile
 from tests.faults.world import World
 
+DECISIONS = ("retries", "hedges", "migrations", "stalls", "hangs", "ejections")
 _TIGHT = 2048
 """Bytes of a slow reader's receive buffer: what it does not read soon waits in the gateway."""
 _NORMAL = 1.5
@@ -38,21 +39,25 @@ def gaps_s(world: World, begin: float, end: float) -> list[float]:
 
 
 def in_turns(name: str, begin: Act, end: Act, rounds: int, seconds: float) -> Act:
-    """A fault that comes and goes: how much longer short requests take while it lasts, in percent of their median."""
+    """A fault that comes and goes: how much longer short requests take while it lasts, in percent of their median; and
+    what the scheduler decided while it lasted, and between."""
 
     async def act(world: World) -> None:
         without: list[float] = []
         within: list[float] = []
+        decided = {"decisions_between": 0, "decisions_within": 0}
         for _ in range(rounds):
-            for times, change in ((without, None), (within, begin)):
+            for times, change, kind in ((without, None, "between"), (within, begin, "within")):
+                before = sum(world.total(name) for name in DECISIONS)
                 if change is not None:
                     await change(world)
                 since = time.monotonic()
                 await asyncio.sleep(seconds)
                 times += answer_times_s(world, since, time.monotonic())
+                decided[f"decisions_{kind}"] += sum(world.total(name) for name in DECISIONS) - before
             await end(world)
         world.times[f"{name}_pct"] = 100 * (quantile(within, 0.5) / quantile(without, 0.5) - 1)
-        world.facts["compared"] = min(len(within), len(without))
+        world.facts |= {"compared": min(len(within), len(without)), **decided}
 
     return act
 
