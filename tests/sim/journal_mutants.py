@@ -44,12 +44,6 @@ def _old_claim_not_fenced(stack: ExitStack) -> None:
     put(stack, takeover, "take_up", take_up)
 
 
-@mutant("what was stopped goes on under any claim but the first")
-def _open_from_ignored(stack: ExitStack) -> None:
-    put(stack, _Journal, "is_over", lambda self, request_id, claim: False)
-    put(stack, _Journal, "reopens", lambda self, request_id, claim: self.get(request_id) is not None and claim > 0)
-
-
 @mutant("what was cancelled is still remembered, and may be taken up")
 def _cancelled_is_remembered(stack: ExitStack) -> None:
     put(stack, _Journal, "cancel", nothing)
@@ -108,11 +102,6 @@ def _live_evicted(stack: ExitStack) -> None:
         real(self, request_id)
 
     put(stack, _Journal, "_give_way", give_way)
-
-
-@mutant("streams of a gateway that was lost are not remembered")
-def _lost_gateway_forgotten(stack: ExitStack) -> None:
-    put(stack, journal, "_KEPT", journal._KEPT - {"gateway_lost"})
 
 
 @mutant("a client that comes back pays for its prompt again")
@@ -194,19 +183,6 @@ def _older_copy_kept(stack: ExitStack) -> None:
             real(self, table, record, now)
 
     put(stack, _Replica, "_apply", apply)
-
-
-@mutant("half a beginning replaces what was known")
-def _half_a_beginning(stack: ExitStack) -> None:
-    real = _Replica.take
-
-    def take(self: Any, batch: journal_pb2.FollowResponse, now: float) -> None:
-        whole = journal_pb2.FollowResponse()
-        whole.CopyFrom(batch)
-        whole.snapshot = False
-        real(self, whole, now)
-
-    put(stack, _Replica, "take", take)
 
 
 @mutant("standbys are not told what was cancelled")
