@@ -377,7 +377,11 @@ class Sessions:
     def _fail(self, failure: request_pb2.Failure) -> None:
         stream = self._streams.get(failure.request_id)
         epoch = (failure.epoch.term, failure.epoch.attempt)
-        if stream is None or (failure.HasField("epoch") and epoch < stream.transcript.epoch):
+        if (
+            stream is None
+            or (failure.HasField("epoch") and epoch < stream.transcript.epoch)
+            or (failure.HasField("claim") and failure.claim < stream.claim)  # of the one before it, lost to a third
+        ):
             self._counts["outputs_unknown" if stream is None else "outputs_stale"] += 1
             return
         stream.fail(for_client(failure, stream.constraint_field))

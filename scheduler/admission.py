@@ -67,7 +67,7 @@ def submitted(state: State, event: events.Submitted, now: float, out: Outbox) ->
         suspects.check(state, request, now)
         _accept(state, event, gateway_id, now, out)
     except LlmosError as error:
-        out.append(SendFailure(event.stream_id, failure(request.request_id, error)))
+        out.append(SendFailure(event.stream_id, failure(request.request_id, error, event.claim)))
 
 
 def _check_life(state: State, event: events.Submitted, now: float) -> None:

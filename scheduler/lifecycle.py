@@ -222,7 +222,7 @@ def fail(state: State, live: LiveRequest, error: LlmosError, out: Outbox) -> Non
     drop_attempt(state, live, error.code, out, tell=True)
     stream_id = state.stream_of(live)
     if stream_id is not None:
-        out.append(SendFailure(stream_id, failure(live.id, error, epoch)))
+        out.append(SendFailure(stream_id, failure(live.id, error, live.claim, epoch)))
     _remove(state, live, error.code, out)
 
 
@@ -237,8 +237,10 @@ def expire(state: State, live: LiveRequest, out: Outbox) -> None:
     fail(state, live, DeadlineExceeded("The request's deadline passed before it was finished."), out)
 
 
-def failure(request_id: str, error: LlmosError, epoch: request_pb2.Epoch | None = None) -> request_pb2.Failure:
-    """An error as the gateway gets it."""
+def failure(
+    request_id: str, error: LlmosError, claim: int, epoch: request_pb2.Epoch | None = None
+) -> request_pb2.Failure:
+    """An error as the gateway gets it, for the stream under this claim."""
     return request_pb2.Failure(
         request_id=request_id,
         epoch=epoch,
@@ -246,6 +248,7 @@ def failure(request_id: str, error: LlmosError, epoch: request_pb2.Epoch | None 
         message=error.message,
         param=error.param or "",
         retry_after_ms=int((error.retry_after_s or 0) * 1000),
+        claim=claim,
     )
 
 

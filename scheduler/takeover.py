@@ -39,7 +39,8 @@ def take_up(state: State, live: LiveRequest, event: Submitted, gateway_id: str, 
     if event.claim == live.claim and stream_id is not None:
         raise Conflict("A request with this id is running.", param="request_id")
     if stream_id not in (None, event.stream_id):
-        out.append(SendFailure(stream_id, failure(live.id, Cancelled("The stream was taken up elsewhere."))))
+        error = Cancelled("The stream was taken up elsewhere.")
+        out.append(SendFailure(stream_id, failure(live.id, error, live.claim)))
     live.claim = event.claim
     state.journal.changed(live.id)
     _rebind(state, live, event.stream_id, gateway_id)

@@ -63,6 +63,8 @@ class Checks:
     """What had been paid for a request when a record of the journal was made."""
     denied: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often leaders have answered that nothing is remembered, by tenant and name."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """How often leaders have given up a request with good cause, by the name inside that it had first."""
     gone: dict[str, float] = field(default_factory=dict)
     """Requests, by the name inside that they had first, whose clients are not connected, and since when."""
     disturbed_until: float = START + _SETTLES_S

@@ -355,8 +355,9 @@ class SimClient:
             self._by_request = True
 
     def _excused(self, connection: Connection, error: LlmosError) -> bool:
-        """The scheduler's refusal, or a resumable error of a gateway that shuts down or had no leader for long; or
-        another connection of the client's own, of which it knows no more, has the stream."""
+        """The scheduler's refusal, for which its books must know a cause, or a resumable error of a gateway that shuts
+        down or had no leader for long; or another connection of the client's own, of which it knows no more, has the
+        stream."""
         gateway, code = connection.gateway, error.code
         if code in ("overloaded", "conflict"):
             return not any(self.tokens) or (code == "conflict" and connection.by_id)
@@ -364,6 +365,9 @@ class SimClient:
             return self.order.habit == "dawdle"
         if code == "cancelled":
             return any(ghost.overtakes(connection) for ghost in self._ghosts)
+        if code == "unavailable" and self.checks.refused[self.inner_id]:
+            self.checks.refused[self.inner_id] -= 1
+            return True
         alone = self.checks.gateways[gateway.name].longest_alone_s > _LEADER_GRACE_S
         return code == "unavailable" and (alone or gateway.stop.is_set())
 

@@ -39,7 +39,7 @@ class ReignBooks:
         """Of the last attempt begun; of two, the older one's."""
         self._known: dict[str, dict[int, int]] = {}
         """Tokens of each choice that this leader has been told of or has sent."""
-        self._trust = TrustBooks(self._state, checks.fail)
+        self._trust = TrustBooks(self._state, checks.fail, checks.refused)
         self._hedges = HedgeBooks(self._state, checks.counts, checks.fail)
         self._journal = JournalBooks(
             self._state,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
 from scheduler import events
-from scheduler.commands import SendFailure, StartAttempt
+from scheduler.commands import RequestOver, SendFailure, StartAttempt
 from scheduler.state import State
 from scheduler.workers import OUT, WorkerView
 
@@ -16,10 +16,15 @@ _PAUSE_LATE_S = 2.0
 
 
 class TrustBooks:
-    """Follows one core. `fail` notes a violation."""
+    """Follows one core. `fail` notes a violation; `refused` counts requests that were given up with good cause."""
 
-    def __init__(self, state: State, fail: Callable[[str, str], None]) -> None:
-        self._state, self._fail = state, fail
+    def __init__(self, state: State, fail: Callable[[str, str], None], refused: Counter[str]) -> None:
+        self._state, self._fail, self._refused = state, fail, refused
+        self._attempts: Counter[str] = Counter()
+        """Of each request that is not over."""
+        self._spent = 0
+        self._tries: deque[float] = deque()
+        """When second tries began within the last window."""
         self._deaths: Counter[str] = Counter()
         """Engines that ended under a request."""
         self._accepted = 0
@@ -37,12 +42,18 @@ class TrustBooks:
 
     def after(self, commands: list[Any], now: float) -> None:
         """It was handled."""
+        self._budget(now)
         for command in commands:
             if isinstance(command, StartAttempt):
+                self._attempts[command.request.request_id] += 1
                 self._started(command, now)
             elif isinstance(command, SendFailure) and command.failure.code == "request_quarantined":
                 self._blamed(command.failure.request_id)
-        self._budget(now)
+            elif isinstance(command, SendFailure) and command.failure.code == "unavailable":
+                self._gave_up(command.failure.request_id, now)
+        for command in commands:
+            if isinstance(command, RequestOver):
+                self._attempts.pop(command.request_id, None)
         for worker in self._state.workers.values():
             if worker.health.standing == OUT:
                 self._put_out(worker, now)
@@ -80,8 +91,17 @@ class TrustBooks:
         if self._deaths[request_id] < 2:
             self._fail("innocents are not blamed", f"{request_id} after {self._deaths[request_id]} deaths")
 
+    def _gave_up(self, request_id: str, now: float) -> None:
+        """It has had all tries that one request may have, or there was none left for anybody."""
+        while self._tries and now - self._tries[0] >= _WINDOW_S:
+            self._tries.popleft()
+        if self._attempts[request_id] > self._state.policy.max_retries or len(self._tries) >= _RESERVE:
+            self._refused[request_id.partition("~")[0]] += 1
+
     def _budget(self, now: float) -> None:
         spent = self._state.counters["retries"] + self._state.counters["hedges"]
+        self._tries.extend([now] * (spent - self._spent))
+        self._spent = spent
         windows = 1 + int((now - (self._began or now)) / _WINDOW_S)
         if spent > _SHARE * self._accepted + _RESERVE * windows:
             self._fail(

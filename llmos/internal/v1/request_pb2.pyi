@@ -488,6 +488,7 @@ class Failure(google.protobuf.message.Message):
     MESSAGE_FIELD_NUMBER: builtins.int
     PARAM_FIELD_NUMBER: builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
+    CLAIM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """The request."""
     code: builtins.str
@@ -498,6 +499,8 @@ class Failure(google.protobuf.message.Message):
     """The offending field, if any."""
     retry_after_ms: builtins.int
     """When to try again, in milliseconds; 0: not at all, or unknown."""
+    claim: builtins.int
+    """Of requests: the claim of the stream that it ends. One that its gateway has taken up again since is not meant."""
     @property
     def epoch(self) -> global___Epoch:
         """The attempt; unset when the request itself failed before one began."""
@@ -511,8 +514,10 @@ class Failure(google.protobuf.message.Message):
         message: builtins.str = ...,
         param: builtins.str = ...,
         retry_after_ms: builtins.int = ...,
+        claim: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["epoch", b"epoch"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["code", b"code", "epoch", b"epoch", "message", b"message", "param", b"param", "request_id", b"request_id", "retry_after_ms", b"retry_after_ms"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_claim", b"_claim", "claim", b"claim", "epoch", b"epoch"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_claim", b"_claim", "claim", b"claim", "code", b"code", "epoch", b"epoch", "message", b"message", "param", b"param", "request_id", b"request_id", "retry_after_ms", b"retry_after_ms"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_claim", b"_claim"]) -> typing.Literal["claim"] | None: ...
 
 global___Failure = Failure

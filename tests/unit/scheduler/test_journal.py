@@ -144,6 +144,17 @@ def test_a_cancel_under_a_stale_claim_ends_the_stream_where_it_is(arena: Arena, 
     assert take_up(arena) is None
 
 
+def test_who_loses_a_stream_is_told_under_which_claim(arena: Arena, say: Submitter) -> None:
+    """Its gateway may have taken it up again before it hears of it, and must not end that."""
+    say()
+    for gateway, claim in (("g2", 1), ("g1", 2)):
+        produce(arena, 1)
+        entry = take_up(arena)
+        say(gateway=gateway, claim=claim, resume=tokens(entry))
+    told = [(one.stream_id, one.failure.claim) for one in arena.issued(commands.SendFailure)]
+    assert told == [(arena.gateways[gateway].stream_id, claim) for gateway, claim in (("g1", 0), ("g2", 1))]
+
+
 async def test_what_a_new_leader_does_not_know_yet_is_not_said_to_be_gone() -> None:
     clock = ManualClock()
 
