@@ -14,6 +14,9 @@ def started(live: LiveRequest) -> None:
     account = live.account
     assert account is not None
     account.owner.runs(account, live)
+    if live.refund:
+        account.charge(-live.refund)
+        live.refund = 0.0
     if not live.prompt_charged:
         _settle(live)
         live.prompt_charged = True
@@ -81,8 +84,11 @@ def cached(live: LiveRequest, tokens: int, cost: float) -> None:
 
 
 def _charge(live: LiveRequest, tokens: float) -> None:
-    assert live.account is not None
-    live.account.charge(tokens)
+    if live.account is not None:
+        live.account.charge(tokens)
+    else:  # it has just come, or waits for its model to be known
+        assert tokens <= 0
+        live.refund -= tokens
     if live.usage is not None:
         live.usage.level -= tokens
 

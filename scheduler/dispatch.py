@@ -75,7 +75,7 @@ def start_hedge(state: State, live: LiveRequest, option: Option, reason: str, no
     tenant nothing."""
     assert live.attempt is not None
     hedge = live.hedge = _begin(state, live, option, now, out, reason)
-    hedge.first = live.attempt.first
+    hedge.first, hedge.owed = live.attempt.first, live.attempt.owed
     live.hedged = True
     state.hedged[live.id] = None
 

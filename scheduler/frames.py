@@ -203,22 +203,23 @@ def _all_failed(
     state: State, worker: WorkerView, failures: Sequence[request_pb2.Failure], now: float, out: Outbox
 ) -> None:
     """Attempts failed by the worker's own word. A lost engine is the worker's doing: what ran there moves on."""
-    lost: list[tuple[LiveRequest, Attempt]] = []
+    lost: dict[str, tuple[LiveRequest, Attempt]] = {}
+    """By request: one that is named twice has died once."""
     reason = ""
     for failure in failures:
         found = _current(state, worker, failure.request_id, failure.epoch)
         if found is None:
             continue
         if failure.code == EngineLost.code:
-            lost.append(found)
+            lost[failure.request_id] = found
             reason = failure.message
         else:
             _failed(state, worker, *found, failure, now, out)
     if not lost:
         return
     health.struck(state, worker, reason, now)
-    suspects.engine_lost(state, worker, [live for live, _ in lost], out)
-    for live, attempt in lost:
+    suspects.engine_lost(state, worker, [live for live, _ in lost.values()], out)
+    for live, attempt in lost.values():
         if live.id in state.requests:
             migrate(state, live, attempt, EngineLost.code, out, tell=False)
 

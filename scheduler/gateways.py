@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 
-from llmos.errors import LlmosError, SlowReader
+from llmos.errors import SlowReader
 from llmos.internal.v1 import request_pb2, requests_pb2
 from llmos.v1 import fleet_pb2
 from scheduler import events
@@ -34,7 +34,7 @@ class GatewayStream:
         self.outflow = outflow
         self._catalogue: requests_pb2.Catalogue | None = None
         self._farewell: requests_pb2.ExchangeResponse | None = None
-        self._error: LlmosError | None = None
+        self._error: Exception | None = None
         self._idle = False
         self._wake = asyncio.Event()
         self.over = False
@@ -59,7 +59,7 @@ class GatewayStream:
             self.outflow = Outflow()
             self.wake()
 
-    def fail(self, error: LlmosError) -> None:
+    def fail(self, error: Exception) -> None:
         """Close with an error; what was collected is dropped."""
         self._error = error
         self.end()
@@ -222,6 +222,10 @@ class GatewayDesk:
                 if stream.over:
                     return
                 await self._said(stream, request, loop)
+        except Exception as error:
+            if not stream.over:  # `next` raises it: a damaged message, or a bug, must not look like an orderly end
+                log.warning("the stream of gateway %s ends: %r", stream.node.id, error)
+                stream.fail(error)
         finally:
             stream.end()
 

@@ -287,5 +287,7 @@ def _carry_on(live: LiveRequest, entry: Entry) -> None:
         charges.inherited(live)
     for choice, earlier in zip(live.choices, before.choices, strict=False):
         choice.charged = max(choice.charged, earlier.charged)
+        if choice.finished:  # its gateway may have found a stop string before what was paid for
+            charges.cut(live, choice, len(choice.tokens))
         if choice.finished and earlier.finished and not choice.finish_reason:
             choice.finish_reason = earlier.finish_reason

@@ -5,7 +5,7 @@ Every accepted request ends exactly once, in `_remove`; everything that ends one
 
 from __future__ import annotations
 
-from llmos.errors import DeadlineExceeded, FleetError, LlmosError, Unavailable
+from llmos.errors import ClientError, DeadlineExceeded, FleetError, LlmosError, Unavailable
 from llmos.internal.v1 import request_pb2, requests_pb2, work_pb2
 from llmos.v1 import inference_pb2
 from scheduler import charges, health
@@ -153,8 +153,9 @@ def migrate(state: State, live: LiveRequest, attempt: Attempt, reason: str, out:
 def retry(
     state: State, live: LiveRequest, attempt: Attempt, error: LlmosError, now: float, out: Outbox, *, tell: bool
 ) -> None:
-    """The attempt failed: try again after a pause, a few times, if that can help."""
-    if error.retryable and stand_in(state, live, attempt, error.code, out, tell=tell):
+    """The attempt failed: try again after a pause, a few times, if that can help. Only what is wrong with the request
+    itself ends its other attempt, too."""
+    if not isinstance(error, ClientError) and stand_in(state, live, attempt, error.code, out, tell=tell):
         return
     if live.retries >= state.policy.max_retries or not error.retryable:
         drop_attempt(state, live, error.code, out, tell=tell)
@@ -212,6 +213,9 @@ def complete(state: State, live: LiveRequest, out: Outbox) -> None:
     worker = state.workers.get(live.attempt.worker_id) if live.attempt is not None else None
     if worker is not None:
         health.completed(state, worker, live.id)
+    if live.suspect and live.attempt is not None and live.attempt.started:
+        live.suspect = False
+        state.suspected.drop(live.mark)
     drop_attempt(state, live, "", out, tell=False)
     _remove(state, live, "", out)
 

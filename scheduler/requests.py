@@ -139,6 +139,9 @@ class Attempt:
     """Prefix hashes that count as cached because it is going to cache them."""
     owed: bool = False
     """It began because its class's minimum share was due: it keeps its place."""
+    exposed: bool = False
+    """It ran already when an engine ended under its request for the first time: if its own ends too, both may have had
+    one cause from outside."""
     won: bool = False
     """It was one of two, and had output first."""
     first: bool = False
@@ -210,6 +213,8 @@ class LiveRequest:
     prompt_charged: bool = False
     prompt_inherited: bool = False
     """It was charged by an earlier leader, or in an earlier life of the request."""
+    refund: float = 0.0
+    """Tokens that are given back as soon as there is an account to give them to."""
     preempted: int = 0
     """How often it lost its place to a higher class."""
     cell: Cell | None = None

@@ -49,6 +49,7 @@ def _watch_beside(state: State, worker: WorkerView, live: LiveRequest, out: Outb
         place = state.workers[other.worker_id]
         if place is worker:
             continue
+        other.exposed = True
         beside = [state.requests[request_id] for request_id in place.running if request_id != live.id]
         if place.suspect or any(_may_be_it(state, one) for one in beside):
             stand_in(state, live, other, "suspect", out, tell=True)
@@ -65,8 +66,12 @@ def _to_blame(state: State, worker: WorkerView, live: LiveRequest, *, alone: boo
     """The only candidate has died once more, where it died before.
 
     Twice on one worker may be that worker's doing: it counts once where there is another one to try. Who got further
-    this time did not die of what it is: of those that ran beside it one may have.
+    this time did not die of what it is: of those that ran beside it one may have. And the end of an attempt that ran
+    already at the first death proves nothing further: something outside may have ended both engines at once.
     """
+    attempt = worker.running.get(live.id)
+    if attempt is not None and attempt.exposed:
+        return False
     if worker.id not in live.died_on or not _another(state, worker, live):
         live.deaths += 1
     return live.deaths >= DEATHS and (alone or not (live.attempt and live.attempt.produced))

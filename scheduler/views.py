@@ -103,7 +103,7 @@ def _request(live: LiveRequest, now: float) -> fleet_pb2.RequestInfo:
         model=live.request.adapter or live.request.model,
         tenant=live.request.tenant,
         worker=live.attempt.worker_id if live.attempt is not None else "",
-        attempt=live.attempts,
+        attempt=live.attempt.number if live.attempt is not None else live.attempts,
         tokens_in=len(live.request.token_ids),
         tokens_out=live.tokens_out,
         age_ms=max(0, int((now - live.accepted_at) * 1000)),

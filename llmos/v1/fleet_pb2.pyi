@@ -602,7 +602,7 @@ class RequestInfo(google.protobuf.message.Message):
     worker: builtins.str
     """The worker it runs on; empty while it waits."""
     attempt: builtins.int
-    """Number of attempts begun."""
+    """Number of the attempt that runs there (of two the older one), or while it waits, of the last one; they count from 1."""
     tokens_in: builtins.int
     """Prompt tokens."""
     tokens_out: builtins.int

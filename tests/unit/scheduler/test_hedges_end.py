@@ -60,13 +60,14 @@ def test_the_loss_of_both_is_a_migration() -> None:
     arena.check_idle()
 
 
+@pytest.mark.parametrize("code", ["unavailable", "internal_error"])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_failure_of_one_is_no_retry(failing: int) -> None:
+def test_the_failure_of_one_is_no_retry(failing: int, code: str) -> None:
     arena = fleet()
     arena.submit(make_request("r"))
     late(arena)
     places = [one.worker_id for one in live_of(arena).running]
-    arena.workers[places[failing]].fail_next = ["unavailable"]
+    arena.workers[places[failing]].fail_next = [code]
     serve(arena, places[failing], 1)
     assert [one.worker_id for one in live_of(arena).running] == [places[1 - failing]]
     assert arena.core.state.counters["retries"] == 0
@@ -207,7 +208,7 @@ def test_new_leader_finds_both_after_one_has_won() -> None:
 # -- queries of death
 
 
-def test_a_hedged_query_of_death_costs_two_engines() -> None:
+def test_a_hedged_query_of_death_that_has_output_costs_two_engines() -> None:
     arena = fleet(4)
     for worker in arena.workers.values():
         worker.poison = 4999
@@ -221,7 +222,9 @@ def test_a_hedged_query_of_death_costs_two_engines() -> None:
     arena.check_idle()
 
 
-def test_both_engines_may_end_before_anything_is_known() -> None:
+@pytest.mark.parametrize("deadly", [True, False])
+def test_two_ends_at_once_may_have_one_cause_from_outside(deadly: bool) -> None:
+    """The third engine tells: it ends too, or the request is innocent."""
     arena = fleet(4)
     first, second = hedged(arena)
     frames = []
@@ -233,9 +236,15 @@ def test_both_engines_may_end_before_anything_is_known() -> None:
     assert live.suspect and [one.worker_id for one in live.running] == [second]
     assert arena.core.state.workers[second].suspect == "r"
     arena.post(events.WorkerFrame(second, frames[1]))
-    assert "r" not in arena.core.state.requests
-    assert arena.core.state.counters["quarantined"] == 1
-    arena.deliver_output()
+    assert live.suspect and live.attempt is not None and live.attempt.worker_id not in (first, second)
+    third = live.attempt.worker_id
+    if deadly:
+        arena.deliver_orders(third)
+        arena.workers[third]._end_engine()
+    arena.run()
+    client = arena.gateways["g1"].clients["r"]
+    assert (client.error, client.finished) == (("request_quarantined", [False]) if deadly else ("", [True]))
+    assert arena.core.state.counters["quarantined"] == deadly
     arena.check_idle()
 
 

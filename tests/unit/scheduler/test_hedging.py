@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from scheduler import commands, events
+from scheduler import commands, events, views
 from scheduler.policy import Policy
 from scheduler.workers import OUT, TRIAL
 from tests.unit.scheduler.arena import MODEL, Arena, make_request
@@ -43,6 +43,25 @@ def test_late_output_of_the_loser_is_fenced(winner: int) -> None:
     assert len(arena.gateways["g1"].clients["r"].tokens[0]) == 1
     arena.run()
     arena.check_idle()
+
+
+def test_the_second_one_keeps_the_place_of_the_first_and_people_see_the_one_that_runs() -> None:
+    arena = fleet()
+    arena.submit(make_request("r"))
+    first = live_of(arena).attempt
+    assert first is not None
+    first.owed = True
+    late(arena)
+
+    def shown() -> tuple[str, int]:
+        (row,) = views.requests(arena.core.state, arena.now, 10)
+        return row.worker, row.attempt
+
+    second = live_of(arena).hedge
+    assert second is not None and second.owed
+    assert shown() == (first.worker_id, 1)
+    serve(arena, second.worker_id, 1)
+    assert shown() == (second.worker_id, 2)
 
 
 def test_traces_hear_of_both_and_of_who_won() -> None:

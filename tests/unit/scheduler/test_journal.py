@@ -13,6 +13,7 @@ from scheduler.core import Core
 from scheduler.inquiries import Inquiries
 from scheduler.loop import Loop
 from scheduler.policy import Policy
+from scheduler.requests import LiveRequest
 from tests.fakes.clock import ManualClock
 from tests.unit.scheduler.arena import Arena, make_request, token
 
@@ -288,3 +289,39 @@ def test_what_has_no_blob_is_not_remembered(arena: Arena) -> None:
     assert take_up(arena) is None
     arena.run()
     assert len(arena.core.state.journal) == 0
+
+
+def stopped(arena: Arena, *, worker: bool) -> LiveRequest:
+    """A new leader inherits a stream of two choices, ten tokens of the first of which were paid for; its gateway has
+    found a stop string after eight."""
+    request = make_request("r1", max_tokens=20, choices=2)
+    entry = journal_pb2.JournalEntry(
+        origin_id="r1", request=request, sealed=b"x", prompt_charged=True, phase=journal_pb2.JOURNAL_PHASE_LIVE
+    )
+    entry.choices.add(choice=0, token_ids=range(10), charged=10)
+    entry.choices.add(choice=1, token_ids=range(5), charged=5)
+    if worker:
+        arena.add_worker("w1")
+    arena.connect("g1")
+    arena.post(events.MembersListed())
+    arena.post(events.JournalInherited((entry,), ()))
+    request.resume.add(choice=0, token_ids=range(8), finished=True)
+    request.resume.add(choice=1, token_ids=range(5))
+    arena.post(events.Submitted(arena.gateways["g1"].stream_id, request, b"x", "r1", 0))
+    return arena.core.state.requests["r1"]
+
+
+def test_what_comes_finished_has_its_rest_given_back() -> None:
+    live = stopped(Arena(), worker=True)
+    assert [choice.charged for choice in live.choices] == [8, 5]
+    assert live.account is not None and live.account.virtual == -2
+    assert live.refund == 0
+
+
+def test_a_choice_may_end_before_the_model_is_known() -> None:
+    arena = Arena()
+    live = stopped(arena, worker=False)
+    assert "r1" in arena.core.state.parked and live.account is None
+    arena.post(events.ChoiceFinished(arena.gateways["g1"].stream_id, "r1", 1, 3))
+    assert [choice.charged for choice in live.choices] == [8, 3]
+    assert live.refund == 4

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import request_pb2, work_pb2
+from scheduler import events
 from scheduler.policy import Policy
 from tests.unit.scheduler.arena import Arena, make_request
 
@@ -162,3 +163,56 @@ def test_the_same_prompt_under_a_new_name_is_a_suspect_at_once(workers: int) -> 
         arena.submit(deadly("second"))
         arena.run(900)
         assert not any(client.error for client in clients), f"blamed after a pause of {pause}"
+
+
+def lose_engine(arena: Arena, request_id: str, *, named: int = 1) -> None:
+    """The engine below a request ends, of something else; its worker says so, perhaps more than once."""
+    attempt = arena.core.state.requests[request_id].attempt
+    assert attempt is not None
+    arena.deliver_orders(attempt.worker_id)
+    arena.workers[attempt.worker_id].running.clear()
+    frame = work_pb2.WorkFrame(sequence=1, step=1)
+    for _ in range(named):
+        frame.failures.add(request_id=request_id, epoch=attempt.epoch, code="engine_lost")
+    arena.post(events.WorkerFrame(attempt.worker_id, frame))
+
+
+@pytest.mark.parametrize("max_tokens", [2, 20])
+def test_who_ends_well_is_no_suspect_however_short_the_answer(max_tokens: int) -> None:
+    arena = fleet(2)
+    client = arena.submit(make_request("first", max_tokens=max_tokens))
+    lose_engine(arena, "first")
+    assert arena.core.state.requests["first"].suspect
+    arena.run()
+    assert client.finished == [True]
+    arena.submit(make_request("second", max_tokens=max_tokens))
+    assert not arena.core.state.requests["second"].suspect
+
+
+def test_who_only_lacked_the_last_word_has_shown_nothing() -> None:
+    arena = fleet(2)
+    client = arena.submit(make_request("first", max_tokens=2))
+    attempt = arena.core.state.requests["first"].attempt
+    assert attempt is not None
+    arena.deliver_orders(attempt.worker_id)
+    output = arena.workers[attempt.worker_id].step()
+    output.outputs.extend(arena.workers[attempt.worker_id].step().outputs)
+    for one in output.outputs:
+        one.finish_reason = 0  # type: ignore[assignment]
+    arena.post(events.WorkerFrame(attempt.worker_id, output))
+    lose_engine(arena, "first")
+    arena.deliver_output()
+    assert client.finished == [True]
+    arena.submit(make_request("second", max_tokens=2))
+    assert arena.core.state.requests["second"].suspect
+
+
+def test_a_death_that_is_told_twice_is_one() -> None:
+    arena = fleet(1)
+    client = arena.submit(make_request("r"))
+    lose_engine(arena, "r", named=2)
+    assert arena.core.state.requests["r"].deaths == 1
+    assert len(arena.core.state.waiting) + len(arena.core.state.requests["r"].running) == 1
+    arena.run()
+    assert client.finished == [True]
+    arena.check_idle()

@@ -1,11 +1,22 @@
-"""A gateway that acknowledges nothing loses its stream; one that is slow, idle, or not looked at keeps it."""
+"""Streams of gateways that end: nothing is acknowledged, or what comes cannot be read. Slow and idle ones go on."""
 
 from __future__ import annotations
 
-from llmos.internal.v1 import request_pb2
+import logging
+from collections.abc import AsyncIterator
+
+import pytest
+
+from llmos.errors import DamagedMessage
+from llmos.internal.v1 import request_pb2, requests_pb2
 from llmos.v1 import fleet_pb2
-from scheduler.gateways import UNHEARD_S, GatewayStream
+from scheduler.core import Core
+from scheduler.gateways import UNHEARD_S, GatewayDesk, GatewayStream
+from scheduler.loop import Loop
 from scheduler.outflow import Outflow
+from scheduler.policy import Policy
+from tests.fakes.clock import ManualClock
+from tests.unit.scheduler.test_shell import Recorder
 
 STEP_S = 0.5
 
@@ -55,3 +66,18 @@ def test_a_scheduler_that_stood_still_blames_nobody() -> None:
     assert not stream.unheard(100.0)
     assert not stream.unheard(200.0)
     assert given_up_after_s(stream, 200.5) == UNHEARD_S - STEP_S
+
+
+@pytest.mark.parametrize("error", [DamagedMessage("flipped"), RuntimeError("a bug")])
+async def test_what_cannot_be_read_is_no_orderly_end(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    async def said() -> AsyncIterator[requests_pb2.ExchangeRequest]:
+        yield requests_pb2.ExchangeRequest(ack=requests_pb2.Ack(sequence=1))
+        raise error
+
+    desk = GatewayDesk(lambda: requests_pb2.Welcome(term=1), lambda spans: None)
+    loop = Loop(Core("s", 1, Policy(), 0.0), Recorder(), ManualClock())
+    stream = desk.serve(requests_pb2.GatewayHello(node=fleet_pb2.Node(id="g1")), said(), loop)
+    assert (await anext(stream)).HasField("welcome")
+    with pytest.raises(type(error)):
+        await anext(stream)
+    assert [one.levelno for one in caplog.records if "stream of gateway g1 ends" in one.message] == [logging.WARNING]
