@@ -39,6 +39,8 @@ class Catalogue:
         self._fetch = fetch
         self._kept = kept
         self._models: dict[str, requests_pb2.CatalogueModel] = {}
+        self._begins = True
+        """There is no model, but there may be soon."""
         self._seen = (0, 0)
         self._tokenizers: OrderedDict[str, Tokenizer] = OrderedDict()
         self._templates: OrderedDict[tuple[str, str, str], ChatTemplate] = OrderedDict()
@@ -51,14 +53,15 @@ class Catalogue:
             return False
         self._seen = (term, catalogue.revision)
         self._models = {model.name: model for model in sorted(catalogue.models, key=lambda model: model.name)}
+        self._begins = catalogue.loading and not self._models
         self._changed.set()
         return True
 
     def find(self, name: str, capability: str) -> requests_pb2.CatalogueModel:
         """The model of that name. Raises ModelNotFound, UnsupportedFeature where it lacks the capability, and
-        Unavailable while there is no model at all: the fleet has just begun."""
+        Unavailable while there is no model at all and there may be one soon: the fleet has just begun."""
         model = self._models.get(name)
-        if not self._models:
+        if self._begins:
             raise Unavailable("No model is served yet; try again.", retry_after_s=1.0)
         if model is None:
             raise ModelNotFound(f"The model '{name[:200]}' is not served here; list the models.", param="model")

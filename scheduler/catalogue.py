@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from llmos.internal.v1 import requests_pb2
 from scheduler.workers import HOPELESS, LOADED, WorkerView
@@ -16,6 +16,8 @@ class Catalogue:
 
     def __init__(self) -> None:
         self.revision = 0
+        self.loading = True
+        """There is no model, and it is a matter of time."""
         self._models: dict[str, requests_pb2.CatalogueModel] = {}
         self._missing_since: dict[str, float] = {}
 
@@ -25,14 +27,17 @@ class Catalogue:
 
     def refresh(
         self,
-        workers: Iterable[WorkerView],
+        workers: Collection[WorkerView],
         now: float,
         grace_s: float,
         promised: Callable[[str, str], object] = lambda model, pool: None,
+        *,
+        listed: bool = True,
     ) -> bool:
         """Take the workers' models into account; whether anything changed for gateways.
 
         `promised` says whether a pool will load a model on request: then it is offered while it is loaded nowhere.
+        Until all promises are `listed`, nothing is loaded.
 
         A name keeps its version as long as any worker has that loaded; then the newest loaded one takes its place.
         """
@@ -50,18 +55,26 @@ class Catalogue:
             elif now - self._missing_since.setdefault(name, now) >= grace_s:
                 del self._models[name], self._missing_since[name]
                 changed = True
+        loading = not self._models and (not listed or _may_load(workers))
+        changed = changed or loading != self.loading
+        self.loading = loading
         self.revision += changed
         return changed
 
     def message(self) -> requests_pb2.Catalogue:
         """As gateways get it, in order of name."""
         return requests_pb2.Catalogue(
-            revision=self.revision, models=[self._models[name] for name in sorted(self._models)]
+            revision=self.revision, models=[self._models[name] for name in sorted(self._models)], loading=self.loading
         )
 
 
+def _may_load(workers: Collection[WorkerView]) -> bool:
+    """Whether one of them may come to serve something by itself; so may the first one, if there is none yet."""
+    return not workers or any(not worker.connected or worker.loading for worker in workers)
+
+
 def _offered(
-    workers: Iterable[WorkerView], promised: Callable[[str, str], object]
+    workers: Collection[WorkerView], promised: Callable[[str, str], object]
 ) -> tuple[dict[str, dict[str, requests_pb2.CatalogueModel]], set[str]]:
     """Loaded versions by name, and names that a connected worker serves or may come to serve."""
     loaded: dict[str, dict[str, requests_pb2.CatalogueModel]] = {}

@@ -178,8 +178,8 @@ def models_changed(
 
 def refresh_catalogue(state: State, now: float, out: Outbox) -> None:
     """Tell gateways if the models that can be asked for have changed, and look at requests that wait for one."""
-    promised = state.book.of
-    changed = state.catalogue.refresh(state.workers.values(), now, state.policy.no_worker_grace_s, promised)
+    book, grace_s = state.book, state.policy.no_worker_grace_s
+    changed = state.catalogue.refresh(state.workers.values(), now, grace_s, book.of, listed=book.listed)
     if changed and state.settled:
         _publish(state, out)
     if changed and state.parked:

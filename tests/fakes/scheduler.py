@@ -169,7 +169,8 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
             yield requests_pb2.ExchangeResponse(
                 welcome=requests_pb2.Welcome(term=self.term, scheduler_id=f"s{self.term}")
             )
-            yield requests_pb2.ExchangeResponse(catalogue=requests_pb2.Catalogue(revision=1, models=self.models))
+            first = requests_pb2.Catalogue(revision=1, models=self.models, loading=not self.models)
+            yield requests_pb2.ExchangeResponse(catalogue=first)
             while (message := await out.get()) is not None:
                 yield message
         finally:

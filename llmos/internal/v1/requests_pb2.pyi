@@ -317,8 +317,11 @@ class Catalogue(google.protobuf.message.Message):
 
     REVISION_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
+    LOADING_FIELD_NUMBER: builtins.int
     revision: builtins.int
     """Grows with every change within a term."""
+    loading: builtins.bool
+    """There are no models, but there may be some soon: workers load, start, or have not been heard of."""
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___CatalogueModel]:
         """The models."""
@@ -328,8 +331,9 @@ class Catalogue(google.protobuf.message.Message):
         *,
         revision: builtins.int = ...,
         models: collections.abc.Iterable[global___CatalogueModel] | None = ...,
+        loading: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["models", b"models", "revision", b"revision"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["loading", b"loading", "models", b"models", "revision", b"revision"]) -> None: ...
 
 global___Catalogue = Catalogue
 

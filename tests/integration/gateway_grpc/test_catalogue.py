@@ -132,6 +132,26 @@ async def test_an_older_catalogue_changes_nothing() -> None:
     assert push(1, 6) == ["2.1"]
 
 
+async def test_a_fleet_without_models_is_a_matter_of_time_only_while_it_loads_some() -> None:
+    async def fetch(blob_hash: str) -> bytes:
+        raise Unavailable(blob_hash)
+
+    catalogue = Catalogue(fetch)
+
+    def asked() -> type[Exception]:
+        with pytest.raises((ModelNotFound, Unavailable)) as caught:
+            catalogue.find("gpt-4", "chat")
+        return caught.type
+
+    assert asked() is Unavailable, "no scheduler has been heard"
+    catalogue.replace(requests_pb2.Catalogue(revision=1, loading=True), 1)
+    assert asked() is Unavailable
+    catalogue.replace(requests_pb2.Catalogue(revision=2), 1)
+    assert asked() is ModelNotFound
+    catalogue.replace(requests_pb2.Catalogue(revision=1, models=[echo_model("echo")]), 2)
+    assert asked() is ModelNotFound
+
+
 async def test_models_are_made_ready_before_they_are_asked_for(new_scheduler: NewScheduler) -> None:
     scheduler, address = await new_scheduler(models=[MODEL], blobs=BLOBS)
     async with running(address, prefetch=True) as gateway:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmos.internal.v1 import request_pb2
+from llmos.internal.v1 import request_pb2, work_pb2
+from llmos.v1 import fleet_pb2
 from scheduler import commands, events
 from scheduler.policy import Policy
 from tests.unit.scheduler.arena import MODEL, VERSION, Arena, make_request, token
@@ -222,6 +223,32 @@ def test_a_request_for_a_model_that_still_loads_waits() -> None:
     assert not worker.loaded
     arena.run()
     assert client.finished == [True]
+
+
+def test_gateways_know_whether_a_model_may_come() -> None:
+    arena = Arena()
+    arena.connect()
+
+    def said() -> tuple[int, bool]:
+        catalogue = arena.gateways["g1"].catalogue
+        assert catalogue is not None
+        return len(catalogue.models), catalogue.loading
+
+    arena.post(events.MembersListed())
+    arena.advance(10.0)
+    assert said() == (0, True), "no worker has come yet"
+    arena.add_worker("w1", loaded=False)
+    assert said() == (0, True), "it has been told to load one"
+    broken = fleet_pb2.NodeModel(name=MODEL, version=VERSION, state=fleet_pb2.MODEL_STATE_FAILED)
+    arena.post(events.WorkerFrame("w1", work_pb2.WorkFrame(sequence=1, models=[broken])))
+    assert said() == (0, False), "and cannot"
+    arena.detach("w1")
+    arena.advance(1.0)
+    assert said() == (0, True), "it may have been mended when it comes back"
+    arena.attach("w1")
+    arena.run(3)
+    arena.advance(1.0)
+    assert said() == (1, False)
 
 
 def test_what_an_earlier_leader_accepted_waits_for_a_worker_that_starts_anew() -> None:
