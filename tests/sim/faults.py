@@ -141,15 +141,16 @@ def _lose_pieces(world: World, fault: Fault) -> Callable[[], None] | None:
     if not isinstance(process, SimWorker) or process.core is None:
         return None
     outbox = process.core._outbox
-    whole, seen = outbox.add_frame, itertools.count()
+    whole, seen, over = outbox.add_frame, itertools.count(), False
 
     def lose(frame: work_pb2.WorkFrame, taken: Sequence[request_pb2.Output]) -> None:
-        whole(frame, [output for output in taken if next(seen) % 4 != 3])
+        whole(frame, [output for output in taken if over or next(seen) % 4 != 3])
 
     outbox.add_frame = lose  # type: ignore[method-assign]
 
     def end() -> None:
-        outbox.add_frame = whole  # type: ignore[method-assign]
+        nonlocal over  # not taken out: another fault of this kind may have begun on top of it
+        over = True
 
     return end
 
