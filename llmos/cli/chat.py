@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -64,15 +65,39 @@ def _converse(conversation: Conversation, runner: asyncio.Runner, interactive: b
             output.note(HELP)
         elif text:
             try:
-                runner.run(conversation.turn(text))
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-                output.write("\n")
+                if runner.run(_interrupted(conversation.turn(text))):
+                    if not interactive:
+                        raise KeyboardInterrupt
+                    output.write("\n")
             except LlmosError as problem:
                 if not interactive:
                     raise
                 output.error(problem.message)
+
+
+async def _interrupted(turn: Coroutine[Any, Any, None]) -> bool:
+    """Whether Ctrl-C ended a turn.
+
+    The event loop's own handler wakes it. With Python's, a signal that comes just before the loop begins to wait is
+    noticed only when something else happens: with a model that is silent, not at all.
+    """
+    loop, stopped = asyncio.get_running_loop(), False
+    running = asyncio.ensure_future(turn)
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        running.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, stop)
+    try:
+        await running
+    except asyncio.CancelledError:
+        if not stopped:
+            raise
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    return stopped
 
 
 def _read_line(interactive: bool) -> str | None:

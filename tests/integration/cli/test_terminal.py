@@ -16,7 +16,7 @@ import pytest
 
 from tests.fakes.scripted_gateway import ScriptedGateway, scripted_gateway
 
-DEADLINE_S = 30.0
+DEADLINE_S = 50.0
 
 
 class Session:
