@@ -75,7 +75,13 @@ def _check_life(state: State, event: events.Submitted, now: float) -> None:
     request_id, claim = event.request.request_id, event.claim
     if state.journal.is_over(request_id, claim):
         raise Cancelled("The stream is over here; it may have been taken up elsewhere.")
-    if state.tombstones.get(request_id, now) is not None and not state.journal.reopens(request_id, claim):
+    reason = state.tombstones.get(request_id, now)
+    if reason is None or state.journal.reopens(request_id, claim):
+        return
+    closed = state.closed.get(request_id, now)
+    if (
+        reason not in BREAKS or closed is None or claim <= closed
+    ):  # else a later claim, and the entry gave way meanwhile
         raise Cancelled("The request was cancelled.")
 
 
@@ -221,6 +227,7 @@ def cancelled(state: State, event: events.Cancelled, now: float, out: Outbox) ->
     if event.reason in BREAKS:
         if state.tombstones.get(event.request_id, now) in (None, *BREAKS):  # else it is over for good
             state.tombstones.put(event.request_id, event.reason, now)
+            state.closed.put(event.request_id, max(event.claim, state.closed.get(event.request_id, now) or 0), now)
         state.journal.close(event.request_id, event.claim)
     else:
         state.tombstones.put(event.request_id, event.reason, now)

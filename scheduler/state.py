@@ -114,6 +114,8 @@ class State:
     tombstones: Recent[str] = field(init=False)
     """Why a request was cancelled; it must not start any more."""
     last_attempts: Recent[int] = field(init=False)
+    closed: Recent[int] = field(init=False)
+    """Of streams that broke: the highest claim that is over. Known for as long as the tombstone, journal or not."""
     """Attempts of ended requests: one that comes again continues the count, as workers refuse epochs they know."""
     journal: Journal = field(init=False)
     followers: set[int] = field(default_factory=set)
@@ -128,6 +130,7 @@ class State:
         self.suspected = Recent(policy.quarantine_s, policy.quarantine_limit)
         self.tombstones = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.last_attempts = Recent(2 * policy.tombstone_ttl_s, policy.tombstone_limit)
+        self.closed = Recent(policy.tombstone_ttl_s, policy.tombstone_limit)
         self.journal = Journal(policy.journal_ttl_s, policy.journal_bytes, policy.journal_tenant_bytes, self.counters)
         indices = RoomIndex(self.workers, self.pools, self.prefixes, self.claims, self.on_trial)
         placement = default_placement(indices, policy.candidates, policy.weights)

@@ -62,19 +62,18 @@ class Endpoint:
         self._channel = channel
 
     async def unary(self, rpc: Rpc, request: Any, timeout_s: float, metadata: Metadata) -> Any:
-        """One call, one answer. Raises grpc.aio.AioRpcError."""
+        """One call, one answer. Raises grpc.aio.AioRpcError, or EtcdUnavailable for an answer that cannot be read."""
         method = self._channel.unary_unary(
             rpc.path, request_serializer=rpc.serialize, response_deserializer=rpc.deserialize
         )
         answer = await method(request, timeout=timeout_s, metadata=grpc.aio.Metadata(*metadata))
-        self.alive()
-        return answer
+        return self._readable(answer)
 
     async def one_shot(self, rpc: Rpc, request: Any, timeout_s: float, metadata: Metadata) -> Any:
         """Send one message on a bidirectional stream, close our side, return the one answer.
 
-        Raises grpc.aio.AioRpcError, or EtcdUnavailable for a stream without an answer. It reads to the end of the
-        stream: one that ends by itself leaves nothing behind, a cancelled one may (grpc issue 43360).
+        Raises grpc.aio.AioRpcError, or EtcdUnavailable for a stream without a readable answer. It reads to the end of
+        the stream: one that ends by itself leaves nothing behind, a cancelled one may (grpc issue 43360).
         """
         method = self._channel.unary_stream(
             rpc.path, request_serializer=rpc.serialize, response_deserializer=rpc.deserialize
@@ -82,8 +81,7 @@ class Endpoint:
         answers = [answer async for answer in method(request, timeout=timeout_s, metadata=_with_leader(metadata))]
         if not answers:
             raise EtcdUnavailable("etcd closed the stream without an answer")
-        self.alive()
-        return answers[-1]
+        return self._readable(answers[-1])
 
     def open_stream(self, rpc: Rpc, metadata: Metadata) -> Any:
         """Start a bidirectional stream without a deadline. The caller owns it and must cancel it."""
@@ -91,6 +89,12 @@ class Endpoint:
             rpc.path, request_serializer=rpc.serialize, response_deserializer=rpc.deserialize
         )
         return method(metadata=_with_leader(metadata))
+
+    def _readable(self, answer: Any) -> Any:
+        if answer is None:  # how gRPC hands over what it cannot parse
+            raise EtcdUnavailable("etcd sent an answer that cannot be read")
+        self.alive()
+        return answer
 
     def alive(self) -> None:
         """Record a sign of life."""

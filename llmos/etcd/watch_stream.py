@@ -110,9 +110,9 @@ class WatchStream:
             answer = reading.result()
         except grpc.aio.AioRpcError as error:
             raise _failed(self._transport, self._endpoint, self._metadata, error) from error
-        if answer is grpc.aio.EOF:
+        if answer is grpc.aio.EOF or answer is None:  # None: what gRPC cannot parse
             self._transport.leave(self._endpoint)
-            raise EtcdUnavailable("etcd ended the watch")
+            raise EtcdUnavailable("etcd ended the watch" if answer is not None else "etcd sent what cannot be read")
         self._endpoint.alive()
         return answer
 

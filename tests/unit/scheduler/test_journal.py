@@ -145,6 +145,17 @@ def test_a_cancel_under_a_stale_claim_ends_the_stream_where_it_is(arena: Arena, 
     assert take_up(arena) is None
 
 
+def test_a_later_claim_goes_on_though_its_entry_gave_way(say: Submitter, arena: Arena) -> None:
+    say()
+    produce(arena, 3)
+    entry = take_up(arena)
+    cancel(arena, "client_gone")  # of the connection before; it comes late
+    arena.core.state.journal.cancel("r1")
+    assert failures(say(gateway="g2", claim=0)) == ["cancelled"]
+    assert not failures(say(gateway="g2", claim=1, resume=tokens(entry)))
+    assert "r1" in arena.core.state.requests
+
+
 def test_who_loses_a_stream_is_told_under_which_claim(arena: Arena, say: Submitter) -> None:
     """Its gateway may have taken it up again before it hears of it, and must not end that."""
     say()
