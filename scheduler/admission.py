@@ -78,10 +78,9 @@ def _check_life(state: State, event: events.Submitted, now: float) -> None:
     reason = state.tombstones.get(request_id, now)
     if reason is None or state.journal.reopens(request_id, claim):
         return
+    # The entry may have given way to others since; the claim that is over is remembered without it.
     closed = state.closed.get(request_id, now)
-    if (
-        reason not in BREAKS or closed is None or claim <= closed
-    ):  # else a later claim, and the entry gave way meanwhile
+    if reason not in BREAKS or closed is None or claim <= closed:
         raise Cancelled("The request was cancelled.")
 
 
