@@ -76,11 +76,9 @@ def _check_life(state: State, event: events.Submitted, now: float) -> None:
     if state.journal.is_over(request_id, claim):
         raise Cancelled("The stream is over here; it may have been taken up elsewhere.")
     reason = state.tombstones.get(request_id, now)
-    if reason is None or state.journal.reopens(request_id, claim):
-        return
-    # The entry may have given way to others since; the claim that is over is remembered without it.
+    # Not asked of the journal: the entry may have given way to others since.
     closed = state.closed.get(request_id, now)
-    if reason not in BREAKS or closed is None or claim <= closed:
+    if reason is not None and (reason not in BREAKS or closed is None or claim <= closed):
         raise Cancelled("The request was cancelled.")
 
 

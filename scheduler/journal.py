@@ -167,11 +167,6 @@ class Journal:
         if request_id in self._entries:
             self._forget(request_id)
 
-    def reopens(self, request_id: str, claim: int) -> bool:
-        """Whether this claim goes on with a stream that was stopped under a lower one."""
-        entry = self._entries.get(request_id)
-        return entry is not None and claim > 0 and entry.open_from <= claim
-
     def is_over(self, request_id: str, claim: int) -> bool:
         """Whether a later claim than this one was needed to go on with a stream that was stopped."""
         entry = self._entries.get(request_id)
