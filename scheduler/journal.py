@@ -140,6 +140,13 @@ class Journal:
         self._by_origin[origin_id] = live.id
         self.changed(live.id)
 
+    def claimed(self, request_id: str, claim: int) -> None:
+        """What lives goes on under this claim. An earlier leader may have given it out, and this one not know of it."""
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            entry.claim = max(entry.claim, claim)
+            self.changed(request_id)
+
     def end(self, live: LiveRequest, reason: str, now: float) -> None:
         """A request is over: well (`reason` is empty), or for what reason."""
         entry = self._entries.get(live.id)

@@ -42,7 +42,7 @@ def take_up(state: State, live: LiveRequest, event: Submitted, gateway_id: str, 
         error = Cancelled("The stream was taken up elsewhere.")
         out.append(SendFailure(stream_id, failure(live.id, error, live.claim)))
     live.claim = event.claim
-    state.journal.changed(live.id)
+    state.journal.claimed(live.id, event.claim)
     _rebind(state, live, event.stream_id, gateway_id)
     if rank_of(event.request.priority) != live.rank:
         send_class(state, live, out)  # the gateway was away when the class changed

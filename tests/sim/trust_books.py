@@ -8,6 +8,7 @@ from typing import Any
 
 from scheduler import events
 from scheduler.commands import RequestOver, SendFailure, StartAttempt
+from scheduler.requests import mark_of
 from scheduler.state import State
 from scheduler.workers import OUT, WorkerView
 
@@ -27,6 +28,10 @@ class TrustBooks:
         """When second tries began within the last window."""
         self._deaths: Counter[str] = Counter()
         """Engines that ended under a request."""
+        self._marks: dict[str, str] = {}
+        """What each request asks for: a client that comes back may ask for the same under a new name."""
+        self._guilty: set[str] = set()
+        """Of these prompts an earlier leader has said it."""
         self._accepted = 0
         self._began: float | None = None
         self._out_since: dict[str, tuple[int, float]] = {}
@@ -39,6 +44,9 @@ class TrustBooks:
                 self._deaths[failure.request_id] += failure.code == "engine_lost"
         elif isinstance(event, events.Submitted):
             self._accepted += not event.request.resume
+            self._marks[event.request.request_id] = mark_of(event.request)
+        elif isinstance(event, events.JournalInherited):
+            self._guilty.update(mark for mark, *_ in event.quarantined)
 
     def after(self, commands: list[Any], now: float) -> None:
         """It was handled."""
@@ -88,8 +96,10 @@ class TrustBooks:
         )
 
     def _blamed(self, request_id: str) -> None:
-        if self._deaths[request_id] < 2:
-            self._fail("innocents are not blamed", f"{request_id} after {self._deaths[request_id]} deaths")
+        mark = self._marks[request_id]
+        most = max(self._deaths[one] for one, other in self._marks.items() if other == mark)
+        if most < 2 and mark not in self._guilty:
+            self._fail("innocents are not blamed", f"{request_id} after {most} deaths")
 
     def _gave_up(self, request_id: str, now: float) -> None:
         """It has had all tries that one request may have, or there was none left for anybody."""

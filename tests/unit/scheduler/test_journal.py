@@ -118,6 +118,13 @@ def test_who_comes_back_goes_on_at_the_next_index_at_another_gateway(arena: Aren
     assert again is not None and again.phase == journal_pb2.JOURNAL_PHASE_ENDED
 
 
+def test_a_claim_that_an_earlier_leader_gave_is_not_given_again(arena: Arena, say: Submitter) -> None:
+    say()
+    say(gateway="g2", claim=1)
+    entry = take_up(arena)
+    assert entry is not None and entry.claim == 2
+
+
 @pytest.mark.parametrize("reason", ["cancelled", "killed", "anything"])
 def test_what_was_cancelled_is_never_taken_up(arena: Arena, say: Submitter, reason: str) -> None:
     say()
