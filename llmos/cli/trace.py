@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from llmos.cli import output
 from llmos.cli.completion import request_ids
 from llmos.cli.flags import AsJson, DataDir
+from llmos.cli.span_picture import picture
 from llmos.cli.span_tree import SpanRow, TreeRow, covered, draw
 
 if TYPE_CHECKING:
@@ -18,14 +20,19 @@ if TYPE_CHECKING:
     from llmos.v1.fleet_pb2 import Span
 
 _BAR_CELLS = 24
+_NOTED = {"llmos.hedge": "hedge", "llmos.worker": "on"}
+"""Attributes that a line shows, and the word before each."""
 
 Request = Annotated[str, typer.Argument(metavar="ID", help="A request id or a trace id.", autocompletion=request_ids)]
+Svg = Annotated[
+    Path | None, typer.Option("--svg", metavar="FILE", dir_okay=False, help="Write a picture to FILE instead.")
+]
 
 
-def trace(request: Request, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+def trace(request: Request, data_dir: DataDir = None, as_json: AsJson = False, svg: Svg = None) -> None:
     """Draw where the time of a request went."""
     from llmos.cli.connection import find_target
-    from llmos.errors import NotFound
+    from llmos.errors import NotFound, SetupError
 
     spans = asyncio.run(_fetch(find_target(data_dir), request))
     if not spans:
@@ -34,6 +41,13 @@ def trace(request: Request, data_dir: DataDir = None, as_json: AsJson = False) -
         output.print_json([_span_json(span) for span in spans])
         return
     rows = [span_row(span) for span in spans]
+    if svg is not None:
+        try:
+            svg.write_text(picture(rows, f"Request {request}"), encoding="utf-8")
+        except OSError as error:
+            raise SetupError(f"{svg} cannot be written: {error.strerror}") from error
+        output.write(f"{len(spans)} spans drawn in {svg}\n")
+        return
     lines = draw(rows)
     columns = ["SPAN", "SERVICE", "NODE", "START", "TIME", ""]
     output.print_table(columns, [_cells(line, _length_s(rows)) for line in lines], empty="no spans")
@@ -64,7 +78,7 @@ def span_row(span: Span) -> SpanRow:
         span.end_unix_ns,
         span.error,
         tuple(linked.hex() for linked in span.linked_span_ids),
-        f"hedge {span.attributes['llmos.hedge']}" if "llmos.hedge" in span.attributes else "",
+        ", ".join(f"{said} {span.attributes[name]}" for name, said in _NOTED.items() if name in span.attributes),
     )
 
 

@@ -255,12 +255,16 @@ class Keeper:
         self._farewell = asyncio.create_task(self._see_off(self._old, renewal))
 
     async def _see_off(self, old: RunningMember, renewal: Renewal) -> None:
+        failed: SetupError | None = None
         try:
             await old.stop(renewal.patience_s + _HURRY_S, renewal.patience_s)
+        except OSError as error:
+            failed = SetupError(f"a new {self.post.name} serves, but the old one cannot be ended ({error.strerror})")
+            self._notify(failed.message)
         finally:
             self._old = None if self._old is old and old.exit_status is not None else self._old
             if not renewal.done.done():
-                renewal.done.set_result(None)
+                renewal.done.set_exception(failed) if failed else renewal.done.set_result(None)
 
     async def _replace(self, renewal: Renewal) -> None:
         before = await self._eyes.standing(self.member)

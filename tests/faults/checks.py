@@ -120,7 +120,10 @@ def moved_elsewhere() -> Check:
     async def check(world: World) -> str:
         moved = 0
         for stream in world.clients.streams:
-            attempts = without_needless(await attempts_of(world, stream.request_id))
+            spans = await spans_of(world, stream.request_id)
+            attempts = without_needless(attempts_among(spans))
+            if len(attempts) > 1 and not world.moved:
+                world.moved = spans
             for before, after in pairwise(attempts):
                 moved += 1
                 if before.attributes.get("llmos.worker") == after.attributes.get("llmos.worker"):
@@ -141,12 +144,15 @@ def without_needless(attempts: Sequence[fleet_pb2.Span]) -> list[fleet_pb2.Span]
     return [one for one in attempts if one.span_id not in needless or one.attributes.get("llmos.hedge", "") != "lost"]
 
 
-async def attempts_of(world: World, request_id: str) -> list[fleet_pb2.Span]:
-    """The attempts at a request, in order, from the leader's ring."""
+async def spans_of(world: World, request_id: str) -> list[fleet_pb2.Span]:
+    """All of a request, from the leader's ring; none if it is not held."""
     for gateway in world.fleet.of("gateway"):
         with contextlib.suppress(grpc.aio.AioRpcError):
-            answer = await world.fleet.stub(gateway).GetTrace(fleet_pb2.GetTraceRequest(id=request_id), timeout=5)
-            return sorted(
-                (span for span in answer.spans if span.name == "attempt"), key=lambda span: span.start_unix_ns
-            )
+            asked = fleet_pb2.GetTraceRequest(id=request_id)
+            return list((await world.fleet.stub(gateway).GetTrace(asked, timeout=5)).spans)
     return []
+
+
+def attempts_among(spans: Sequence[fleet_pb2.Span]) -> list[fleet_pb2.Span]:
+    """The attempts at a request, in order."""
+    return sorted((span for span in spans if span.name == "attempt"), key=lambda span: span.start_unix_ns)

@@ -1,4 +1,4 @@
-"""The evidence page, docs/faults.md, written from one run."""
+"""The evidence page, docs/faults.md, and a picture for it, written from one run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.faults.scenario import Result
 from tests.faults.verdict import Counts
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+PICTURE = PAGE.with_name("migration.svg")
 _COUNTS = ("injected", "lost", "duplicated", "corrupted", "stale_accepted")
 _HEAD = """# Faults: what was injected, what clients missed
 
@@ -42,6 +43,11 @@ def write(results: list[Result], wall_s: float) -> None:
     if gaps := report.added_gaps(results):
         lines += ["Random single faults, what they added to a stream's longest pause: ", ""]
         lines += [f"- {name.replace('_', ' ')}: {value:g}" for name, value in gaps.items()] + [""]
+    for drawn in [result.picture for result in results if result.picture][:1]:
+        PICTURE.write_text(drawn)
+    if PICTURE.exists():
+        lines += ["The trace of one request that moved (`llmos trace ID --svg FILE` draws any):", ""]
+        lines += [f"![two attempts, and why the first was given up]({PICTURE.name})", ""]
     for row in dict.fromkeys(result.row for result in results):
         lines += _section(row, [result for result in results if result.row == row])
     lines += ["## Not injected here yet", "", *(f"- {row}" for row in _MISSING)]

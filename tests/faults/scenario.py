@@ -139,6 +139,8 @@ class Result:
     note: str = ""
     gaps: list[float] = field(default_factory=list)
     """Seconds, of each stream: its longest pause beyond that between two tokens."""
+    picture: str = ""
+    """The trace of a request that moved, as SVG, where a check looked for one."""
 
     @property
     def ok(self) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from llmos.cli.span_picture import picture
+from llmos.cli.trace import span_row
 from llmos.v1 import fleet_pb2
 from tests.faults.clients import Clients
 from tests.faults.fleet import Fleet, until
@@ -49,6 +51,8 @@ class World:
     """The core's counters by term, as last seen, less what they were before."""
     before: dict[int, Counter[str]] = field(default_factory=dict)
     loads: list[tuple[float, fleet_pb2.GetLoadResponse]] = field(default_factory=list)
+    moved: list[fleet_pb2.Span] = field(default_factory=list)
+    """Spans of one request that moved, where a check looked for them."""
     groups: dict[str, ControlGroup] = field(default_factory=dict)
     """Control groups by service."""
     begun_at: float = field(default_factory=time.monotonic)
@@ -221,6 +225,7 @@ async def _judge(world: World) -> Result:
         round(time.monotonic() - world.begun_at, 2),
         scenario.note,
         gaps,
+        picture([span_row(span) for span in world.moved], f"{scenario.name}: one request") if world.moved else "",
     )
 
 

@@ -177,6 +177,14 @@ def test_trace_for_programs(gateway: ScriptedGateway, terminal: Terminal) -> Non
     assert child["attributes"] == {"llmos.request_id": "r1"}
 
 
+def test_trace_as_a_picture(gateway: ScriptedGateway, terminal: Terminal, tmp_path: Path) -> None:
+    status, out, _ = terminal.run("trace", "r1", "--svg", str(tmp_path / "r1.svg"))
+    assert status == 0 and "2 spans" in out
+    assert ">queue</text>" in (tmp_path / "r1.svg").read_text()
+    status, _, err = terminal.run("trace", "r1", "--svg", str(tmp_path / "none" / "r1.svg"))
+    assert status == 1 and "cannot be written" in err
+
+
 def test_a_trace_that_is_gone(gateway: ScriptedGateway, terminal: Terminal) -> None:
     status, _, err = terminal.run("trace", "r9")
     assert status == 1

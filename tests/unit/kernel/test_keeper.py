@@ -58,6 +58,8 @@ class FakeMember:
         return self.exit_status or 0
 
     async def stop(self, grace_s: float, hurry_s: float | None = None) -> None:
+        if self.post.cannot_stop is not None:
+            raise self.post.cannot_stop
         if hurry_s is not None:
             await self.may_end.wait()
         if self.exit_status is None:
@@ -76,6 +78,7 @@ class FakePost:
     name: str = "one"
     log: Path = Path("one.log")
     refusals: list[OSError] = field(default_factory=list)
+    cannot_stop: OSError | None = None
     started: list[FakeMember] = field(default_factory=list)
     filled: int = 0
 
@@ -170,6 +173,18 @@ async def test_a_new_gateway_is_watched_while_the_old_one_lets_its_streams_end()
         assert post.started[0].exit_status is None
         post.started[0].may_end.set()
         await renewal
+
+
+async def test_an_old_gateway_that_cannot_be_ended_is_said_and_not_forgotten() -> None:
+    post = FakePost("gateway")
+    async with kept(post) as (keeper, notes):
+        post.cannot_stop = OSError(errno.EPERM, os.strerror(errno.EPERM))
+        with pytest.raises(SetupError, match="the old one cannot be ended"):
+            await keeper.renew(1.0)
+        assert "cannot be ended" in notes[-1]
+        post.cannot_stop = None
+        await keeper.stop(0.0, None)
+        assert post.started[0].exit_status == 0
 
 
 async def test_who_cannot_look_takes_nobody_for_hung() -> None:
