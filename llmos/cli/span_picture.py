@@ -12,7 +12,7 @@ _INDENT, _BRANCH = 14, 3
 """Pixels a level, and characters of a level's branches."""
 _CHAR = 6.2
 """Pixels of a character, roughly."""
-_COLOURS = {"llmos-gateway": "#1667c0", "llmos-scheduler": "#7d3c98", "llmos-worker": "#1e8449"}
+_COLOURS = {"gateway": "#1667c0", "scheduler": "#7d3c98", "worker": "#1e8449"}
 _OTHER, _BROKEN, _GAP = "#7f8c8d", "#c0392b", "#d5d8dc"
 _TICKS = 5
 

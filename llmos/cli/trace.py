@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _BAR_CELLS = 24
 _NOTED = {"llmos.hedge": "hedge", "llmos.worker": "on"}
-"""Attributes that a line shows, and the word before each."""
+"""Attributes that an attempt's line shows, and the word before each."""
 
 Request = Annotated[str, typer.Argument(metavar="ID", help="A request id or a trace id.", autocompletion=request_ids)]
 Svg = Annotated[
@@ -78,8 +78,14 @@ def span_row(span: Span) -> SpanRow:
         span.end_unix_ns,
         span.error,
         tuple(linked.hex() for linked in span.linked_span_ids),
-        ", ".join(f"{said} {span.attributes[name]}" for name, said in _NOTED.items() if name in span.attributes),
+        _note(span),
     )
+
+
+def _note(span: Span) -> str:
+    if span.name != "attempt":
+        return ""
+    return ", ".join(f"{said} {span.attributes[name]}" for name, said in _NOTED.items() if name in span.attributes)
 
 
 def _span_json(span: Span) -> dict[str, object]:

@@ -122,7 +122,7 @@ def moved_elsewhere() -> Check:
         for stream in world.clients.streams:
             spans = await spans_of(world, stream.request_id)
             attempts = without_needless(attempts_among(spans))
-            if len(attempts) > 1 and not world.moved:
+            if len(attempts) > 1 and (not world.moved or "bound" in attempts[0].error):
                 world.moved = spans
             for before, after in pairwise(attempts):
                 moved += 1

@@ -16,12 +16,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def span(name: str, parent: str, start_ms: int, end_ms: int, **more: str) -> SpanRow:
-    service = more.pop("service", "llmos-scheduler")
+    service = more.pop("service", "scheduler")
     return SpanRow(name, parent, name, service, "s1", start_ms * MS, end_ms * MS, **more)  # type: ignore[arg-type]
 
 
 MOVED = [
-    span("chat <m>", "", 0, 1000, service="llmos-gateway"),
+    span("chat <m>", "", 0, 1000, service="gateway"),
     span("first", "chat <m>", 0, 400, error="no token for 0.3 s & more", note="on w1"),
     span("second", "chat <m>", 600, 1000, note="on w2"),
 ]
