@@ -1,6 +1,6 @@
 """Many seeds at once. Every seed runs twice, in two interpreters that hash strings differently.
 
-What depends on the order of a set, or on an address, shows as two traces.
+What depends on the order of a set, or on an address, shows as two traces. Where that is known, once will do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SEEDS_EACH = 100
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What both runs of one seed came to."""
+    """What the runs of one seed came to."""
 
     seed: int
     digest: str
@@ -98,11 +98,12 @@ def run_seeds(
     jobs: int,
     mutant: str = "",
     dense: bool = False,
+    once: bool = False,
     stop: Callable[[Verdict], bool] = lambda verdict: False,
 ) -> Iterator[Verdict]:
     """Verdicts as they come, until `stop` says so. `jobs` interpreters are started, two at least."""
     jobs = max(2, jobs + jobs % 2)
-    queues = [iter(seeds), iter(seeds)]
+    queues = [iter(seeds)] if once else [iter(seeds), iter(seeds)]
     lock = threading.Lock()
     results: Queue[dict[str, Any] | BaseException] = Queue()
     over = threading.Event()
@@ -120,19 +121,19 @@ def run_seeds(
 
     with _children(jobs, mutant, dense=dense) as children:
         threads = [
-            threading.Thread(target=work, args=(child, number % 2), daemon=True)
+            threading.Thread(target=work, args=(child, number % len(queues)), daemon=True)
             for number, child in enumerate(children)
         ]
         for thread in threads:
             thread.start()
         waiting: dict[int, dict[str, Any]] = {}
-        left = 2 * len(seeds)
+        left = len(queues) * len(seeds)
         while left and not over.is_set():
             result = results.get()
             if isinstance(result, BaseException):
                 raise result
             left -= 1
-            other = waiting.pop(result["seed"], None)
+            other = result if once else waiting.pop(result["seed"], None)
             if other is None:
                 waiting[result["seed"]] = result
                 continue

@@ -23,12 +23,13 @@ def test_no_invariant_breaks_and_every_seed_gives_one_trace() -> None:
 
 
 def test_the_command_reports_as_json() -> None:
-    command = [sys.executable, "-m", "tests.sim", "--seeds", "2", "--jobs", "2", "--json"]
+    command = [sys.executable, "-m", "tests.sim", "--seeds", "2", "--jobs", "2", "--once", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["seeds"] == 2
     assert report["violations"] == 0
+    assert report["counts"]["tokens_delivered"] > 0
 
 
 @pytest.mark.parametrize(("mutant", "first"), [("term-fence-dropped", 4), ("nothing-inherited", 4)])
