@@ -6,6 +6,7 @@ Orders are files in the folder that LLMOS_TEST_ORDERS names, one folder per work
     invalid  every output comes with an index too far
     hog      takes 8 MiB with every step, until it dies of it
     leak     takes 256 KiB with every step, and goes on
+    late     what comes is begun `LATE_S` seconds after it came
     mute     every second attempt that runs when it appears gets no token any more
     abort    ends the process at a step in which a prompt contains `POISON` (echo alone)
     nan      the model's logits are not numbers (torch alone)
@@ -34,6 +35,8 @@ STALE = 1
 """A token outside the echo alphabet."""
 POISON = "poisonous"
 ORDERS = "LLMOS_TEST_ORDERS"
+LATE_S = 3.0
+_PAUSE_S = 0.02
 _HOG_BYTES, _LEAK_BYTES = 8 << 20, 256 << 10
 
 
@@ -48,9 +51,17 @@ class Faulty(_Base):
         self._admitted: dict[tuple[str, Epoch], float] = {}
         """Seconds since 1970, as files have them."""
         self._poisoned: set[str] = set()
+        self._put_off: list[tuple[float, Attempt]] = []
+        """What has come and is not begun, and when it will be: monotonic seconds."""
         self._taken: list[bytearray] = []
 
     def admit(self, attempt: Attempt) -> None:
+        if (self.orders / "late").exists():
+            self._put_off.append((time.monotonic() + LATE_S, attempt))
+        else:
+            self._begin(attempt)
+
+    def _begin(self, attempt: Attempt) -> None:
         super().admit(attempt)
         self._admitted[attempt.request_id, attempt.epoch] = time.time()
         if POISON.encode() in bytes(token for token in attempt.prompt if token < 256):  # one per byte, in echo
@@ -59,9 +70,18 @@ class Faulty(_Base):
     def cancel(self, request_id: str, choice: int | None = None, keep_until: int | None = None) -> None:
         super().cancel(request_id, choice, keep_until)
         if choice is None:
+            self._put_off = [one for one in self._put_off if one[1].request_id != request_id]
             self._poisoned.discard(request_id)
 
+    def busy(self) -> bool:
+        return bool(self._put_off) or super().busy()
+
     def step(self) -> StepResult:
+        while self._put_off and self._put_off[0][0] <= time.monotonic():
+            self._begin(self._put_off.pop(0)[1])
+        if not super().busy():
+            time.sleep(_PAUSE_S)
+            return StepResult()
         found = {order.name for order in self.orders.iterdir()} if self.busy() else set()
         if "abort" in found and self._poisoned:
             os.abort()

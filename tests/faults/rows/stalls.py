@@ -41,6 +41,19 @@ SCENARIOS = (
         targets={"detection_s": 3.0, "gap_s": 3.0},
     ),
     Scenario(
+        "first tokens come late",
+        "worker 10 x slower",
+        (
+            Event("what begins on a worker waits for three seconds", order(worker(), "late"), tokens=150),
+            Event("others begin it too, and win", until_counted("hedges_won")),
+            Event("it lasts", pause(4.0)),
+            Event("it begins at once again", recall(worker(), "late")),
+        ),
+        load=Load(streams=9, tokens=450, askers=6, patience_s=60),
+        checks=(("a second attempt had the first token", at_least("hedges_won")),),
+        note="noticed once something lands there; the placement then sends it no more",
+    ),
+    Scenario(
         "worker ten times slower",
         "worker 10 x slower",
         (
