@@ -146,8 +146,9 @@ def _mutants(options: argparse.Namespace, console: Console) -> int:
         found: Verdict | None = None
         tried = 0
         seeds = range(options.first, options.first + options.seeds)
+        dense = options.dense or mutants.MUTANTS[name].dense
         for verdict in run_seeds(
-            seeds, jobs=options.jobs, mutant=name, dense=options.dense, stop=lambda one: bool(one.violations)
+            seeds, jobs=options.jobs, mutant=name, dense=dense, once=True, stop=lambda one: bool(one.violations)
         ):
             tried += 1
             found = verdict if verdict.violations else found

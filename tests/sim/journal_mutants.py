@@ -32,14 +32,16 @@ def _claim_not_raised(stack: ExitStack) -> None:
     put(stack, _Journal, "take_up", take_up)
 
 
-@mutant("a lower claim takes a stream from a higher one")
+@mutant("a lower claim takes a stream from a higher one", dense=True)
 def _old_claim_not_fenced(stack: ExitStack) -> None:
     real = takeover.take_up
 
     def take_up(state: Any, live: Any, event: Any, gateway_id: str, out: Any) -> None:
         if event.claim < live.claim:
-            live.claim = -1
-        real(state, live, event, gateway_id, out)
+            live.claim = event.claim
+            takeover._rebind(state, live, event.stream_id, gateway_id)
+        else:
+            real(state, live, event, gateway_id, out)
 
     put(stack, takeover, "take_up", take_up)
 
@@ -107,6 +109,11 @@ def _live_evicted(stack: ExitStack) -> None:
 @mutant("a client that comes back pays for its prompt again")
 def _prompt_charged_again(stack: ExitStack) -> None:
     put(stack, charges, "inherited", nothing)
+
+
+@mutant("streams of a gateway that was lost are not remembered", dense=True)
+def _lost_gateway_forgotten(stack: ExitStack) -> None:
+    put(stack, journal, "_KEPT", journal._KEPT - {"gateway_lost"})
 
 
 # Who may compute

@@ -21,17 +21,19 @@ class Mutant:
     name: str
     what: str
     plant: Plant
+    dense: bool = False
+    """What it takes to show it hardly ever comes together in schedules of a few faults."""
 
 
 MUTANTS: dict[str, Mutant] = {}
 
 
-def mutant(what: str) -> Callable[[Plant], Plant]:
+def mutant(what: str, *, dense: bool = False) -> Callable[[Plant], Plant]:
     """Enter a bug under its function's name."""
 
     def enter(plant: Plant) -> Plant:
         name = plant.__name__.strip("_").replace("_", "-")
-        MUTANTS[name] = Mutant(name, what, plant)
+        MUTANTS[name] = Mutant(name, what, plant, dense)
         return plant
 
     return enter
