@@ -11,7 +11,8 @@ from bench.machine import vllm_dtype
 from bench.peers import places
 from bench.peers.places import Model
 from bench.sides.side import Side
-from llmos.store import Store, default_store_path
+from llmos.errors import ModelNotFound
+from llmos.store import Store, default_store_path, import_model
 
 LLAMA_Q8, LLAMA_F16, VLLM, TRANSFORMERS = "llama.cpp Q8_0", "llama.cpp F16", "vLLM", "transformers"
 EVERYBODY = (LLAMA_Q8, LLAMA_F16, VLLM, TRANSFORMERS)
@@ -20,9 +21,14 @@ THREADS = 2
 
 
 def folder(model: Model) -> Path:
-    """The model's files in the store. Raises ModelNotFound."""
+    """The model's files in the store, imported at first use. Raises SourceError if they can't be had."""
     store = Store(default_store_path())
-    return store.materialize(store.resolve(model.name))
+    try:
+        found = store.resolve(model.name)
+    except ModelNotFound:
+        print(f"importing {model.label} from {model.source}", file=sys.stderr)
+        found = import_model(store, model.source, name=model.name)
+    return store.materialize(found)
 
 
 def ours(files: Path, precision: str, *, drafting: bool = False) -> Side:
@@ -32,7 +38,7 @@ def ours(files: Path, precision: str, *, drafting: bool = False) -> Side:
 
 
 def peer(name: str, model: Model) -> Side:
-    """One of `EVERYBODY`. Raises MissingPeer or ModelNotFound."""
+    """One of `EVERYBODY`. Raises MissingPeer or SourceError."""
     if name in (LLAMA_Q8, LLAMA_F16):
         command = [str(places.python("llama_cpp")), "-m", "bench.sides.llama_cpp"]
         return Side(name, command).load(model.gguf(_kind(name)), THREADS)
