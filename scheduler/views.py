@@ -9,7 +9,7 @@ from llmos.v1 import fleet_pb2
 from scheduler.fairness import CLASSES
 from scheduler.requests import LiveRequest
 from scheduler.state import State
-from scheduler.workers import LOADED, ModelSlot, WorkerView
+from scheduler.workers import LOADED, WELL, ModelSlot, WorkerView
 
 
 def nodes(
@@ -65,6 +65,7 @@ def _worker(worker: WorkerView) -> fleet_pb2.Node:
         uses=worker.decay.uses.values(),
         drain_reason=_drain_reason(worker),
         drain_detail=worker.restart.detail if worker.restart is not None else "",
+        ejection_detail=worker.health.reason if worker.health.standing != WELL else "",
     )
 
 
@@ -81,6 +82,8 @@ def _worker_state(worker: WorkerView) -> fleet_pb2.NodeState.ValueType:
         return fleet_pb2.NODE_STATE_LOST if worker.attachments else fleet_pb2.NODE_STATE_STARTING
     if worker.draining:
         return fleet_pb2.NODE_STATE_DRAINING
+    if worker.health.standing != WELL:
+        return fleet_pb2.NODE_STATE_EJECTED
     loaded = any(slot.state == LOADED for slot in worker.slots.values())
     return fleet_pb2.NODE_STATE_READY if loaded else fleet_pb2.NODE_STATE_STARTING
 

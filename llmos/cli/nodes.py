@@ -109,6 +109,8 @@ def _detail(node: Node, member: Member | None) -> str:
     if node.drain_reason:
         reason = output.enum_name(fleet_pb2.DrainReason, node.drain_reason)
         return f"{reason}: {node.drain_detail}" if node.drain_detail else reason
+    if node.ejection_detail:
+        return node.ejection_detail
     return "" if member is None else member.said
 
 

@@ -121,6 +121,8 @@ class _NodeStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """Registered, its stream is broken."""
     NODE_STATE_STANDBY: _NodeState.ValueType  # 5
     """A scheduler that waits for leadership."""
+    NODE_STATE_EJECTED: _NodeState.ValueType  # 6
+    """A worker that is given nothing, or one request to see, after it failed, hung or was much slower than its peers."""
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
     """How a node stands."""
@@ -137,6 +139,8 @@ NODE_STATE_LOST: NodeState.ValueType  # 4
 """Registered, its stream is broken."""
 NODE_STATE_STANDBY: NodeState.ValueType  # 5
 """A scheduler that waits for leadership."""
+NODE_STATE_EJECTED: NodeState.ValueType  # 6
+"""A worker that is given nothing, or one request to see, after it failed, hung or was much slower than its peers."""
 global___NodeState = NodeState
 
 class _DeviceKind:
@@ -484,6 +488,7 @@ class Node(google.protobuf.message.Message):
     USES_FIELD_NUMBER: builtins.int
     DRAIN_REASON_FIELD_NUMBER: builtins.int
     DRAIN_DETAIL_FIELD_NUMBER: builtins.int
+    EJECTION_DETAIL_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Unique id."""
     role: global___NodeRole.ValueType
@@ -504,6 +509,8 @@ class Node(google.protobuf.message.Message):
     """Why it takes nothing new."""
     drain_detail: builtins.str
     """The same with the numbers, one line for people."""
+    ejection_detail: builtins.str
+    """Why it is ejected, one line for people."""
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NodeModel]:
         """Models of a worker."""
@@ -532,9 +539,10 @@ class Node(google.protobuf.message.Message):
         uses: collections.abc.Iterable[global___ResourceUse] | None = ...,
         drain_reason: global___DrainReason.ValueType = ...,
         drain_detail: builtins.str = ...,
+        ejection_detail: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "backend", b"backend", "capacity", b"capacity", "drain_detail", b"drain_detail", "drain_reason", b"drain_reason", "host", b"host", "id", b"id", "models", b"models", "pid", b"pid", "role", b"role", "running", b"running", "state", b"state", "uses", b"uses"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "backend", b"backend", "capacity", b"capacity", "drain_detail", b"drain_detail", "drain_reason", b"drain_reason", "ejection_detail", b"ejection_detail", "host", b"host", "id", b"id", "models", b"models", "pid", b"pid", "role", b"role", "running", b"running", "state", b"state", "uses", b"uses"]) -> None: ...
 
 global___Node = Node
 

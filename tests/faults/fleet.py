@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import httpx
 import psutil
 
 from llmos.certs import make_certificates
@@ -206,7 +207,10 @@ class Fleet:
             await asyncio.to_thread(member.wait_until_healthy)
 
     async def wait_whole(self, timeout_s: float = 60.0) -> None:
-        """Until every gateway serves and the leader sees exactly our workers, ready."""
+        """Until every gateway serves and the leader sees exactly our workers, ready.
+
+        One that was put out is taken back once it has served a request: it gets some.
+        """
         wanted = {service.id for service in self.of("worker")}
 
         async def whole() -> bool:
@@ -222,10 +226,20 @@ class Fleet:
                 }
                 model = next((one for one in answer.models), None)
                 if ready != wanted or model is None or model.replicas < len(wanted):
+                    if any(node.state == fleet_pb2.NODE_STATE_EJECTED for node in answer.nodes):
+                        await self._try()
                     return False
             return True
 
         await until(whole, f"{len(wanted)} ready workers (logs: {self.ledger.folder})", timeout_s)
+
+    async def _try(self) -> None:
+        """A short request of no scenario."""
+        model = MODEL if self.shape.torch else "echo"
+        body = {"model": model, "prompt": "how are you", "max_tokens": 12}
+        async with httpx.AsyncClient(timeout=_CALL_S, trust_env=False, verify=self.trust) as http:
+            with contextlib.suppress(httpx.HTTPError):
+                await http.post(f"{random.choice(self.urls)}/v1/completions", json=body)
 
     async def _start(self) -> None:
         if self.shape.apart:

@@ -6,11 +6,15 @@ import random
 
 import pytest
 
-from scheduler import commands, events
+from llmos.internal.v1 import registry_pb2
+from llmos.v1 import fleet_pb2
+from scheduler import commands, events, views
 from scheduler.budget import RESERVE, WINDOW_S, Budget
 from scheduler.health import SLOW, STRIKES
 from scheduler.workers import OUT, TRIAL, WELL, WorkerView
 from tests.unit.scheduler.arena import Arena, make_request
+
+ME = registry_pb2.SchedulerRecord(scheduler_id="s1")
 
 
 def fleet(workers: int = 2, blocks: int = 64) -> Arena:
@@ -120,6 +124,8 @@ def test_failing_worker_is_put_out_tried_and_taken_back(workers: int) -> None:
             break
     assert bad.health.standing == OUT
     assert not bad.usable
+    (shown,) = [one for one in views.nodes(state, [], ME) if one.state == fleet_pb2.NODE_STATE_EJECTED]
+    assert shown.id == "w0" and "unavailable" in shown.ejection_detail
     assert sum(worker.usable for worker in state.workers.values()) == workers - 1
     arena.advance(1.1)
     assert bad.health.standing == TRIAL
@@ -132,6 +138,7 @@ def test_failing_worker_is_put_out_tried_and_taken_back(workers: int) -> None:
     arena.run()
     assert client.finished == other.finished == [True]
     assert bad.health.standing == WELL
+    assert not any(one.ejection_detail for one in views.nodes(state, [], ME))
     assert len(arena.workers["w0"].refused) == before + 1
     arena.check_idle()
 
