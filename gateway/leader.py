@@ -51,6 +51,16 @@ async def answers(channel: grpc.aio.Channel, timeout_s: float) -> bool:
     return True
 
 
+async def leads(channel: grpc.aio.Channel, timeout_s: float) -> int:
+    """The term in which the scheduler there leads; 0 if it does not, or does not answer within `timeout_s`."""
+    stub: Any = requests_pb2_grpc.RequestsStub(channel)
+    try:
+        answer: requests_pb2.LeadsResponse = await stub.Leads(requests_pb2.LeadsRequest(), timeout=timeout_s)
+    except grpc.aio.AioRpcError:
+        return 0
+    return int(answer.term)
+
+
 class LeaderClient:
     """Calls whoever leads now. Every method raises LlmosError, Unavailable if nobody does."""
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from gateway.leader import answers
+from gateway.leader import answers, leads
 from gateway.outbox import Outbox
 from llmos.clock import Clock, SystemClock
 from llmos.errors import LlmosError, NotLeader, StaleTerm, Unavailable
@@ -45,6 +45,8 @@ class LinkConfig:
     """Pause between two questions whether the leader still answers."""
     probe_timeout_s: float = 4.0
     """Longest wait for such an answer; past it the leader counts as frozen."""
+    ask_every_s: float = 0.5
+    """Pause between two questions whether another scheduler leads by now, and longest wait for answers."""
     write_timeout_s: float = 10.0
     """Longest wait for the stream to take a message; past it the stream counts as lost."""
     backoff_min_s: float = 0.05
@@ -215,7 +217,7 @@ class Link:
             # The leader is tried first after a short break, as it most often leads on.
             self._hint = address
             try:
-                await self._converse(call, channel, receiver)
+                await self._converse(call, address, channel, receiver)
             finally:
                 self._end(receiver)
         finally:
@@ -253,12 +255,13 @@ class Link:
         self._outbox.reset()
         receiver.on_lost()
 
-    async def _converse(self, call: Any, channel: grpc.aio.Channel, receiver: Receiver) -> None:
+    async def _converse(self, call: Any, address: str, channel: grpc.aio.Channel, receiver: Receiver) -> None:
         """Read, write and watch until one of them fails; the first failure ends all."""
         tasks = [
             asyncio.create_task(self._read(call, receiver), name="link-read"),
             asyncio.create_task(self._write(call), name="link-write"),
             asyncio.create_task(self._watch(channel), name="link-watch"),
+            asyncio.create_task(self._look_around(address), name="link-look-around"),
             asyncio.create_task(self._broken.wait(), name="link-broken"),
         ]
         try:
@@ -319,6 +322,20 @@ class Link:
             if not await answers(channel, self._config.probe_timeout_s):
                 raise _Frozen("it does not answer any more")
             await asyncio.sleep(self._config.probe_every_s)
+
+    async def _look_around(self, leader: str) -> None:
+        """Until another scheduler leads in a later term than ours does, which ours may be unable to say."""
+        channels = {address: self._connect(address) for address in self._config.schedulers if address != leader}
+        wait_s = self._config.ask_every_s
+        try:
+            while True:
+                await asyncio.sleep(wait_s)
+                terms = await asyncio.gather(*(leads(channel, wait_s) for channel in channels.values()))
+                for address, term in zip(channels, terms, strict=True):
+                    if term > self._term:
+                        raise NotLeader("another scheduler leads", leader_address=address)
+        finally:
+            await asyncio.gather(*(channel.close() for channel in channels.values()))
 
     async def _send(self, call: Any, message: requests_pb2.ExchangeRequest) -> None:
         async with asyncio.timeout(self._config.write_timeout_s):

@@ -68,6 +68,15 @@ class RequestsService(requests_pb2_grpc.RequestsServicer):
             raise NotFound("The stream has become too long to be taken up.")
         return answer
 
+    async def Leads(  # noqa: N802 - the contract's name
+        self,
+        request: requests_pb2.LeadsRequest,
+        context: grpc.aio.ServicerContext[requests_pb2.LeadsRequest, requests_pb2.LeadsResponse],
+    ) -> requests_pb2.LeadsResponse:
+        """Whether this scheduler leads."""
+        reign = self._seat.reign
+        return requests_pb2.LeadsResponse(term=0 if reign is None else reign.term)
+
 
 async def _hello(requests: AsyncIterator[requests_pb2.ExchangeRequest]) -> requests_pb2.GatewayHello:
     """The stream's first message."""

@@ -178,6 +178,10 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
             if self._out is out:
                 self._out = None
 
+    async def Leads(self, request: requests_pb2.LeadsRequest, context: Any) -> requests_pb2.LeadsResponse:  # noqa: N802
+        """See the contract."""
+        return requests_pb2.LeadsResponse(term=self.term if self.leads else 0)
+
     async def _listen(self, messages: AsyncIterator[requests_pb2.ExchangeRequest]) -> None:
         async for message in messages:
             await self._note(message)

@@ -554,3 +554,33 @@ class TakeUpResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___TakeUpResponse = TakeUpResponse
+
+@typing.final
+class LeadsRequest(google.protobuf.message.Message):
+    """Asks whether a scheduler leads."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___LeadsRequest = LeadsRequest
+
+@typing.final
+class LeadsResponse(google.protobuf.message.Message):
+    """Whether it does."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: builtins.int
+    term: builtins.int
+    """Term in which it leads; 0: it does not."""
+    def __init__(
+        self,
+        *,
+        term: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["term", b"term"]) -> None: ...
+
+global___LeadsResponse = LeadsResponse

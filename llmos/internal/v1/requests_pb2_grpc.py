@@ -54,6 +54,11 @@ class RequestsStub(object):
                 request_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpRequest.SerializeToString,
                 response_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpResponse.FromString,
                 _registered_method=True)
+        self.Leads = channel.unary_unary(
+                '/llmos.internal.v1.Requests/Leads',
+                request_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.LeadsRequest.SerializeToString,
+                response_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.LeadsResponse.FromString,
+                _registered_method=True)
 
 
 class RequestsServicer(object):
@@ -86,6 +91,14 @@ class RequestsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leads(self, request, context):
+        """Leads tells whether this scheduler leads, and in which term. Gateways ask those that they have no stream to: a leader
+        that is frozen or cut off cannot say that another one leads by now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RequestsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -103,6 +116,11 @@ def add_RequestsServicer_to_server(servicer, server):
                     servicer.TakeUp,
                     request_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpRequest.FromString,
                     response_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpResponse.SerializeToString,
+            ),
+            'Leads': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leads,
+                    request_deserializer=llmos_dot_internal_dot_v1_dot_requests__pb2.LeadsRequest.FromString,
+                    response_serializer=llmos_dot_internal_dot_v1_dot_requests__pb2.LeadsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -191,6 +209,33 @@ class Requests(object):
             '/llmos.internal.v1.Requests/TakeUp',
             llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpRequest.SerializeToString,
             llmos_dot_internal_dot_v1_dot_requests__pb2.TakeUpResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/llmos.internal.v1.Requests/Leads',
+            llmos_dot_internal_dot_v1_dot_requests__pb2.LeadsRequest.SerializeToString,
+            llmos_dot_internal_dot_v1_dot_requests__pb2.LeadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

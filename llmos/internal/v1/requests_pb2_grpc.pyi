@@ -46,6 +46,14 @@ class RequestsStub:
     the gateway submits the request with it, lower claims are over. NOT_FOUND if nothing is remembered for that tenant.
     """
 
+    Leads: grpc.UnaryUnaryMultiCallable[
+        llmos.internal.v1.requests_pb2.LeadsRequest,
+        llmos.internal.v1.requests_pb2.LeadsResponse,
+    ]
+    """Leads tells whether this scheduler leads, and in which term. Gateways ask those that they have no stream to: a leader
+    that is frozen or cut off cannot say that another one leads by now.
+    """
+
 class RequestsAsyncStub:
     """Requests carries requests down and output up: one bidirectional stream per gateway.
 
@@ -72,6 +80,14 @@ class RequestsAsyncStub:
     ]
     """TakeUp hands what the journal has of a stream to the gateway that its client came back to, and gives it a claim: once
     the gateway submits the request with it, lower claims are over. NOT_FOUND if nothing is remembered for that tenant.
+    """
+
+    Leads: grpc.aio.UnaryUnaryMultiCallable[
+        llmos.internal.v1.requests_pb2.LeadsRequest,
+        llmos.internal.v1.requests_pb2.LeadsResponse,
+    ]
+    """Leads tells whether this scheduler leads, and in which term. Gateways ask those that they have no stream to: a leader
+    that is frozen or cut off cannot say that another one leads by now.
     """
 
 class RequestsServicer(metaclass=abc.ABCMeta):
@@ -106,6 +122,16 @@ class RequestsServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[llmos.internal.v1.requests_pb2.TakeUpResponse, collections.abc.Awaitable[llmos.internal.v1.requests_pb2.TakeUpResponse]]:
         """TakeUp hands what the journal has of a stream to the gateway that its client came back to, and gives it a claim: once
         the gateway submits the request with it, lower claims are over. NOT_FOUND if nothing is remembered for that tenant.
+        """
+
+    @abc.abstractmethod
+    def Leads(
+        self,
+        request: llmos.internal.v1.requests_pb2.LeadsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[llmos.internal.v1.requests_pb2.LeadsResponse, collections.abc.Awaitable[llmos.internal.v1.requests_pb2.LeadsResponse]]:
+        """Leads tells whether this scheduler leads, and in which term. Gateways ask those that they have no stream to: a leader
+        that is frozen or cut off cannot say that another one leads by now.
         """
 
 def add_RequestsServicer_to_server(servicer: RequestsServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

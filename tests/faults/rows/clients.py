@@ -12,7 +12,7 @@ SCENARIOS = (
         "clients gone",
         "client gone",
         (Event("RST from every client", leave_all("free_s"), tokens=20),),
-        load=Load(streams=16, tokens=4000),
+        load=Load(streams=16, tokens=4000, askers=0),
         targets={"free_s": 0.5},
     ),
     Scenario(

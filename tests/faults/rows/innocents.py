@@ -52,7 +52,9 @@ def poison() -> Act:
         for service in world.fleet.of("worker"):
             service.order("abort")
             service.marked = True
-        answers = [await world.clients.say(f"a {POISON} prompt") for _ in range(2)]
+        # Of this scenario alone: what another one asked may still be refused.
+        asked = f"a {POISON} prompt in '{world.scenario.name}' {world.seed}"
+        answers = [await world.clients.say(asked) for _ in range(2)]
         if answers != [_QUARANTINED] * 2:
             world.problems.append(f"the poisonous request got {answers}")
         lost = [one.name for one in world.fleet.of("worker") if one.first_line(ENGINE_ENDED, world.fault_unix_s)]

@@ -100,6 +100,39 @@ async def test_the_same_bytes_across_a_change_of_leader(new_scheduler: NewSchedu
         assert new.hellos[0].highest_term == 1
 
 
+@pytest.mark.parametrize("silent", [True, False])
+async def test_a_leader_is_left_as_soon_as_another_one_leads(new_scheduler: NewScheduler, silent: bool) -> None:
+    """Long before it counts as frozen; and one that still talks, but has lost its seat, too."""
+    old, old_address = await new_scheduler(term=3)
+    new, new_address = await new_scheduler(term=4, leads=False, answer=answer_all)
+    patience = {"probe_every_s": 0.05, "probe_timeout_s": 600.0, "ask_every_s": 0.05}
+    async with TcpRelay(old_address) as relay, running(relay.address, new_address, **patience) as gateway:
+        await gateway.ready()
+        stream = await gateway.chat(max_tokens=len(ANSWER.encode()))
+        request = await old.next_submit()
+        old.send(output(request.request_id, 0, list(ANSWER.encode()[:3])))
+        events = stream.events()
+        head = await read(events, 2)
+        if silent:
+            relay.fall_silent()
+        new.leads = True
+        async with asyncio.timeout(WAIT_S):
+            rest = [event async for event in events]
+        assert text_of([*head, *rest]) == ANSWER
+        assert (gateway.link.term, new.hellos[0].highest_term) == (4, 3)
+
+
+async def test_a_scheduler_that_leads_in_an_older_term_is_no_reason_to_leave(new_scheduler: NewScheduler) -> None:
+    _, old_address = await new_scheduler(term=1)
+    _, address = await new_scheduler(term=2, answer=answer_all)
+    async with running(address, old_address, ask_every_s=0.01) as gateway:
+        await eventually(lambda: gateway.link.term == 2)
+        before = gateway.link.counters()["connects"]
+        events = await collect(await gateway.chat("hello", max_tokens=len(ANSWER.encode())))
+        assert text_of(events) == ANSWER
+        assert gateway.link.counters()["connects"] == before
+
+
 async def test_a_leader_that_falls_silent_is_left_for_the_next_one(new_scheduler: NewScheduler) -> None:
     frozen, frozen_address = await new_scheduler(term=1)
     new, new_address = await new_scheduler(term=2, leads=False, answer=answer_all)
