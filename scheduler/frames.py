@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llmos.errors import AttemptLost, ClientError, EngineLost, from_code
 from llmos.internal.v1 import request_pb2, work_pb2
-from scheduler import charges, decay, health, hedging, learning, members, suspects
+from scheduler import charges, decay, health, hedging, learning, members, stalls, suspects
 from scheduler.commands import FirstToken, Order
 from scheduler.events import WorkerFrame
 from scheduler.lifecycle import complete, migrate, retry, send
@@ -24,7 +24,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
     if frame.outputs:
         learning.stepped(state, worker, frame, now, out)
         _sample_gap(state, frame, now)
-    if frame.step != worker.step or not frame.busy:
+    worker.still = frame.busy and frame.step == worker.step
+    if not worker.still:
         worker.step_at = now
         if worker.health.hung:
             health.on_trial(state, worker)
@@ -51,6 +52,8 @@ def received(state: State, event: WorkerFrame, now: float, out: Outbox) -> None:
         worker.busy_at = now
     elif worker.running:
         _missed(state, worker, now, out)
+    if worker.still and not worker.running:
+        stalls.lingers(state, worker, now)
     if state.kept_apart:  # what runs there may have got far enough for a suspect to come beside it
         state.looking |= state.kept_apart
         state.kept_apart.clear()

@@ -14,10 +14,12 @@ from scheduler.lifecycle import drop_attempt, migrate, stand_in
 from scheduler.placement import Option
 from scheduler.requests import Attempt, LiveRequest
 from scheduler.state import Outbox, State
-from scheduler.workers import WorkerView
+from scheduler.workers import OUT, WorkerView
 
 _STILL_S = 0.75
 """An engine whose counter has stood still for so long may be stuck as a whole: its own bound decides."""
+_LINGERS_S, _LINGERS_STEPS = 3.0, 5.0
+"""Seconds, and usual steps, without a step after which an engine that is busy with what has moved away is stuck."""
 
 
 def stalled(state: State, event: AttemptStalled, now: float, out: Outbox) -> None:
@@ -35,8 +37,20 @@ def stalled(state: State, event: AttemptStalled, now: float, out: Outbox) -> Non
         return
     if event.stage == "step":
         _engine(state, worker, event, now, out)
-    elif not _moves(live, attempt, event, now) and now - worker.step_at < _STILL_S:
+    elif not _moves(live, attempt, event, now) and not worker.still and now - worker.step_at < _STILL_S:
         _stream(state, worker, live, attempt, event, now, out)
+
+
+def lingers(state: State, worker: WorkerView, now: float) -> None:
+    """Nothing of ours runs there any more, yet its engine is busy and makes no step: no span waits for that."""
+    health_of = worker.health
+    usual_s = max((slot.times.step.seconds(1, prefilling=True) for slot in worker.slots.values()), default=0.0)
+    waited_s, bound_s = now - worker.step_at, max(_LINGERS_S, _LINGERS_STEPS * usual_s)
+    if health_of.hung or health_of.standing == OUT or worker.loading or waited_s < bound_s:
+        return
+    reason = f"engine stands still for {waited_s:.1f} s after all has moved away, bound {bound_s:.1f} s"
+    if health.eject(state, worker, reason, now, hung=True):
+        state.counters["hangs"] += 1
 
 
 def _moves(live: LiveRequest, attempt: Attempt, event: AttemptStalled, now: float) -> bool:

@@ -144,7 +144,7 @@ class WorkLink:
         return typed if str(typed) else AttemptLost(type(typed).__name__)
 
     async def _greet(self, call: Any) -> work_pb2.WorkerReport:
-        hello = work_pb2.SchedulerHello(scheduler_id=self._context.scheduler_id)
+        hello = work_pb2.SchedulerHello(scheduler_id=self._context.scheduler_id, worker_id=self.worker_id)
         async with asyncio.timeout(self._context.config.hello_timeout_s):
             await call.write(
                 work_pb2.AttachRequest(term=self._context.term(), commands=[work_pb2.Command(hello=hello)])

@@ -212,6 +212,8 @@ class WorkerView:
     """Its engine's step counter: stands still while the engine hangs."""
     step_at: float = 0.0
     """When the counter last moved, or the engine last had nothing to do."""
+    still: bool = False
+    """The counter had not moved when the worker last spoke, though there was something to do."""
     output_at: float = 0.0
     """When the last frame with output came."""
     noted_at: float = 0.0

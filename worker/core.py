@@ -107,9 +107,11 @@ class WorkerCore:
     # From the scheduler
 
     def attach(self, request: work_pb2.AttachRequest, stream: Stream) -> work_pb2.WorkerReport:
-        """A scheduler opens a stream; it replaces an older one. Raises StaleTerm, InvalidRequest, Unavailable."""
+        """A scheduler opens a stream, which replaces an older one. Raises FleetError, InvalidRequest, Unavailable."""
         if not request.commands or request.commands[0].WhichOneof("order") != "hello":
             raise InvalidRequest("The stream must begin with hello.")
+        if request.commands[0].hello.worker_id not in ("", self.worker_id):
+            raise AttemptLost("Another worker listens at this address.")
         if not self._state.fingerprint:
             raise Unavailable("The engine is starting.")
         self._fence(request.term)

@@ -27,7 +27,7 @@ from llmos.internal.v1 import requests_pb2 as llmos_dot_internal_dot_v1_dot_requ
 from llmos.v1 import fleet_pb2 as llmos_dot_v1_dot_fleet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cllmos/internal/v1/work.proto\x12\x11llmos.internal.v1\x1a\x1fllmos/internal/v1/request.proto\x1a llmos/internal/v1/requests.proto\x1a\x14llmos/v1/fleet.proto\"\x85\x01\n\rAttachRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12,\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x1a.llmos.internal.v1.Command\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x04\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"\xd3\x03\n\x07\x43ommand\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32!.llmos.internal.v1.SchedulerHelloH\x00\x12/\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x1b.llmos.internal.v1.DispatchH\x00\x12\x32\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32 .llmos.internal.v1.CancelAttemptH\x00\x12+\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.llmos.internal.v1.FinishH\x00\x12,\n\x04load\x18\x05 \x01(\x0b\x32\x1c.llmos.internal.v1.LoadModelH\x00\x12\x30\n\x06unload\x18\x06 \x01(\x0b\x32\x1e.llmos.internal.v1.UnloadModelH\x00\x12)\n\x05\x64rain\x18\x07 \x01(\x0b\x32\x18.llmos.internal.v1.DrainH\x00\x12\x36\n\x0cresend_cache\x18\x08 \x01(\x0b\x32\x1e.llmos.internal.v1.ResendCacheH\x00\x12\x36\n\x0cset_priority\x18\t \x01(\x0b\x32\x1e.llmos.internal.v1.SetPriorityH\x00\x42\x07\n\x05order\"&\n\x0eSchedulerHello\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\"\x90\x01\n\x08\x44ispatch\x12\'\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.llmos.internal.v1.Request\x12.\n\x05trace\x18\x03 \x01(\x0b\x32\x1f.llmos.internal.v1.TraceContext\"L\n\rCancelAttempt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\"[\n\tLoadModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\t\x12\x1b\n\x13memory_budget_bytes\x18\x04 \x01(\x04\"\x1c\n\x0bUnloadModel\x12\r\n\x05model\x18\x01 \x01(\t\"p\n\x05\x44rain\x12\x0c\n\x04undo\x18\x01 \x01(\x08\x12\x0f\n\x07restart\x18\x02 \x01(\x08\x12%\n\x06reason\x18\x03 \x01(\x0e\x32\x15.llmos.v1.DrainReason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x11\n\twithin_ms\x18\x05 \x01(\x04\"\x1c\n\x0bResendCache\x12\r\n\x05model\x18\x01 \x01(\t\"u\n\x0bSetPriority\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\x12)\n\x08priority\x18\x03 \x01(\x0e\x32\x17.llmos.v1.PriorityClass\"\xa1\x01\n\x0e\x41ttachResponse\x12\x31\n\x06report\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.WorkerReportH\x00\x12-\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1c.llmos.internal.v1.WorkFrameH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x01\x88\x01\x01\x42\t\n\x07messageB\x0b\n\t_checksum\"\x83\x02\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0chighest_term\x18\x02 \x01(\x04\x12\x32\n\x07running\x18\x03 \x03(\x0b\x32!.llmos.internal.v1.RunningAttempt\x12#\n\x06models\x18\x04 \x03(\x0b\x32\x13.llmos.v1.NodeModel\x12\x1c\n\x14numerics_fingerprint\x18\x05 \x01(\t\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12+\n\x0c\x64rain_reason\x18\x07 \x01(\x0e\x32\x15.llmos.v1.DrainReason\x12\x14\n\x0c\x64rain_detail\x18\x08 \x01(\t\"M\n\x0eRunningAttempt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\"\xcd\x02\n\tWorkFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x03 \x01(\x08\x12*\n\x07outputs\x18\x04 \x03(\x0b\x32\x19.llmos.internal.v1.Output\x12,\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x1a.llmos.internal.v1.Failure\x12#\n\x06models\x18\x06 \x03(\x0b\x32\x13.llmos.v1.NodeModel\x12\x1d\n\x05spans\x18\x07 \x03(\x0b\x32\x0e.llmos.v1.Span\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12-\n\x05\x63\x61\x63he\x18\t \x03(\x0b\x32\x1e.llmos.internal.v1.CacheChange\x12\x0e\n\x06\x66\x65nced\x18\n \x01(\r\x12#\n\x04uses\x18\x0b \x03(\x0b\x32\x15.llmos.v1.ResourceUse\"M\n\x0b\x43\x61\x63heChange\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0e\n\x06stored\x18\x03 \x03(\x06\x12\x0f\n\x07removed\x18\x04 \x03(\x06\"&\n\x14WorkFetchBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"%\n\x15WorkFetchBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xbb\x01\n\x04Work\x12Q\n\x06\x41ttach\x12 .llmos.internal.v1.AttachRequest\x1a!.llmos.internal.v1.AttachResponse(\x01\x30\x01\x12`\n\tFetchBlob\x12\'.llmos.internal.v1.WorkFetchBlobRequest\x1a(.llmos.internal.v1.WorkFetchBlobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cllmos/internal/v1/work.proto\x12\x11llmos.internal.v1\x1a\x1fllmos/internal/v1/request.proto\x1a llmos/internal/v1/requests.proto\x1a\x14llmos/v1/fleet.proto\"\x85\x01\n\rAttachRequest\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12,\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x1a.llmos.internal.v1.Command\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x04\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"\xd3\x03\n\x07\x43ommand\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32!.llmos.internal.v1.SchedulerHelloH\x00\x12/\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x1b.llmos.internal.v1.DispatchH\x00\x12\x32\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32 .llmos.internal.v1.CancelAttemptH\x00\x12+\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.llmos.internal.v1.FinishH\x00\x12,\n\x04load\x18\x05 \x01(\x0b\x32\x1c.llmos.internal.v1.LoadModelH\x00\x12\x30\n\x06unload\x18\x06 \x01(\x0b\x32\x1e.llmos.internal.v1.UnloadModelH\x00\x12)\n\x05\x64rain\x18\x07 \x01(\x0b\x32\x18.llmos.internal.v1.DrainH\x00\x12\x36\n\x0cresend_cache\x18\x08 \x01(\x0b\x32\x1e.llmos.internal.v1.ResendCacheH\x00\x12\x36\n\x0cset_priority\x18\t \x01(\x0b\x32\x1e.llmos.internal.v1.SetPriorityH\x00\x42\x07\n\x05order\"9\n\x0eSchedulerHello\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\"\x90\x01\n\x08\x44ispatch\x12\'\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.llmos.internal.v1.Request\x12.\n\x05trace\x18\x03 \x01(\x0b\x32\x1f.llmos.internal.v1.TraceContext\"L\n\rCancelAttempt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\"[\n\tLoadModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\t\x12\x1b\n\x13memory_budget_bytes\x18\x04 \x01(\x04\"\x1c\n\x0bUnloadModel\x12\r\n\x05model\x18\x01 \x01(\t\"p\n\x05\x44rain\x12\x0c\n\x04undo\x18\x01 \x01(\x08\x12\x0f\n\x07restart\x18\x02 \x01(\x08\x12%\n\x06reason\x18\x03 \x01(\x0e\x32\x15.llmos.v1.DrainReason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x11\n\twithin_ms\x18\x05 \x01(\x04\"\x1c\n\x0bResendCache\x12\r\n\x05model\x18\x01 \x01(\t\"u\n\x0bSetPriority\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\x12)\n\x08priority\x18\x03 \x01(\x0e\x32\x17.llmos.v1.PriorityClass\"\xa1\x01\n\x0e\x41ttachResponse\x12\x31\n\x06report\x18\x01 \x01(\x0b\x32\x1f.llmos.internal.v1.WorkerReportH\x00\x12-\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x1c.llmos.internal.v1.WorkFrameH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x07H\x01\x88\x01\x01\x42\t\n\x07messageB\x0b\n\t_checksum\"\x83\x02\n\x0cWorkerReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x14\n\x0chighest_term\x18\x02 \x01(\x04\x12\x32\n\x07running\x18\x03 \x03(\x0b\x32!.llmos.internal.v1.RunningAttempt\x12#\n\x06models\x18\x04 \x03(\x0b\x32\x13.llmos.v1.NodeModel\x12\x1c\n\x14numerics_fingerprint\x18\x05 \x01(\t\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12+\n\x0c\x64rain_reason\x18\x07 \x01(\x0e\x32\x15.llmos.v1.DrainReason\x12\x14\n\x0c\x64rain_detail\x18\x08 \x01(\t\"M\n\x0eRunningAttempt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x18.llmos.internal.v1.Epoch\"\xcd\x02\n\tWorkFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x03 \x01(\x08\x12*\n\x07outputs\x18\x04 \x03(\x0b\x32\x19.llmos.internal.v1.Output\x12,\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x1a.llmos.internal.v1.Failure\x12#\n\x06models\x18\x06 \x03(\x0b\x32\x13.llmos.v1.NodeModel\x12\x1d\n\x05spans\x18\x07 \x03(\x0b\x32\x0e.llmos.v1.Span\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12-\n\x05\x63\x61\x63he\x18\t \x03(\x0b\x32\x1e.llmos.internal.v1.CacheChange\x12\x0e\n\x06\x66\x65nced\x18\n \x01(\r\x12#\n\x04uses\x18\x0b \x03(\x0b\x32\x15.llmos.v1.ResourceUse\"M\n\x0b\x43\x61\x63heChange\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0e\n\x06stored\x18\x03 \x03(\x06\x12\x0f\n\x07removed\x18\x04 \x03(\x06\"&\n\x14WorkFetchBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"%\n\x15WorkFetchBlobResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xbb\x01\n\x04Work\x12Q\n\x06\x41ttach\x12 .llmos.internal.v1.AttachRequest\x1a!.llmos.internal.v1.AttachResponse(\x01\x30\x01\x12`\n\tFetchBlob\x12\'.llmos.internal.v1.WorkFetchBlobRequest\x1a(.llmos.internal.v1.WorkFetchBlobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,35 +39,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMAND']._serialized_start=277
   _globals['_COMMAND']._serialized_end=744
   _globals['_SCHEDULERHELLO']._serialized_start=746
-  _globals['_SCHEDULERHELLO']._serialized_end=784
-  _globals['_DISPATCH']._serialized_start=787
-  _globals['_DISPATCH']._serialized_end=931
-  _globals['_CANCELATTEMPT']._serialized_start=933
-  _globals['_CANCELATTEMPT']._serialized_end=1009
-  _globals['_LOADMODEL']._serialized_start=1011
-  _globals['_LOADMODEL']._serialized_end=1102
-  _globals['_UNLOADMODEL']._serialized_start=1104
-  _globals['_UNLOADMODEL']._serialized_end=1132
-  _globals['_DRAIN']._serialized_start=1134
-  _globals['_DRAIN']._serialized_end=1246
-  _globals['_RESENDCACHE']._serialized_start=1248
-  _globals['_RESENDCACHE']._serialized_end=1276
-  _globals['_SETPRIORITY']._serialized_start=1278
-  _globals['_SETPRIORITY']._serialized_end=1395
-  _globals['_ATTACHRESPONSE']._serialized_start=1398
-  _globals['_ATTACHRESPONSE']._serialized_end=1559
-  _globals['_WORKERREPORT']._serialized_start=1562
-  _globals['_WORKERREPORT']._serialized_end=1821
-  _globals['_RUNNINGATTEMPT']._serialized_start=1823
-  _globals['_RUNNINGATTEMPT']._serialized_end=1900
-  _globals['_WORKFRAME']._serialized_start=1903
-  _globals['_WORKFRAME']._serialized_end=2236
-  _globals['_CACHECHANGE']._serialized_start=2238
-  _globals['_CACHECHANGE']._serialized_end=2315
-  _globals['_WORKFETCHBLOBREQUEST']._serialized_start=2317
-  _globals['_WORKFETCHBLOBREQUEST']._serialized_end=2355
-  _globals['_WORKFETCHBLOBRESPONSE']._serialized_start=2357
-  _globals['_WORKFETCHBLOBRESPONSE']._serialized_end=2394
-  _globals['_WORK']._serialized_start=2397
-  _globals['_WORK']._serialized_end=2584
+  _globals['_SCHEDULERHELLO']._serialized_end=803
+  _globals['_DISPATCH']._serialized_start=806
+  _globals['_DISPATCH']._serialized_end=950
+  _globals['_CANCELATTEMPT']._serialized_start=952
+  _globals['_CANCELATTEMPT']._serialized_end=1028
+  _globals['_LOADMODEL']._serialized_start=1030
+  _globals['_LOADMODEL']._serialized_end=1121
+  _globals['_UNLOADMODEL']._serialized_start=1123
+  _globals['_UNLOADMODEL']._serialized_end=1151
+  _globals['_DRAIN']._serialized_start=1153
+  _globals['_DRAIN']._serialized_end=1265
+  _globals['_RESENDCACHE']._serialized_start=1267
+  _globals['_RESENDCACHE']._serialized_end=1295
+  _globals['_SETPRIORITY']._serialized_start=1297
+  _globals['_SETPRIORITY']._serialized_end=1414
+  _globals['_ATTACHRESPONSE']._serialized_start=1417
+  _globals['_ATTACHRESPONSE']._serialized_end=1578
+  _globals['_WORKERREPORT']._serialized_start=1581
+  _globals['_WORKERREPORT']._serialized_end=1840
+  _globals['_RUNNINGATTEMPT']._serialized_start=1842
+  _globals['_RUNNINGATTEMPT']._serialized_end=1919
+  _globals['_WORKFRAME']._serialized_start=1922
+  _globals['_WORKFRAME']._serialized_end=2255
+  _globals['_CACHECHANGE']._serialized_start=2257
+  _globals['_CACHECHANGE']._serialized_end=2334
+  _globals['_WORKFETCHBLOBREQUEST']._serialized_start=2336
+  _globals['_WORKFETCHBLOBREQUEST']._serialized_end=2374
+  _globals['_WORKFETCHBLOBRESPONSE']._serialized_start=2376
+  _globals['_WORKFETCHBLOBRESPONSE']._serialized_end=2413
+  _globals['_WORK']._serialized_start=2416
+  _globals['_WORK']._serialized_end=2603
 # @@protoc_insertion_point(module_scope)

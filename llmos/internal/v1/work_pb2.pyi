@@ -126,14 +126,18 @@ class SchedulerHello(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SCHEDULER_ID_FIELD_NUMBER: builtins.int
+    WORKER_ID_FIELD_NUMBER: builtins.int
     scheduler_id: builtins.str
     """Id of the scheduler."""
+    worker_id: builtins.str
+    """Id of the worker that is meant: at the address of one that has ended another one may listen, whose stream must live."""
     def __init__(
         self,
         *,
         scheduler_id: builtins.str = ...,
+        worker_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["scheduler_id", b"scheduler_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["scheduler_id", b"scheduler_id", "worker_id", b"worker_id"]) -> None: ...
 
 global___SchedulerHello = SchedulerHello
 

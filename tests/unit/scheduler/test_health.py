@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llmos.internal.v1 import registry_pb2
+from llmos.internal.v1 import registry_pb2, work_pb2
 from llmos.v1 import fleet_pb2
 from scheduler import commands, events, views
 from scheduler.budget import RESERVE, WINDOW_S, Budget
@@ -350,6 +350,24 @@ def test_hung_engine_loses_everything_at_once_and_returns_by_a_trial() -> None:
     assert hung.health.standing == TRIAL
     arena.run()
     assert all(client.finished == [True] for client in clients)
+
+
+def test_engine_that_is_stuck_after_all_has_moved_away_is_put_out_until_it_steps() -> None:
+    arena = fleet(2)
+    stuck = view(arena, "w0")
+
+    def says(step: int, *, busy: bool = True) -> None:
+        arena.advance(0.5)
+        arena.post(events.WorkerFrame("w0", work_pb2.WorkFrame(step=step, busy=busy)))
+
+    for step in (1, 2, 3, 4, 5, 5, 5, 5, 5, 5):
+        says(step)
+    assert stuck.health.standing == WELL
+    says(5)
+    assert (stuck.health.standing, stuck.health.hung) == (OUT, True)
+    assert arena.core.state.counters["hangs"] == 1
+    says(6, busy=False)
+    assert (stuck.health.standing, stuck.health.hung) == (TRIAL, False)
 
 
 def test_stalled_request_waits_for_a_full_worker_rather_than_go_back() -> None:

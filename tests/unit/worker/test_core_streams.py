@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmos.errors import FleetError, InvalidRequest, LlmosError, StaleTerm, Unavailable
+from llmos.errors import AttemptLost, FleetError, InvalidRequest, LlmosError, StaleTerm, Unavailable
 from llmos.internal.v1 import request_pb2, work_pb2
 from tests.unit.worker.rig import FakeStream, Rig, batch, cancel, dispatch, hello
 
@@ -31,6 +31,16 @@ def test_a_replaced_leader_learns_whether_its_term_is_over(term: int, kind: type
     rig = Rig()
     rig.core.attach(batch(hello(), term=term), FakeStream(term))
     assert type(rig.stream.error) is kind
+
+
+def test_who_means_another_worker_is_refused_and_the_stream_that_is_lives_on() -> None:
+    rig = Rig()
+    meant = work_pb2.Command(hello=work_pb2.SchedulerHello(scheduler_id="s", worker_id="w0"))
+    with pytest.raises(AttemptLost, match="Another worker"):
+        rig.core.attach(batch(meant), FakeStream())
+    assert rig.stream.error is None
+    rig.send(dispatch())
+    assert rig.engine.orders == ["load", "dispatch"]
 
 
 def test_a_stream_without_hello_is_refused() -> None:
