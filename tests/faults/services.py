@@ -90,7 +90,10 @@ class Service:
             **self._environment,
         }
         with self.log.open("ab") as out:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment)
+            # In a session of its own: a process group that loses its shell has its stopped processes continued.
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, stdout=out, stderr=out, env=environment, start_new_session=True
+            )
         self._ledger.note("process", self._process.pid)
         self.marked = False
 
