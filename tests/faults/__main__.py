@@ -50,15 +50,19 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress = report.Progress(console, len(scenarios))
     began = time.monotonic()
+    results: list[Result] = []
+    interrupted = False
     try:
-        results = asyncio.run(_run(scenarios, progress, write_docs=options.write_docs))
+        asyncio.run(_run(scenarios, progress, results, write_docs=options.write_docs))
     except KeyboardInterrupt:
+        interrupted = True
         console.print("interrupted; everything that was made is taken back")
-        return 130
     if options.json:
         sys.stdout.write(json.dumps(report.as_json(results, time.monotonic() - began)) + "\n")
     else:
         report.summarise(console, results, time.monotonic() - began)
+    if interrupted:
+        return 130
     return 0 if all(result.ok for result in results) else 1
 
 
@@ -81,15 +85,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-async def _run(scenarios: list[tuple[Scenario, int]], progress: report.Progress, *, write_docs: bool) -> list[Result]:
-    results: list[Result] = []
+async def _run(
+    scenarios: list[tuple[Scenario, int]], progress: report.Progress, results: list[Result], *, write_docs: bool
+) -> None:
+    """Results are added as they come: an interrupted run has some too."""
     began = time.monotonic()
     async with Runner(progress.told) as runner:
         for scenario, seed in scenarios:
             results += await runner.run([scenario], seed)
             if write_docs:  # after each one: an interrupted run has its page too
                 page.write(results, time.monotonic() - began)
-    return results
 
 
 if __name__ == "__main__":
