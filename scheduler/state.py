@@ -113,9 +113,9 @@ class State:
     """Fingerprints of what ran when an engine ended; the last one's request."""
     tombstones: Recent[str] = field(init=False)
     """Why a request was cancelled; it must not start any more."""
-    last_attempts: Recent[int] = field(init=False)
     closed: Recent[int] = field(init=False)
     """Of streams that broke: the highest claim that is over. Known for as long as the tombstone, journal or not."""
+    last_attempts: Recent[int] = field(init=False)
     """Attempts of ended requests: one that comes again continues the count, as workers refuse epochs they know."""
     journal: Journal = field(init=False)
     followers: set[int] = field(default_factory=set)

@@ -84,6 +84,8 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
         self.finishes: list[requests_pb2.Finish] = []
         self.spans: list[fleet_pb2.Span] = []
         self.acknowledged = 0
+        self.asked = 0
+        """How often a gateway asked whether this one leads."""
         self.running: list[fleet_pb2.RequestInfo] = []
         self.killed: list[str] = []
         self.traces: dict[str, list[fleet_pb2.Span]] = {}
@@ -180,6 +182,7 @@ class FakeScheduler(requests_pb2_grpc.RequestsServicer, fleet_pb2_grpc.FleetServ
 
     async def Leads(self, request: requests_pb2.LeadsRequest, context: Any) -> requests_pb2.LeadsResponse:  # noqa: N802
         """See the contract."""
+        self.asked += 1
         return requests_pb2.LeadsResponse(term=self.term if self.leads else 0)
 
     async def _listen(self, messages: AsyncIterator[requests_pb2.ExchangeRequest]) -> None:

@@ -123,11 +123,12 @@ async def test_a_leader_is_left_as_soon_as_another_one_leads(new_scheduler: NewS
 
 
 async def test_a_scheduler_that_leads_in_an_older_term_is_no_reason_to_leave(new_scheduler: NewScheduler) -> None:
-    _, old_address = await new_scheduler(term=1)
+    old, old_address = await new_scheduler(term=1)
     _, address = await new_scheduler(term=2, answer=answer_all)
     async with running(address, old_address, ask_every_s=0.01) as gateway:
         await eventually(lambda: gateway.link.term == 2)
-        before = gateway.link.counters()["connects"]
+        before, asked = gateway.link.counters()["connects"], old.asked
+        await eventually(lambda: old.asked >= asked + 3)
         events = await collect(await gateway.chat("hello", max_tokens=len(ANSWER.encode())))
         assert text_of(events) == ANSWER
         assert gateway.link.counters()["connects"] == before
