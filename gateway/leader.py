@@ -41,6 +41,13 @@ def _is_internal(error: LlmosError) -> bool:
     return isinstance(error, FleetError) or type(error) is LlmosError
 
 
+def _readable(answer: Any) -> Any:
+    """`answer`; gRPC gives None for bytes that are no such message."""
+    if answer is None:
+        raise Unavailable("The scheduler's answer arrived damaged; try again.", retry_after_s=1.0)
+    return answer
+
+
 async def answers(channel: grpc.aio.Channel, timeout_s: float) -> bool:
     """Whether a process answers there within `timeout_s`, whatever it says. A frozen one doesn't; TCP can't tell."""
     health: Any = health_pb2_grpc.HealthStub(channel)
@@ -55,10 +62,10 @@ async def leads(channel: grpc.aio.Channel, timeout_s: float) -> int:
     """The term in which the scheduler there leads; 0 if it does not, or does not answer within `timeout_s`."""
     stub: Any = requests_pb2_grpc.RequestsStub(channel)
     try:
-        answer: requests_pb2.LeadsResponse = await stub.Leads(requests_pb2.LeadsRequest(), timeout=timeout_s)
+        answer: requests_pb2.LeadsResponse | None = await stub.Leads(requests_pb2.LeadsRequest(), timeout=timeout_s)
     except grpc.aio.AioRpcError:
         return 0
-    return int(answer.term)
+    return 0 if answer is None else int(answer.term)  # None: bytes that are no such message
 
 
 class LeaderClient:
@@ -75,7 +82,7 @@ class LeaderClient:
         size = 0
         with _typed_errors():
             async for answer in stub.FetchBlob(requests_pb2.FetchBlobRequest(sha256=sha256), timeout=_BLOB_TIMEOUT_S):
-                size += len(answer.data)
+                size += len(_readable(answer).data)
                 if size > _BLOB_LIMIT:
                     raise Unavailable("A file of the model is larger than this gateway takes.")
                 chunks.append(answer.data)
@@ -86,65 +93,47 @@ class LeaderClient:
         stub: Any = requests_pb2_grpc.RequestsStub(sealed(self._channel()))
         request = requests_pb2.TakeUpRequest(tenant=tenant, origin_ids=origin_ids)
         with _typed_errors():
-            answer: requests_pb2.TakeUpResponse | None = await stub.TakeUp(request, timeout=_CALL_TIMEOUT_S)
-        if answer is None:
-            raise Unavailable("What is known of the stream arrived damaged; try again.", retry_after_s=1.0)
+            answer: requests_pb2.TakeUpResponse = _readable(await stub.TakeUp(request, timeout=_CALL_TIMEOUT_S))
         return answer.entry
 
     async def list_nodes(self, request: fleet_pb2.ListNodesRequest) -> fleet_pb2.ListNodesResponse:
         """Every node of the fleet."""
-        with _typed_errors():
-            answer: fleet_pb2.ListNodesResponse = await self._fleet().ListNodes(request, timeout=_CALL_TIMEOUT_S)
+        answer: fleet_pb2.ListNodesResponse = await self.call("ListNodes", request)
         return answer
 
     async def list_requests(self, request: fleet_pb2.ListRequestsRequest) -> fleet_pb2.ListRequestsResponse:
         """Requests that wait or run, of all tenants."""
-        with _typed_errors():
-            answer: fleet_pb2.ListRequestsResponse = await self._fleet().ListRequests(request, timeout=_CALL_TIMEOUT_S)
+        answer: fleet_pb2.ListRequestsResponse = await self.call("ListRequests", request)
         return answer
 
     async def kill_request(self, request_id: str) -> bool:
         """Cancel a request by its internal id; whether it waited or ran."""
-        request = fleet_pb2.KillRequestRequest(request_id=request_id)
-        with _typed_errors():
-            answer = await self._fleet().KillRequest(request, timeout=_CALL_TIMEOUT_S)
+        answer = await self.call("KillRequest", fleet_pb2.KillRequestRequest(request_id=request_id))
         return bool(answer.was_running)
 
     async def set_request_priority(
         self, request: fleet_pb2.SetRequestPriorityRequest
     ) -> fleet_pb2.SetRequestPriorityResponse:
         """Move a request, by its internal id, to another class."""
-        with _typed_errors():
-            stub = self._fleet()
-            answer: fleet_pb2.SetRequestPriorityResponse = await stub.SetRequestPriority(
-                request, timeout=_CALL_TIMEOUT_S
-            )
+        answer: fleet_pb2.SetRequestPriorityResponse = await self.call("SetRequestPriority", request)
         return answer
 
     async def drain_node(self, request: fleet_pb2.DrainNodeRequest) -> fleet_pb2.DrainNodeResponse:
         """Empty a worker, or take it back."""
-        with _typed_errors():
-            answer: fleet_pb2.DrainNodeResponse = await self._fleet().DrainNode(request, timeout=_CALL_TIMEOUT_S)
+        answer: fleet_pb2.DrainNodeResponse = await self.call("DrainNode", request)
         return answer
 
     async def get_load(self, request: fleet_pb2.GetLoadRequest) -> fleet_pb2.GetLoadResponse:
         """Who waits, who runs, how fast."""
-        with _typed_errors():
-            answer: fleet_pb2.GetLoadResponse = await self._fleet().GetLoad(request, timeout=_CALL_TIMEOUT_S)
+        answer: fleet_pb2.GetLoadResponse = await self.call("GetLoad", request)
         return answer
 
     async def get_trace(self, trace_or_request_id: str) -> list[fleet_pb2.Span]:
         """Finished spans of a request or trace; empty if the ring has none."""
-        with _typed_errors():
-            answer = await self._fleet().GetTrace(
-                fleet_pb2.GetTraceRequest(id=trace_or_request_id), timeout=_CALL_TIMEOUT_S
-            )
-        return list(answer.spans)
+        return list((await self.call("GetTrace", fleet_pb2.GetTraceRequest(id=trace_or_request_id))).spans)
 
     async def call(self, method: str, request: Any) -> Any:
-        """Any other method of the leader's Fleet service."""
+        """Any method of the leader's Fleet service."""
+        stub = fleet_pb2_grpc.FleetStub(self._channel())
         with _typed_errors():
-            return await getattr(self._fleet(), method)(request, timeout=_CALL_TIMEOUT_S)
-
-    def _fleet(self) -> Any:
-        return fleet_pb2_grpc.FleetStub(self._channel())
+            return _readable(await getattr(stub, method)(request, timeout=_CALL_TIMEOUT_S))

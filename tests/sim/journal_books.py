@@ -119,9 +119,9 @@ class JournalBooks:
                 self._tell(command, now)
         kinds = [type(one) for one in commands]
         told_last = RequestOver not in kinds[kinds.index(SendJournal) if SendJournal in kinds else 0 :]
+        self._look_for_lost()  # first: what gave way in this turn is not told of
         if isinstance(event, events.Tick | events.FollowerJoined) and told_last:
             self._compare()
-        self._look_for_lost()
 
     # What happens to requests
 
