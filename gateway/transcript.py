@@ -17,10 +17,11 @@ from llmos.errors import InternalError, InvalidRequest
 from llmos.internal.v1 import journal_pb2, request_pb2
 from llmos.v1 import inference_pb2
 
-_FINISH: dict[int, Finish] = {
-    inference_pb2.FINISH_REASON_STOP: "stop",
-    inference_pb2.FINISH_REASON_LENGTH: "length",
+_REASON: dict[Finish, inference_pb2.FinishReason.ValueType] = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
 }
+_FINISH: dict[int, Finish] = {reason: finish for finish, reason in _REASON.items()}
 
 
 class Verdict(Enum):
@@ -63,6 +64,14 @@ class _Choice:
         self.text = text
         self.tokens = array("I")
         self.finished = False
+        self.reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED
+        """Why it ended, as far as is known."""
+
+    def end(self, finish: Finish | None) -> None:
+        """It has ended; None: it is not known why."""
+        self.finished = True
+        if finish is not None:
+            self.reason = _REASON[finish]
 
 
 class Transcript:
@@ -106,7 +115,9 @@ class Transcript:
     def resume_state(self) -> list[request_pb2.ChoiceResume]:
         """What a scheduler must know to go on from here; choices that have nothing yet are left out."""
         return [
-            request_pb2.ChoiceResume(choice=number, token_ids=choice.tokens, finished=choice.finished)
+            request_pb2.ChoiceResume(
+                choice=number, token_ids=choice.tokens, finished=choice.finished, finish_reason=choice.reason
+            )
             for number, choice in enumerate(self._choices)
             if choice.tokens or choice.finished
         ]
@@ -155,8 +166,9 @@ class Transcript:
         if finished and not stopped:
             is_full = len(choice.tokens) >= self._shape.max_tokens
             finish = _FINISH.get(said.finish_reason, "length" if is_full else "stop")
-        choice.finished = finish is not None
-        self._open -= choice.finished
+        if finish is not None:
+            choice.end(finish)
+            self._open -= 1
         spoken = tuple(map(self._logprob, logprobs[: piece.taken]))
         taken = tuple(token_ids[: piece.taken])
         return Delta(said.choice, index, text, taken, spoken, finish, parts=piece.parts)
@@ -218,7 +230,7 @@ class Transcript:
             last = choice.text.end()
             text, stopped = text + last.text, last.stopped
         if stopped or finish is not None:
-            choice.finished = True
+            choice.end("stop" if stopped else finish)
             self._open -= 1
         ended_early = stopped and (finish is None or piece.taken < given)
         delta = Delta(
@@ -258,11 +270,13 @@ class Transcript:
         if (held.finished or used_up) and not stopped:
             last = choice.text.end()
             text, stopped = text + last.text, last.stopped
-        choice.finished = held.finished or stopped or used_up
-        self._open -= choice.finished
+        ended: Finish | None = "stop" if stopped else "length" if used_up else None
+        if held.finished or ended is not None:
+            choice.end(ended if stopped or not held.finished else None)
+            self._open -= 1
         if held.text_chars > len(text) or piece.taken < len(held.token_ids):
             raise InvalidRequest("The tokens held don't give the text held.", param="resume.choices.text_chars")
-        finish: Finish | None = None if held.finished or not choice.finished else "stop" if stopped else "length"
+        finish = None if held.finished else ended
         missing = text[held.text_chars :]
         if not missing and finish is None:
             return None

@@ -83,7 +83,13 @@ class Choice:
     def resumed(cls, resume: request_pb2.ChoiceResume) -> Choice:
         """A choice as the gateway knows it."""
         tokens = list(resume.token_ids)
-        return cls(tokens=tokens, logprobs_from=len(tokens), finished=resume.finished, charged=len(tokens))
+        return cls(
+            tokens=tokens,
+            logprobs_from=len(tokens),
+            finish_reason=resume.finish_reason if resume.finished else NOT_FINISHED,
+            finished=resume.finished,
+            charged=len(tokens),
+        )
 
     def append(self, tokens: Sequence[int], logprobs: Sequence[request_pb2.LogprobEntry]) -> None:
         """Remember output; what a later attempt or a returning gateway needs."""
@@ -307,6 +313,6 @@ class LiveRequest:
                 limit = min(limit, choice.keep_until)
             if not choice.finished and len(choice.tokens) >= limit:
                 choice.finished = True
-                choice.finish_reason = LENGTH
+                choice.finish_reason = LENGTH if choice.keep_until is None else STOP
                 ended.append(index)
         return ended

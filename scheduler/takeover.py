@@ -96,7 +96,7 @@ def _catch_up(state: State, live: LiveRequest, choice: Choice, said: request_pb2
         charges.cut(live, choice, len(said.token_ids))
         choice.truncate(len(said.token_ids))
         choice.finished = True
-        choice.finish_reason = STOP
+        choice.finish_reason = said.finish_reason or choice.finish_reason or STOP
         return
     tokens, logprobs = choice.since(len(said.token_ids))
     if not tokens and not choice.finished:

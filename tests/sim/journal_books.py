@@ -83,6 +83,8 @@ class JournalBooks:
         self._followers: set[int] = set()
         self._told: Copies | None = None
         self._changed = True
+        self._passed: list[Remembered] = []
+        """Cancelled for good in this turn: until then it rested, and took others' room."""
 
     def before(self, event: events.Event, now: float) -> None:
         """An event is about to be handled."""
@@ -94,6 +96,10 @@ class JournalBooks:
     def after(self, event: events.Event, commands: list[Any], now: float, begun: bool) -> None:
         """It was handled; `begun`: it was a request that was accepted."""
         self._changed = self._changed or not isinstance(event, events.Tick)
+        self._passed.clear()
+        early = [one for one in commands if isinstance(one, RequestOver) and _of_timers(one, event)]
+        for command in early:
+            self._over(command, now)
         match event:
             case events.JournalInherited():
                 self._inherit(event, now)
@@ -110,7 +116,7 @@ class JournalBooks:
         for command in commands:
             if isinstance(command, StartAttempt):
                 self._bills.began(command.request.request_id)
-            elif isinstance(command, RequestOver):
+            elif isinstance(command, RequestOver) and command not in early:
                 self._over(command, now)
             elif isinstance(command, AnswerTakeUp):
                 assert isinstance(event, events.TakeUpAsked)
@@ -205,7 +211,10 @@ class JournalBooks:
 
     def _kill(self, request_id: str) -> None:
         self.dead.add(request_id)
-        if request_id in self._entries:
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            if not entry.live:
+                self._passed.append(entry)
             self._forget(request_id)
 
     def _over(self, command: RequestOver, now: float) -> None:
@@ -354,7 +363,7 @@ class JournalBooks:
         journal, policy = self._state.journal, self._state.policy
         lost = [one for name, one in self._entries.items() if journal.get(name) is None]
         for one in sorted(lost, key=lambda one: one.over_at):
-            resting = [other for other in self._entries.values() if not other.live]
+            resting = [other for other in (*self._entries.values(), *self._passed) if not other.live]
             mine = [other for other in resting if other.tenant == one.tenant]
             needed = _gives_way(one, resting, policy.journal_bytes) or _gives_way(
                 one, mine, policy.journal_tenant_bytes
@@ -365,6 +374,13 @@ class JournalBooks:
         total = sum(one.size for one in self._entries.values() if not one.live)
         if total * (1 - _SLACK) > policy.journal_bytes:
             self._fail("no more is remembered than may be", f"{total} of {policy.journal_bytes} bytes")
+
+
+def _of_timers(over: RequestOver, event: events.Event) -> bool:
+    """A timer ended it, and timers come before the event: it was over when the event came."""
+    return over.error == "gateway_lost" or (
+        over.error == "deadline_exceeded" and isinstance(event, events.Killed | events.Cancelled)
+    )
 
 
 def _gives_way(one: Remembered, among: list[Remembered], limit: int) -> bool:

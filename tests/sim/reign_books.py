@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from scheduler import events
-from scheduler.commands import RequestOver, SendOutput, StartAttempt
+from scheduler.commands import RequestOver, SendFailure, SendOutput, StartAttempt
 from scheduler.reign import Reign
 from scheduler.workers import LOADED
 from tests.sim.bills import Bills
@@ -83,8 +83,6 @@ class ReignBooks:
             request = event.request
             self._accepted.add(request.request_id)
             self._hedges.submitted(event)
-            for held in request.resume:
-                self._knows(request.request_id, held.choice, len(held.token_ids))
         elif isinstance(event, events.ChoiceFinished) and self._owner.get(event.request_id) == event.stream_id:
             self._bills.unwanted(event.request_id, event.choice, event.keep_until)
         self._journal.before(event, now)
@@ -93,9 +91,12 @@ class ReignBooks:
     def _submitted(self, event: events.Submitted, commands: list[Any], fresh: bool) -> bool:
         """Whether a request has been accepted that was not there before."""
         request_id = event.request.request_id
+        ended = any(isinstance(one, RequestOver) and one.request_id == request_id for one in commands)
+        if ended or not any(isinstance(one, SendFailure) for one in commands):  # who is refused keeps what it brought
+            for held in event.request.resume:
+                self._knows(request_id, held.choice, len(held.token_ids))
         live = self._state.requests.get(request_id)
         if live is None:
-            ended = any(isinstance(one, RequestOver) and one.request_id == request_id for one in commands)
             if fresh and not ended:
                 self._accepted.discard(request_id)
                 self._known.pop(request_id, None)

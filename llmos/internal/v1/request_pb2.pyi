@@ -185,10 +185,13 @@ class ChoiceResume(google.protobuf.message.Message):
     CHOICE_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    FINISH_REASON_FIELD_NUMBER: builtins.int
     choice: builtins.int
     """The choice, counted from 0."""
     finished: builtins.bool
     """It has ended and is not computed again."""
+    finish_reason: llmos.v1.inference_pb2.FinishReason.ValueType
+    """Why it ended; unset while it has not, or where that is not known."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Its tokens so far; the next index is their number."""
@@ -199,8 +202,9 @@ class ChoiceResume(google.protobuf.message.Message):
         choice: builtins.int = ...,
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         finished: builtins.bool = ...,
+        finish_reason: llmos.v1.inference_pb2.FinishReason.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["choice", b"choice", "finished", b"finished", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "finished", b"finished", "token_ids", b"token_ids"]) -> None: ...
 
 global___ChoiceResume = ChoiceResume
 

@@ -14,6 +14,7 @@ from gateway.transcript import Shape, Transcript, Verdict
 from gateway.types import Delta, Progress
 from llmos.errors import InvalidRequest
 from llmos.internal.v1 import request_pb2
+from llmos.v1.inference_pb2 import FinishReason
 from tests.fakes.scheduler import LENGTH, STOP, output
 
 TOKENIZER = ByteTokenizer()
@@ -158,6 +159,13 @@ def test_a_choice_that_had_ended_stays_ended() -> None:
     subject = transcript()
     assert subject.resume([Progress(0, (97,), 1, finished=True)]) == []
     assert subject.finished
+
+
+@pytest.mark.parametrize(("text", "finish", "said"), [("ab", LENGTH, LENGTH), ("ac", LENGTH, STOP), ("ab", STOP, STOP)])
+def test_a_scheduler_is_told_why_a_choice_ended(text: str, finish: FinishReason, said: FinishReason) -> None:
+    subject = transcript(choices=2, stops=["c"])
+    subject.take(output("r", 0, text, finish=finish))
+    assert [(part.finished, part.finish_reason) for part in subject.resume_state()] == [(True, said)]
 
 
 def test_a_stop_string_in_the_tokens_held_ends_the_choice() -> None:

@@ -13,7 +13,7 @@ from scheduler.core import Core
 from scheduler.inquiries import Inquiries
 from scheduler.loop import Loop
 from scheduler.policy import Policy
-from scheduler.requests import LiveRequest
+from scheduler.requests import LENGTH, LiveRequest
 from tests.fakes.clock import ManualClock
 from tests.unit.scheduler.arena import Arena, make_request, token
 
@@ -116,6 +116,17 @@ def test_who_comes_back_goes_on_at_the_next_index_at_another_gateway(arena: Aren
     again = take_up(arena)
     assert tokens(again) == expected(8)
     assert again is not None and again.phase == journal_pb2.JOURNAL_PHASE_ENDED
+
+
+def test_why_a_choice_ended_outlives_gateways_and_leaders(arena: Arena, say: Submitter) -> None:
+    request = make_request("r1", max_tokens=4, choices=2)
+    request.resume.add(choice=0, token_ids=expected(4), finished=True, finish_reason=LENGTH)
+    for _ in range(2):  # begun here, then taken up by a gateway that returns
+        arena.post(events.Submitted(arena.gateways["g1"].stream_id, request, b"sealed", "", 0))
+        entry = take_up(arena)
+        assert entry is not None and entry.choices[0].finish_reason == LENGTH
+        arena.disconnect("g1")
+        arena.connect("g1")
 
 
 def test_a_claim_that_an_earlier_leader_gave_is_not_given_again(arena: Arena, say: Submitter) -> None:
