@@ -1,8 +1,9 @@
 """What a leader remembers of requests, so that a client can come back to them: while they live, and for a while after.
 
 An entry is the request, its tokens, and a blob that only gateways can read. What is over is kept for a time under byte
-limits; the oldest gives way. Each time a client comes back its stream gets a *claim*, one higher than the last: output
-goes to the highest, and lower ones are over. Pure.
+limits; the oldest gives way. Each time a client comes back its stream gets a *claim*, higher than the last: output goes
+to the highest, and lower ones are over. A claim begins with the leader's term, so that a leader that has not heard of
+the last one gives a higher one all the same. Pure.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ BREAKS = frozenset({"client_gone", "slow_reader", "deadline", "broken"})
 """Reasons for which a gateway stops a request whose client may come back."""
 _KEPT = BREAKS | {"", "gateway_lost", "unavailable", "deadline_exceeded"}
 """How requests end that are remembered: well, or through no decision of anybody."""
+_CLAIMS_PER_TERM = 1 << 20
 _ENTRY_BYTES = 512
 """What an entry takes beside its content, roughly."""
 
@@ -179,13 +181,13 @@ class Journal:
         entry = self._entries.get(request_id)
         return entry is not None and entry.phase == BROKEN and claim < entry.open_from
 
-    def take_up(self, tenant: str, origin_ids: Iterable[str], now: float) -> journal_pb2.JournalEntry | None:
+    def take_up(self, tenant: str, origin_ids: Iterable[str], term: int, now: float) -> journal_pb2.JournalEntry | None:
         """What is remembered under one of these names, with a new claim; None if it is nothing of this tenant."""
         self.purge(now)
         for origin_id in origin_ids:
             entry = self._entries.get(self._by_origin.get(origin_id, ""))
             if entry is not None and entry.request.tenant == tenant:
-                entry.claim = max(entry.claim, entry.open_from - 1) + 1
+                entry.claim = max(entry.claim, entry.open_from - 1, term * _CLAIMS_PER_TERM) + 1
                 if entry.live is None:  # it has come back: its time begins anew
                     self._rest_no_more(entry)
                     self._lay_down(entry, now)

@@ -12,6 +12,8 @@ from llmos.errors import StaleTerm
 from llmos.internal.v1 import journal_pb2
 from scheduler.events import JournalInherited
 
+_NO_STREAM = -2
+"""As the sequence: no batch follows on it."""
 _MOST_QUARANTINED = 4096
 """The oldest give way."""
 
@@ -45,7 +47,7 @@ class Replica:
         self._tombstone_ttl_s = tombstone_ttl_s
         self._table = _Table()
         self._coming: _Table | None = None
-        self._sequence = 0
+        self._sequence = _NO_STREAM
 
     def __len__(self) -> int:
         return len(self._table.entries)
@@ -71,9 +73,9 @@ class Replica:
 
     def inheritance(self, now: float) -> JournalInherited:
         """Everything, oldest first, with ages as of now; what was cancelled, and what workers died of. Leaves nothing
-        here."""
+        here; what comes on a stream that began before is out of step."""
         self._expire(now)
-        table, self._table, self._coming = self._table, _Table(), None
+        table, self._table, self._coming, self._sequence = self._table, _Table(), None, _NO_STREAM
         copies = sorted(table.entries.values(), key=lambda copy: copy.over_at)
         for copy in copies:
             alive = copy.entry.phase == journal_pb2.JOURNAL_PHASE_LIVE

@@ -24,7 +24,8 @@ from scheduler.state import Outbox, State
 
 def asked(state: State, event: TakeUpAsked, now: float, out: Outbox) -> None:
     """A client has come back: tell its gateway what is remembered of its stream, and under which claim it goes on."""
-    out.append(AnswerTakeUp(event.call, state.journal.take_up(event.tenant, event.origin_ids, now), state.settled))
+    entry = state.journal.take_up(event.tenant, event.origin_ids, state.term, now)
+    out.append(AnswerTakeUp(event.call, entry, state.settled))
 
 
 def take_up(state: State, live: LiveRequest, event: Submitted, gateway_id: str, out: Outbox) -> None:

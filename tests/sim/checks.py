@@ -63,6 +63,8 @@ class Checks:
     """What had been paid for a request when a record of the journal was made."""
     denied: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often leaders have answered that nothing is remembered, by tenant and name."""
+    given: set[tuple[str, int]] = field(default_factory=set)
+    """Claims to streams, of all leaders."""
     refused: Counter[str] = field(default_factory=Counter)
     """How often leaders have given up a request with good cause, by the name inside that it had first."""
     gone: dict[str, float] = field(default_factory=dict)

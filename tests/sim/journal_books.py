@@ -64,13 +64,16 @@ class JournalBooks:
         known: Known,
         fail: Callable[[str, str], None],
         denied: Counter[tuple[str, str]],
+        given: set[tuple[str, int]],
         paid: dict[bytes, Paid],
         inheritance: Copies,
         now: float,
     ) -> None:
-        """`denied` counts what was asked for in vain, by tenant and name; `paid` gets what was paid by each record."""
+        """`denied` counts what was asked for in vain, by tenant and name; `given` has the claims of all leaders;
+        `paid` gets what was paid by each record."""
         self._state, self._bills, self._known, self._fail = state, bills, known, fail
-        self._denied, self._paid, self._inheritance, self._began_at = denied, paid, inheritance, now
+        self._denied, self._given_out, self._paid = denied, given, paid
+        self._inheritance, self._began_at = inheritance, now
         self._ttl_s = state.policy.journal_ttl_s
         self._entries: dict[str, Remembered] = {}
         self._by_origin: dict[str, str] = {}
@@ -93,13 +96,17 @@ class JournalBooks:
                 if not one.live and one.over_at + self._ttl_s <= now:
                     self._forget(one.request_id)
 
+    def early(self, commands: list[Any], now: float) -> None:
+        """Timers did this before the event's turn came; `after` follows."""
+        for command in commands:
+            if isinstance(command, StartAttempt):
+                self._bills.began(command.request.request_id)
+            elif isinstance(command, RequestOver):
+                self._over(command, now)
+
     def after(self, event: events.Event, commands: list[Any], now: float, begun: bool) -> None:
         """It was handled; `begun`: it was a request that was accepted."""
         self._changed = self._changed or not isinstance(event, events.Tick)
-        self._passed.clear()
-        early = [one for one in commands if isinstance(one, RequestOver) and _of_timers(one, event)]
-        for command in early:
-            self._over(command, now)
         match event:
             case events.JournalInherited():
                 self._inherit(event, now)
@@ -114,11 +121,8 @@ class JournalBooks:
             case events.FollowerLeft():
                 self._followers.discard(event.follower)
         for command in commands:
-            if isinstance(command, StartAttempt):
-                self._bills.began(command.request.request_id)
-            elif isinstance(command, RequestOver) and command not in early:
-                self._over(command, now)
-            elif isinstance(command, AnswerTakeUp):
+            self.early([command], now)
+            if isinstance(command, AnswerTakeUp):
                 assert isinstance(event, events.TakeUpAsked)
                 self._answered(event, command, now)
             elif isinstance(command, SendJournal):
@@ -126,6 +130,7 @@ class JournalBooks:
         kinds = [type(one) for one in commands]
         told_last = RequestOver not in kinds[kinds.index(SendJournal) if SendJournal in kinds else 0 :]
         self._look_for_lost()  # first: what gave way in this turn is not told of
+        self._passed.clear()
         if isinstance(event, events.Tick | events.FollowerJoined) and told_last:
             self._compare()
 
@@ -303,9 +308,10 @@ class JournalBooks:
             self._given(mine, answer, now)
 
     def _given(self, mine: Remembered, answer: journal_pb2.JournalEntry, now: float) -> None:
-        claim = max(mine.claim, mine.open_from - 1) + 1
-        if answer.claim != claim:
-            self._fail("each return has a claim of its own", f"{mine.request_id}: {answer.claim}, not {claim}")
+        least, name = max(mine.claim, mine.open_from - 1) + 1, (mine.request_id, answer.claim)
+        if answer.claim < least or name in self._given_out:
+            self._fail("each return has a claim of its own", f"{mine.request_id}: {answer.claim}, not {least}")
+        self._given_out.add(name)
         known = self._known(mine.request_id) if mine.live else mine.known
         for said in answer.choices:
             count = len(said.token_ids)
@@ -376,7 +382,7 @@ class JournalBooks:
             self._fail("no more is remembered than may be", f"{total} of {policy.journal_bytes} bytes")
 
 
-def _of_timers(over: RequestOver, event: events.Event) -> bool:
+def of_timers(over: RequestOver, event: events.Event) -> bool:
     """A timer ended it, and timers come before the event: it was over when the event came."""
     return over.error == "gateway_lost" or (
         over.error == "deadline_exceeded" and isinstance(event, events.Killed | events.Cancelled)

@@ -137,7 +137,7 @@ def _old_claim_cancels(stack: ExitStack) -> None:
     def cancelled(state: Any, event: Any, now: float, out: Any) -> None:
         live = state.requests.get(event.request_id)
         stream_id = live.stream_id if live is not None else event.stream_id
-        real(state, replace(event, claim=1 << 20, stream_id=stream_id), now, out)
+        real(state, replace(event, claim=1 << 60, stream_id=stream_id), now, out)
 
     handler(stack, events.Cancelled, cancelled)
 

@@ -11,7 +11,7 @@ from scheduler.workers import LOADED
 from tests.sim.bills import Bills
 from tests.sim.copies import Copies
 from tests.sim.hedge_books import HedgeBooks
-from tests.sim.journal_books import JournalBooks
+from tests.sim.journal_books import JournalBooks, of_timers
 from tests.sim.trust_books import TrustBooks
 from tests.sim.worker_books import Epoch, epoch_of
 
@@ -47,6 +47,7 @@ class ReignBooks:
             lambda request_id: self._known.get(request_id, {}),
             checks.fail,
             checks.denied,
+            checks.given,
             checks.paid,
             inheritance,
             checks.clock(),
@@ -57,20 +58,19 @@ class ReignBooks:
 
     def handle(self, event: events.Event, now: float) -> list[Any]:
         """In the core's place."""
-        submitted = event if isinstance(event, events.Submitted) else None
-        fresh = submitted is not None and submitted.request.request_id not in self._accepted
         self._before(event, now)
         try:
             commands = self._handle(event, now)
         except Exception as error:
             self._checks.fail("the core never fails", f"{type(event).__name__}: {type(error).__name__}: {error}")
             raise
-        began = submitted is not None and self._submitted(submitted, commands, fresh)
-        for command in commands:
+        late = commands[self._timers_first(event, commands, now) :]
+        began = isinstance(event, events.Submitted) and self._submitted(event, late)
+        for command in late:
             self._hedges.look(command, event, commands)
             self._look(command)
-        self._journal.after(event, commands, now, began)
-        for command in commands:
+        self._journal.after(event, late, now, began)
+        for command in late:
             if isinstance(command, RequestOver):
                 self._known.pop(command.request_id, None)
         self._trust.after(commands, now)
@@ -78,19 +78,32 @@ class ReignBooks:
         self._capacity()
         return commands
 
+    def _timers_first(self, event: events.Event, commands: list[Any], now: float) -> int:
+        """Take in what timers ended before the event's turn came; returns how many of the commands that were."""
+        ends = [number for number, one in enumerate(commands) if isinstance(one, RequestOver) and of_timers(one, event)]
+        early = commands[: ends[-1] + 1] if ends else []
+        for command in early:
+            self._hedges.look(command, event, commands)
+            self._look(command)
+        self._journal.early(early, now)
+        for command in early:
+            if isinstance(command, RequestOver):
+                self._known.pop(command.request_id, None)
+        return len(early)
+
     def _before(self, event: events.Event, now: float) -> None:
         if isinstance(event, events.Submitted):
-            request = event.request
-            self._accepted.add(request.request_id)
             self._hedges.submitted(event)
         elif isinstance(event, events.ChoiceFinished) and self._owner.get(event.request_id) == event.stream_id:
             self._bills.unwanted(event.request_id, event.choice, event.keep_until)
         self._journal.before(event, now)
         self._trust.before(event, now)
 
-    def _submitted(self, event: events.Submitted, commands: list[Any], fresh: bool) -> bool:
+    def _submitted(self, event: events.Submitted, commands: list[Any]) -> bool:
         """Whether a request has been accepted that was not there before."""
         request_id = event.request.request_id
+        fresh = request_id not in self._accepted
+        self._accepted.add(request_id)
         ended = any(isinstance(one, RequestOver) and one.request_id == request_id for one in commands)
         if ended or not any(isinstance(one, SendFailure) for one in commands):  # who is refused keeps what it brought
             for held in event.request.resume:

@@ -62,9 +62,10 @@ class TrustBooks:
         for command in commands:
             if isinstance(command, RequestOver):
                 self._attempts.pop(command.request_id, None)
+        begun = {one.worker_id for one in commands if isinstance(one, StartAttempt)}
         for worker in self._state.workers.values():
             if worker.health.standing == OUT:
-                self._put_out(worker, now)
+                self._put_out(worker, begun, now)
             else:
                 self._out_since.pop(worker.id, None)
 
@@ -118,7 +119,8 @@ class TrustBooks:
                 "second tries keep to their budget", f"{spent} of {self._accepted} requests in {windows} windows"
             )
 
-    def _put_out(self, worker: WorkerView, now: float) -> None:
+    def _put_out(self, worker: WorkerView, begun: set[str], now: float) -> None:
+        """`begun`: who got work in this turn; one on trial could be given some until it got it."""
         health = worker.health
         turn, since = self._out_since.get(worker.id, (0, now))
         fresh = turn != health.turn
@@ -126,7 +128,7 @@ class TrustBooks:
         self._out_since[worker.id] = (health.turn, since)
         if not health.hung and now - since > health.pause_s + _PAUSE_LATE_S:
             self._fail("who is put out is tried again", f"{worker.id} after {now - since:.1f} s")
-        others = [one for one in self._state.workers.values() if one.usable]
+        others = [one for one in self._state.workers.values() if one.usable or one.id in begun]
         lonely = [slot.key for slot in worker.slots.values() if worker.loaded(slot.key)]
         if fresh and worker.connected and any(not any(one.loaded(key) for one in others) for key in lonely):
             self._fail("the last worker is never put out", worker.id)

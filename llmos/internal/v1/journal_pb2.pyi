@@ -170,7 +170,7 @@ class JournalEntry(google.protobuf.message.Message):
     sealed: builtins.bytes
     """What a gateway needs to go on with the text; sealed under the gateways' key."""
     claim: builtins.int
-    """How often the stream has been taken up."""
+    """The last claim that was given to it; of leaders a later one gives higher ones."""
     open_from: builtins.int
     """Lowest claim that may compute; those below it are over."""
     phase: global___JournalPhase.ValueType

@@ -161,7 +161,7 @@ class Submit(google.protobuf.message.Message):
     origin_id: builtins.str
     """Name under which clients may ask for the stream again; empty: the request's id."""
     claim: builtins.int
-    """How often the stream had been taken up when this gateway took it up; 0: it is its first."""
+    """The claim with which this gateway took the stream up; 0: it is its first."""
     @property
     def request(self) -> llmos.internal.v1.request_pb2.Request:
         """The request."""

@@ -28,6 +28,10 @@ def arena() -> Arena:
     return arena
 
 
+FIRST_CLAIM = (7 << 20) + 1
+"""In the term in which arenas begin."""
+
+
 class Submitter:
     """Says what gateways say, blob and claim included."""
 
@@ -93,7 +97,7 @@ def test_a_broken_stream_is_remembered_with_what_it_has(arena: Arena, say: Submi
     assert not arena.core.state.requests
     entry = take_up(arena)
     assert tokens(entry) == expected(5)
-    assert entry is not None and entry.sealed == b"sealed" and entry.claim == 1
+    assert entry is not None and entry.sealed == b"sealed" and entry.claim == FIRST_CLAIM
     assert entry.phase == journal_pb2.JOURNAL_PHASE_BROKEN
     assert not entry.request.resume
     assert take_up(arena, tenant="u") is None
@@ -131,9 +135,9 @@ def test_why_a_choice_ended_outlives_gateways_and_leaders(arena: Arena, say: Sub
 
 def test_a_claim_that_an_earlier_leader_gave_is_not_given_again(arena: Arena, say: Submitter) -> None:
     say()
-    say(gateway="g2", claim=1)
+    say(gateway="g2", claim=FIRST_CLAIM)
     entry = take_up(arena)
-    assert entry is not None and entry.claim == 2
+    assert entry is not None and entry.claim == FIRST_CLAIM + 1
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "killed", "anything"])
@@ -170,7 +174,7 @@ def test_a_later_claim_goes_on_though_its_entry_gave_way(say: Submitter, arena: 
     cancel(arena, "client_gone")  # of the connection before; it comes late
     arena.core.state.journal.cancel("r1")
     assert failures(say(gateway="g2", claim=0)) == ["cancelled"]
-    assert not failures(say(gateway="g2", claim=1, resume=tokens(entry)))
+    assert entry is not None and not failures(say(gateway="g2", claim=entry.claim, resume=tokens(entry)))
     assert "r1" in arena.core.state.requests
 
 
