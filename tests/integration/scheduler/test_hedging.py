@@ -66,7 +66,7 @@ async def test_late_first_token_is_hedged(open_scheduler: OpenScheduler, etcd: E
         slow = workers[0]
         slow.sim.stall_after = 0
         clients: list[Client] = []
-        while not slow.dispatches and len(clients) < 90:  # it may have seemed slow before, and be given nothing at first
+        while not slow.dispatches and len(clients) < 90:  # it may have seemed slow before
             clients += await submit(gateway, 9, len(clients))
             await gateway.ended(*clients)
         assert all(len(client.tokens[0]) == TOKENS for client in clients)
