@@ -25,6 +25,7 @@ BREAKS = frozenset({"client_gone", "slow_reader", "deadline", "broken"})
 _KEPT = BREAKS | {"", "gateway_lost", "unavailable", "deadline_exceeded"}
 """How requests end that are remembered: well, or through no decision of anybody."""
 _CLAIMS_PER_TERM = 1 << 20
+"""A stream is not taken up so often in one."""
 _ENTRY_BYTES = 512
 """What an entry takes beside its content, roughly."""
 

@@ -96,13 +96,12 @@ class JournalBooks:
                 if not one.live and one.over_at + self._ttl_s <= now:
                     self._forget(one.request_id)
 
-    def early(self, commands: list[Any], now: float) -> None:
-        """Timers did this before the event's turn came; `after` follows."""
-        for command in commands:
-            if isinstance(command, StartAttempt):
-                self._bills.began(command.request.request_id)
-            elif isinstance(command, RequestOver):
-                self._over(command, now)
+    def begins_or_ends(self, command: Any, now: float) -> None:
+        """An attempt begins or a request is over. Of timers' commands: before the event's turn comes, and `after`."""
+        if isinstance(command, StartAttempt):
+            self._bills.began(command.request.request_id)
+        elif isinstance(command, RequestOver):
+            self._over(command, now)
 
     def after(self, event: events.Event, commands: list[Any], now: float, begun: bool) -> None:
         """It was handled; `begun`: it was a request that was accepted."""
@@ -121,7 +120,7 @@ class JournalBooks:
             case events.FollowerLeft():
                 self._followers.discard(event.follower)
         for command in commands:
-            self.early([command], now)
+            self.begins_or_ends(command, now)
             if isinstance(command, AnswerTakeUp):
                 assert isinstance(event, events.TakeUpAsked)
                 self._answered(event, command, now)

@@ -85,8 +85,7 @@ class ReignBooks:
         for command in early:
             self._hedges.look(command, event, commands)
             self._look(command)
-        self._journal.early(early, now)
-        for command in early:
+            self._journal.begins_or_ends(command, now)
             if isinstance(command, RequestOver):
                 self._known.pop(command.request_id, None)
         return len(early)
