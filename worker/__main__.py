@@ -26,8 +26,8 @@ from llmos.rpc import RpcServer
 from llmos.store import Store, default_store_path
 from llmos.telemetry import Telemetry
 from llmos.v1 import fleet_pb2
+from worker import compute, nvml
 from worker.adapters import AdapterWatch, hold_with_adapters
-from worker.backends import USES_GPUS
 from worker.config import WorkerConfig
 from worker.core import WorkerCore
 from worker.engine_link import EngineLink
@@ -65,17 +65,21 @@ class WorkerProcess:
     async def serve(self, stop: Stop) -> None:
         """Run until `stop` is set; then let what runs move on or end, within the configured time. Raises SetupError."""
         config = self._config
-        held = await asyncio.to_thread(hold_with_adapters, config.backend, config.model, config.store, config.precision)
-        capacity = await asyncio.to_thread(_probe(config).measure)
+        gpu = await asyncio.to_thread(compute.choose, config.backend, config.device)
+        hold = partial(hold_with_adapters, on_gpu=gpu is not None)
+        held = await asyncio.to_thread(hold, config.backend, config.model, config.store, config.precision)
+        capacity = await asyncio.to_thread(_probe(config, gpu).measure)
         telemetry = Telemetry("worker", self._id, clock=self._clock, otlp_endpoint=config.otlp_endpoint)
         spans = ExecuteSpans(telemetry)
         shelf = Shelf(held, capacity)
         core = WorkerCore(self._id, shelf, spans, self._clock, orphan_s=config.orphan_s)
         spare_after_s = _SPARE_AFTER_S if config.spare_engine and config.backend == "torch" else None
-        link = EngineLink(_setup(config, held), core, clock=self._clock, rng=self._rng, spare_after_s=spare_after_s)
+        link = EngineLink(
+            _setup(config, held, gpu), core, clock=self._clock, rng=self._rng, spare_after_s=spare_after_s
+        )
         core.connect(link)
         core.on_restart = partial(self._start_afresh, stop)
-        gpus = GpuWatch(_gauge(config))
+        gpus = GpuWatch(_gauge(config, gpu))
         pids = lambda: (os.getpid(), link.pid, link.spare_pid)  # noqa: E731 - two of them change
         vitals = Vitals(capacity.memory_bytes, pids, gpus=lambda: gpus.last)
         server = RpcServer(config.host, config.port, tls=config.tls)
@@ -185,20 +189,22 @@ async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
     return not stop.is_set()
 
 
-def _probe(config: WorkerConfig) -> Probe:
+def _probe(config: WorkerConfig, gpu: nvml.Gpu | None) -> Probe:
     if config.probe_recording is not None:
         return RecordedProbe(config.probe_recording)
     disk = config.store or default_store_path()
-    return local_probe(disk, memory_limit=config.memory_limit, gpus_first=USES_GPUS[config.backend])
+    gpus = None if config.backend == "echo" else [] if gpu is None else [gpu]
+    return local_probe(disk, memory_limit=config.memory_limit, gpus=gpus)
 
 
-def _gauge(config: WorkerConfig) -> Gauge | None:
+def _gauge(config: WorkerConfig, gpu: nvml.Gpu | None) -> Gauge | None:
     if config.gpu_use_recording is not None:
         return RecordedGauge(config.gpu_use_recording)
-    return local_gauge() if USES_GPUS[config.backend] and config.probe_recording is None else None
+    uses_gpus = gpu is not None or config.backend == "echo"
+    return local_gauge() if uses_gpus and config.probe_recording is None else None
 
 
-def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
+def _setup(config: WorkerConfig, held: list[HeldModel], gpu: nvml.Gpu | None) -> EngineSetup:
     return EngineSetup(
         backend=config.backend,
         threads=config.threads or cgroups.whole_cores(cgroups.read()),
@@ -208,6 +214,7 @@ def _setup(config: WorkerConfig, held: list[HeldModel]) -> EngineSetup:
         models=tuple(model.engine for model in held),
         log_level=config.log_level,
         precision=config.precision,
+        gpu="" if gpu is None else gpu.uuid,
         store=str(config.store or ""),
     )
 

@@ -19,14 +19,16 @@ _FLOAT32_BYTES = 4
 _RANK_MULTIPLE = 8
 
 
-def hold_with_adapters(backend: str, names: Sequence[str], store: Path | None, precision: Precision) -> list[HeldModel]:
+def hold_with_adapters(
+    backend: str, names: Sequence[str], store: Path | None, precision: Precision, *, on_gpu: bool = False
+) -> list[HeldModel]:
     """See `hold`; with all adapters to those models, named or not. Raises ConfigError for one without its base."""
     if backend == "echo":
         return hold(backend, names, store, precision)
     opened = Store(store)
     named = {name: entry.name for name in names if (entry := opened.resolve(name)).adapter is not None}
     models = [name for name in names if name not in named]
-    bases = hold(backend, models, store, precision) if models or not names else []
+    bases = hold(backend, models, store, precision, on_gpu=on_gpu) if models or not names else []
     held = [*bases, *_hold(opened, _adapters(opened), bases)]
     if missing := set(named.values()) - {model.name for model in held}:
         raise ConfigError(

@@ -29,9 +29,12 @@ class WorkerConfig:
     """File to write once it serves: JSON with id, pid and port."""
     backend: Literal["echo", "torch"] = "torch"
     """What computes: `torch` runs real models, `echo` makes up tokens."""
+    device: str = "auto"
+    """Where the torch backend computes: `cpu`, `cuda` or `cuda:N`; `auto`: the first graphics processor that torch can
+    use, else the CPU. A worker computes on one; start one worker for each."""
     precision: Precision = "auto"
-    """Of the torch backend: `auto` serves each model as its plan says where the kernels can, and else in fp32; `fp32`,
-    `fp16` and `int8` serve every model in that."""
+    """Of the torch backend: `auto` serves each model as its plan says where the kernels can, else in fp32; on CUDA that
+    is bf16. `fp32`, `fp16` and `int8` serve every model in that."""
     model: tuple[str, ...] = ()
     """Models that it can load: names in the model store; for echo NAME, or NAME=40GiB to declare its weights."""
     store: Path | None = None

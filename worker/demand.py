@@ -11,11 +11,15 @@ from pathlib import Path
 
 from llmos.store import Manifest
 from llmos.store.planning import GROUP
-from llmos.store.precision import HEAD, Kind, PrecisionPlan
+from llmos.store.precision import HEAD, Kind, Precision, PrecisionPlan
 from llmos.store.tensors import Tensor, read_header
 
 _STEP_BYTES = 16 << 20
 """Activations of a step, and what the libraries take when they first compute."""
+_CUDA_BYTES = 1 << 30
+"""Of a device, for the driver's and the libraries' own use, and the activations of recorded passes."""
+_CUDA_LOGIT_BYTES = 64
+"""Of one logit, with what sampling lays out beside it in float64 and int64."""
 LOGIT_ROWS = 64
 """Rows of a step whose logits are wanted, guessed ones included, that memory is set aside for."""
 _FLOAT32_BYTES, _FLOAT16_BYTES = 4, 2
@@ -38,8 +42,10 @@ class Need:
     kv_per_token: int
 
 
-def workspace_bytes(vocabulary: int) -> int:
+def workspace_bytes(vocabulary: int, *, cuda: bool = False) -> int:
     """What a step takes besides weights and KV blocks. `vocabulary` is the width of its logits; 0: it has none."""
+    if cuda:
+        return _CUDA_BYTES + LOGIT_ROWS * vocabulary * _CUDA_LOGIT_BYTES
     return _STEP_BYTES + LOGIT_ROWS * vocabulary * _FLOAT32_BYTES
 
 
@@ -57,6 +63,14 @@ def in_fp32(manifest: Manifest, tensors: Sequence[Tensor]) -> Need:
     vocabulary = 0 if manifest.capabilities else manifest.vocab_size
     kv_bytes = _kv_numbers(manifest) * _FLOAT32_BYTES
     return Need(elements * _FLOAT32_BYTES, workspace_bytes(vocabulary), kv_bytes)
+
+
+def on_cuda(manifest: Manifest, tensors: Sequence[Tensor], precision: Precision) -> Need:
+    """On a graphics processor: encoders in fp32, the rest in half precision unless fp32 is asked for."""
+    vocabulary = 0 if manifest.capabilities else manifest.vocab_size
+    size = _FLOAT32_BYTES if precision == "fp32" or manifest.capabilities else _FLOAT16_BYTES
+    elements = sum(tensor.elements for tensor in tensors)
+    return Need(elements * size, workspace_bytes(vocabulary, cuda=True), _kv_numbers(manifest) * size)
 
 
 def by_kernels(manifest: Manifest, tensors: Sequence[Tensor], plan: PrecisionPlan) -> Need:

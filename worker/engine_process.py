@@ -74,6 +74,8 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[EngineModel, ...]
     log_level: str = "info"
     precision: Precision = "auto"
+    gpu: str = ""
+    """UUID of the graphics processor that the torch backend computes on; empty: the CPU."""
     store: str = ""
     """Folder of the model store; empty: the user's."""
 
@@ -266,6 +268,7 @@ def serve(sock: socket.socket) -> int:
             load_s=setup.load_s,
             leak_bytes=setup.leak_bytes,
             precision=setup.precision,
+            gpu=setup.gpu,
         )
     except SetupError as error:
         log.error("%s", error.message)

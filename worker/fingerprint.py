@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 
 import llguidance
 import torch
 import transformers
 
 from llmos.store.precision import Precision
+from worker.engine.loading import cuda_dtype
 from worker.engine.model import DTYPE
 
 ENGINE_REVISION = 2
@@ -19,6 +21,10 @@ KERNEL_REVISION = 2
 """To be raised with every change of `worker/kernels` or `worker/engine/fast` that can change a token."""
 
 
+CUDA_REVISION = 1
+"""To be raised with every change of `worker/engine/cuda` that can change a token."""
+
+
 def torch_fingerprint(
     device: torch.device | None = None, precision: Precision = "fp32", *, kernels: bool = True
 ) -> str:
@@ -26,12 +32,17 @@ def torch_fingerprint(
 
     `kernels`: whether they compute what they can, where the precision is not fp32.
     """
-    if device is not None and device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        processor = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
-    dtype = str(DTYPE).removeprefix("torch.")
     libraries = f"torch-{torch.__version__} transformers-{transformers.__version__} llguidance-{llguidance.__version__}"
+    if device is not None and device.type == "cuda":
+        numerics = f"{_name(cuda_dtype(precision))} cuda-{CUDA_REVISION}"
+        processor = f"{torch.cuda.get_device_name(device)} {torch.version.cuda} triton-{version('triton')}"
+        return f"engine-{ENGINE_REVISION} {numerics} {processor} {libraries}"
+    processor = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
+    dtype = _name(DTYPE)
     how = f"{precision} kernels-{KERNEL_REVISION}" if kernels else f"{precision} torch"
     numerics = dtype if precision == "fp32" else f"{dtype} {how}"
     return f"engine-{ENGINE_REVISION} {numerics} {processor} {libraries}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

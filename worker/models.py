@@ -48,15 +48,19 @@ def hold(
     store: Path | None,
     precision: Precision = "auto",
     kernels_available: Callable[[], bool] = preferred,
+    *,
+    on_gpu: bool = False,
 ) -> list[HeldModel]:
     """The models behind `--model`, with what they take in `precision`. May measure plans and compile the kernels now.
+
+    `on_gpu`: on a graphics processor, where plans are not followed.
 
     Raises ModelNotFound for one that the store lacks, ConfigError for a bad name.
     """
     if backend == "echo":
         held = [echo_model(text) for text in names or ("echo",)]
     elif names:
-        held = [_stored_model(name, Store(store), precision, kernels_available) for name in names]
+        held = [_stored_model(name, Store(store), precision, kernels_available, on_gpu) for name in names]
     else:
         raise ConfigError(
             "name the models to hold with --model; `llmos models ls` shows those in the store", param="model"
@@ -109,16 +113,22 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _stored_model(name: str, store: Store, precision: Precision, kernels_available: Callable[[], bool]) -> HeldModel:
+def _stored_model(
+    name: str, store: Store, precision: Precision, kernels_available: Callable[[], bool], on_gpu: bool
+) -> HeldModel:
     manifest = store.resolve(name)
-    planned = _plan(store, manifest, precision)
+    planned = None if on_gpu else _plan(store, manifest, precision)
     folder = store.materialize(manifest)
     blobs: dict[str, Path | bytes] = {}
     if manifest.tokenizer_hash:
         blobs[manifest.tokenizer_hash] = store.blob_path(manifest.tokenizer_hash)
     if manifest.chat_template_hash:
         blobs[manifest.chat_template_hash] = manifest.chat_template.encode()
-    need = demand_of(manifest, folder, planned.plan if planned is not None else None, precision, kernels_available)
+    if on_gpu:
+        need = demand.on_cuda(manifest, demand.tensors_of(folder), precision)
+    else:
+        plan = planned.plan if planned is not None else None
+        need = demand_of(manifest, folder, plan, precision, kernels_available)
     record = _record(name, manifest, planned, need)
     engine = EngineModel(
         name=record.model.name,

@@ -68,8 +68,8 @@ class NvmlProbe:
 
     host: Probe
     gpus: nvml.Gpus
-    gpus_first: bool
-    """Whether models go to a graphics processor by default."""
+    alone: bool = False
+    """Models go to the graphics processors only; else to the main one too, where those are full."""
 
     def measure(self) -> fleet_pb2.Capacity:
         """See `Probe`."""
@@ -78,7 +78,7 @@ class NvmlProbe:
             fleet_pb2.Device(id=gpu.uuid, kind=fleet_pb2.DEVICE_KIND_GPU, name=gpu.name, memory_bytes=gpu.memory_bytes)
             for gpu in self.gpus()
         ]
-        devices = [*found, *capacity.devices] if self.gpus_first else [*capacity.devices, *found]
+        devices = found if found and self.alone else [*found, *capacity.devices]
         del capacity.devices[:]
         capacity.devices.extend(devices)
         return capacity
@@ -101,10 +101,12 @@ class RecordedProbe:
         return capacity
 
 
-def local_probe(disk_path: Path, *, memory_limit: int = 0, gpus_first: bool = True) -> Probe:
-    """The probe for this machine."""
+def local_probe(disk_path: Path, *, memory_limit: int = 0, gpus: Sequence[nvml.Gpu] | None = None) -> Probe:
+    """The probe for this machine. `gpus`: where all models go, none: the main processor; unset: whatever there is."""
     host = HostProbe(disk_path, memory_limit)
-    return NvmlProbe(host, nvml.gpus, gpus_first) if nvml.driver_present() else host
+    if gpus is not None:
+        return NvmlProbe(host, lambda: gpus, alone=True) if gpus else host
+    return NvmlProbe(host, nvml.gpus) if nvml.driver_present() else host
 
 
 def record(capacity: fleet_pb2.Capacity) -> str:

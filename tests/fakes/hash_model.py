@@ -42,6 +42,7 @@ class HashModel:
     context_length = None
     end_tokens = frozenset({END})
     weight_bytes = 0
+    workspace_bytes = 0
 
     def __init__(self) -> None:
         self.ranks = {0: 0}

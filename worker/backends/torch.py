@@ -34,8 +34,9 @@ class TorchBackend:
     """Implements `worker.backend.Backend`: an `Engine` or `TextEngine` per loaded model, stepped in turn.
 
     `threads` are torch's, for the whole process; `device` is `auto`, `cpu` or `cuda`. `precision` is what is wanted:
-    `auto` needs a CPU and the kernels, which may be compiled now, and otherwise is fp32; the log says so. Without
-    kernels torch computes fp16 and int8. `guard` tries constraints; without one, output cannot be constrained.
+    on the CPU `auto` needs the kernels, which may be compiled now, and otherwise is fp32; the log says so. Without
+    kernels torch computes fp16 and int8. On CUDA `auto` is bf16. `guard` tries constraints; without one, output cannot
+    be constrained.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class TorchBackend:
         guard: Guard | None = None,
     ) -> None:
         torch.set_num_threads(threads)
-        self._device = select_device(device)
+        self.device = select_device(device)
+        """Where all its models are."""
         self.precision, self.kernels = _possible(
-            precision, self._device, kernels_available or (preferred if precision == "auto" else kernels.available)
+            precision, self.device, kernels_available or (preferred if precision == "auto" else kernels.available)
         )
         """What it serves in, and whether the kernels compute what they can."""
         self._clock = clock or SystemClock()
@@ -78,13 +80,13 @@ class TorchBackend:
         return engine.blocks()
 
     def _open(self, spec: ModelSpec, folder: Path, memory_budget: int) -> Engine | TextEngine:
-        encoder = load_encoder(folder, self._device, spec.context_length)
+        encoder = load_encoder(folder, self.device, spec.context_length)
         if encoder is not None:
             encoder_fits(encoder, memory_budget)
             return TextEngine(encoder, self._clock)
         decoder = load(
             folder,
-            self._device,
+            self.device,
             spec.context_length,
             precision=self.precision,
             plan=spec.plan,
@@ -184,8 +186,10 @@ def _possible(wanted: Precision, device: torch.device, available: Callable[[], b
     if wanted == "fp32":
         return wanted, False
     if device.type != "cpu":
-        log.warning("precisions are for the CPU; serving in fp32 on %s", device)
-        return "fp32", False
+        if wanted == "int8":
+            log.warning("int8 is for the CPU; serving in bf16 on %s", device)
+            return "auto", False
+        return wanted, False
     log.info("preparing the kernels; at their first use they are compiled, which takes about half a minute")
     if available():
         return wanted, True

@@ -44,7 +44,9 @@ class AdaptedLinear(nn.Module):
 
     def put(self, number: int, matrices: Matrices) -> None:
         """Take an adapter's matrices over."""
-        self._pairs[number] = FixedRowLinear(matrices.down, None), FixedRowLinear(matrices.up, None)
+        dtype = self.linear.dtype if isinstance(self.linear, FixedRowLinear) else torch.float32
+        down, up = matrices.down.to(dtype), matrices.up.to(dtype)
+        self._pairs[number] = FixedRowLinear(down, None), FixedRowLinear(up, None)
 
     def drop(self, number: int) -> None:
         """Forget them, if there are any."""

@@ -45,6 +45,11 @@ def draw(logits: Tensor, rows: Sequence[Draw]) -> list[int]:
     scores = logits.double().div_(temperatures[:, None])
     for values, row in zip(scores, rows, strict=True):
         _keep(values, row)
+    if logits.is_cuda:
+        from worker.engine.cuda.picks import pick
+
+        keys = [[_signed(row.seed), row.choice, row.index] for row in rows]
+        return pick(scores, torch.tensor(keys, dtype=torch.int64, device=logits.device))
     words = token_words(
         column([_signed(row.seed) for row in rows]),
         column([row.choice for row in rows]),

@@ -20,7 +20,6 @@ from llmos.errors import (
     UnsupportedFeature,
 )
 from worker.backend import Attempt, Blocks, CacheChange, Footprint, Stage, StepResult, Task
-from worker.demand import workspace_bytes
 from worker.engine.attention import KVRow
 from worker.engine.batch import PREFILL_TOKENS, Batch, Picker, plan
 from worker.engine.blocks import BlockManager
@@ -43,7 +42,7 @@ _VERDICT_S = 0.01
 def kv_blocks(decoder: Servable, memory_budget: int) -> int:
     """KV blocks that fit beside weights and workspace in `memory_budget` bytes. Raises Unavailable if none does."""
     per_block = block_bytes(decoder.layers, decoder.kv_dtype)
-    fixed = decoder.weight_bytes + workspace_bytes(decoder.vocabulary)
+    fixed = decoder.weight_bytes + decoder.workspace_bytes
     count = (memory_budget - fixed) // per_block
     if count < 1:
         raise Unavailable(f"The model needs at least {fixed + per_block} bytes of memory, not {memory_budget}.")
@@ -111,7 +110,7 @@ class Engine:
         """What it takes, if loading it made the process larger by `grown` bytes."""
         decoder = self._decoder
         weights = fixed_bytes(getattr(decoder, "model", None), decoder.weight_bytes, grown)
-        return Footprint(weights + workspace_bytes(decoder.vocabulary), block_bytes(decoder.layers, decoder.kv_dtype))
+        return Footprint(weights + decoder.workspace_bytes, block_bytes(decoder.layers, decoder.kv_dtype))
 
     def blocks(self) -> Blocks:
         """KV blocks, as of now. Those that only the prefix cache keeps are free."""

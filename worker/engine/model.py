@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from llmos.errors import SourceError, UnsupportedFeature
 from llmos.store.precision import PrecisionPlan
+from worker.demand import workspace_bytes
 from worker.engine import attention
 from worker.engine.adapted import AdaptedLayers
 from worker.engine.attention import Attention, KVRow, LayerCall, PagedAttention
 from worker.engine.grouped import GroupedLinear
 from worker.engine.kv import KVPool, LayerShape
-from worker.engine.layers import TILE_ROWS, FixedRowLinear, steady_layers, unknown_weights
+from worker.engine.layers import FixedRowLinear, steady_layers, tile_rows, unknown_weights
 from worker.engine.lora import Adapter
+from worker.engine.paged import Paged
 from worker.engine.planned import apply_plan
 
 log = logging.getLogger(__name__)
@@ -45,15 +47,20 @@ class Decoder:
     device: torch.device
     weight_bytes: int
     adapted: AdaptedLayers
+    kv_dtype: torch.dtype = DTYPE
 
     @property
-    def kv_dtype(self) -> torch.dtype:
+    def workspace_bytes(self) -> int:
         """See `Servable`."""
-        return DTYPE
+        return workspace_bytes(self.vocabulary, cuda=self.device.type == "cuda")
 
-    def with_memory(self, blocks: int) -> PagedDecoder:
+    def with_memory(self, blocks: int) -> Paged:
         """See `Servable`."""
-        return PagedDecoder(self, KVPool(self.layers, blocks, self.device, DTYPE))
+        if self.device.type != "cuda":
+            return PagedDecoder(self, KVPool(self.layers, blocks, self.device, DTYPE))
+        from worker.engine.cuda.decoder import PagedCudaDecoder
+
+        return PagedCudaDecoder(self, blocks)
 
     def put_adapter(self, number: int, adapter: Adapter) -> None:
         """See `AdapterHolder`."""
@@ -76,7 +83,7 @@ class Decoder:
         `adapters` are the numbers of the rows' adapters; empty: none has one.
         """
         self.adapted.assign(adapters)
-        padding = [0] * (-len(tokens) % TILE_ROWS)
+        padding = [0] * (-len(tokens) % tile_rows(self.device))
         out = self.model(
             input_ids=torch.tensor([[*tokens, *padding]], device=self.device),
             position_ids=torch.tensor([[*positions, *padding]], device=self.device),
@@ -108,8 +115,8 @@ class PagedDecoder:
         return self.decoder.forward(tokens, positions, PagedAttention(self.memory, rows, targets), wanted, adapters)
 
 
-def read(folder: Path, device: torch.device, *, as_stored: bool = False) -> Any:
-    """transformers' model of a folder of safetensors and config.json, in fp32, or `as_stored` in the files' own type.
+def read(folder: Path, device: torch.device, *, dtype: torch.dtype | str = DTYPE) -> Any:
+    """transformers' model of a folder of safetensors and config.json; `dtype` "auto": in the files' own type.
 
     Weights that need no conversion stay in the files, mapped into memory.
 
@@ -117,7 +124,7 @@ def read(folder: Path, device: torch.device, *, as_stored: bool = False) -> Any:
     """
     attention.register()
     transformers.utils.logging.disable_progress_bar()
-    model = _read(folder, "auto" if as_stored else DTYPE).to(device).eval().requires_grad_(False)
+    model = _read(folder, dtype).to(device).eval().requires_grad_(False)
     _check_config(model, model.config.get_text_config())
     return model
 
@@ -132,6 +139,10 @@ def prepare(model: Any, device: torch.device, context_length: int = 0, plan: Pre
         if plan is not None:
             apply_plan(model, plan)
         steady_layers(model)
+        if device.type == "cuda":
+            from worker.engine.cuda.norms import fuse_norms
+
+            fuse_norms(model)
         if strange := unknown_weights(model):
             raise UnsupportedFeature(f"The torch backend cannot run layers like {strange[0]} yet.")
         layers = _probe(model, config)
@@ -142,8 +153,9 @@ def prepare(model: Any, device: torch.device, context_length: int = 0, plan: Pre
         context_length=context_limit(config, context_length),
         end_tokens=end_tokens(model, config),
         device=device,
-        weight_bytes=_weight_bytes(model),
+        weight_bytes=_weight_bytes(model) if device.type == "cpu" else _storage_bytes(model),
         adapted=AdaptedLayers(model, device),
+        kv_dtype=DTYPE if device.type == "cpu" else model.dtype,
     )
 
 
@@ -195,11 +207,12 @@ class _Probe:
 def _probe(model: nn.Module, config: Any) -> list[LayerShape]:
     """KV shape of each layer, from one pass over one tile: no model's configuration needs to be understood."""
     probe = _Probe()
-    ids = torch.zeros(1, TILE_ROWS, dtype=torch.int64, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, tile_rows(device), dtype=torch.int64, device=device)
     try:
         model(
             input_ids=ids,
-            position_ids=torch.arange(TILE_ROWS, device=ids.device)[None],
+            position_ids=torch.arange(ids.shape[1], device=device)[None],
             logits_to_keep=ids[0, :1],
             use_cache=False,
             paged=probe,
@@ -245,3 +258,10 @@ def _weight_bytes(model: nn.Module) -> int:
         module.weight_bytes for module in model.modules() if isinstance(module, FixedRowLinear | GroupedLinear)
     )
     return linears + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _storage_bytes(model: nn.Module) -> int:
+    """Where layers hold no copies of their own: every tensor once, though two layers share it."""
+    linears = (layer for layer in model.modules() if isinstance(layer, FixedRowLinear))
+    tensors = [*model.parameters(), *model.buffers(), *(tensor for layer in linears for tensor in layer.tensors())]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())

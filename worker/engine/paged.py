@@ -82,6 +82,11 @@ class Servable(AdapterHolder, Protocol):
         """Memory of the weights."""
         ...
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory of a step besides weights and KV blocks."""
+        ...
+
     def with_memory(self, blocks: int) -> Paged:
         """Lay out `blocks` KV blocks for it."""
         ...

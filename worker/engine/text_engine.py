@@ -39,7 +39,7 @@ class TextEngine:
 
     def footprint(self, grown: int) -> Footprint:
         """What it takes, if loading it made the process larger by `grown` bytes."""
-        return Footprint(fixed_bytes(self._encoder.base, self._encoder.weight_bytes, grown) + workspace_bytes(0))
+        return Footprint(fixed_bytes(self._encoder.base, self._encoder.weight_bytes, grown) + _workspace(self._encoder))
 
     def blocks(self) -> Blocks:
         """Room for texts, as of now."""
@@ -121,9 +121,13 @@ class TextEngine:
 
 def encoder_fits(encoder: Encoder, memory_budget: int) -> None:
     """Raises Unavailable if weights and workspace do not fit in `memory_budget` bytes."""
-    needed = encoder.weight_bytes + workspace_bytes(0)
+    needed = encoder.weight_bytes + _workspace(encoder)
     if needed > memory_budget:
         raise Unavailable(f"The model needs at least {needed} bytes of memory, not {memory_budget}.")
+
+
+def _workspace(encoder: Encoder) -> int:
+    return workspace_bytes(0, cuda=encoder.device.type == "cuda")
 
 
 def _blocks(tokens: int) -> int:

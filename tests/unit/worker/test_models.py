@@ -10,6 +10,7 @@ import pytest
 from llmos.config import TlsConfig
 from llmos.errors import ConfigError, ModelNotFound, NotFound
 from llmos.store import Store, import_model
+from llmos.store.precision import Precision
 from tests.fakes.models import TEMPLATE, write_model
 from worker.config import WorkerConfig
 from worker.models import CHUNK_BYTES, HeldModel, chunks, echo_model, find_blob, hold, parse_size
@@ -72,6 +73,20 @@ def test_a_stored_model_shows_what_it_takes_and_serves_its_files(tmp_path: Path)
     assert hashlib.sha256(tokenizer).hexdigest() == model.tokenizer_hash
     assert template.decode() == TEMPLATE
     assert hashlib.sha256(template).hexdigest() == model.chat_template_hash
+
+
+@pytest.mark.parametrize(("precision", "size"), [("auto", 2), ("fp16", 2), ("fp32", 4)])
+def test_on_a_graphics_processor_it_takes_no_copies_but_a_context(
+    tmp_path: Path, precision: Precision, size: int
+) -> None:
+    store = Store(tmp_path / "store")
+    entry = import_model(store, str(write_model(tmp_path / "source")), name="tiny", environ={})
+    (held,) = hold("torch", ("tiny",), store.path, precision, on_gpu=True)
+    assert held.engine.plan is None
+    assert held.record.model.version == entry.version
+    assert held.record.weight_bytes == (32 * 16 + 16) * size
+    assert held.record.kv_bytes_per_token == 2 * 2 * 2 * 4 * size
+    assert held.record.workspace_bytes == (1 << 30) + 64 * 32 * 64
 
 
 def test_torch_needs_a_name(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from llmos.errors import ConfigError
 from llmos.v1 import fleet_pb2
 from worker import nvml
 from worker.nvml import Gpu
-from worker.probe import MODEL_SHARE, HostProbe, NvmlProbe, RecordedProbe, main
+from worker.probe import MODEL_SHARE, HostProbe, NvmlProbe, RecordedProbe, local_probe, main
 
 RECORDINGS = Path(__file__).parents[2] / "fakes" / "recordings"
 GIB = 2**30
@@ -43,14 +43,23 @@ def test_the_tightest_limit_counts(tmp_path: Path, flag: int, group: int, memory
     assert capacity.cpu_cores == 0.5
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_gpus_stand_before_or_after_the_processors(tmp_path: Path, first: bool) -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_gpus_stand_before_the_processors_or_alone(tmp_path: Path, alone: bool) -> None:
     found = [Gpu("GPU-1", "Big", 80 * GIB), Gpu("GPU-2", "Big", 80 * GIB)]
-    capacity = NvmlProbe(host(tmp_path), lambda: found, first).measure()
+    capacity = NvmlProbe(host(tmp_path), lambda: found, alone).measure()
     ids = [device.id for device in capacity.devices]
-    assert ids == (["GPU-1", "GPU-2", "cpu"] if first else ["cpu", "GPU-1", "GPU-2"])
+    assert ids == ["GPU-1", "GPU-2", *([] if alone else ["cpu"])]
     gpu = next(device for device in capacity.devices if device.id == "GPU-2")
     assert (gpu.kind, gpu.name, gpu.memory_bytes) == (fleet_pb2.DEVICE_KIND_GPU, "Big", 80 * GIB)
+
+
+def test_without_gpus_models_go_to_the_main_processor(tmp_path: Path) -> None:
+    assert [device.id for device in NvmlProbe(host(tmp_path), list, alone=True).measure().devices] == ["cpu"]
+
+
+@pytest.mark.parametrize(("gpus", "ids"), [([], ["cpu"]), ([Gpu("GPU-2", "Big", GIB)], ["GPU-2"])])
+def test_only_what_is_computed_on_is_offered(tmp_path: Path, gpus: list[Gpu], ids: list[str]) -> None:
+    assert [device.id for device in local_probe(tmp_path, gpus=gpus).measure().devices] == ids
 
 
 @pytest.mark.parametrize(("name", "gigabytes"), [("gpu-24gb", 24), ("gpu-80gb", 80)])

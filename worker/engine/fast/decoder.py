@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.demand import workspace_bytes
 from worker.engine.attention import KVRow
 from worker.engine.fast.adapters import AdapterTable
 from worker.engine.fast.packing import KindOf, PackedModel, all_int8, open_model, pack
@@ -28,7 +29,8 @@ from worker.kernels.binding import address, check
 class FastDecoder:
     """A packed model. Calls from several threads take turns.
 
-    `layers`, `vocabulary`, `context_length`, `end_tokens`, `device` and `weight_bytes` are those of `Decoder`.
+    `layers`, `vocabulary`, `context_length`, `end_tokens`, `device`, `weight_bytes` and `workspace_bytes` are those of
+    `Decoder`.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class FastDecoder:
         self.end_tokens = end_tokens
         self.device = torch.device("cpu")
         self.weight_bytes = packed.weight_bytes
+        self.workspace_bytes = workspace_bytes(self.vocabulary)
 
     def with_memory(self, blocks: int) -> PagedFastDecoder:
         """See `worker.engine.paged.Servable`."""
