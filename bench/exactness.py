@@ -129,12 +129,14 @@ def random_adapter(decoder: Servable, hidden: int, seed: int = 1) -> Adapter:
     return make_adapter(pairs, 1.0)
 
 
-def tables(folder: Path, modes: Sequence[Precision], only: str, runs: int, label: str = "") -> Iterator[Row]:
+def tables(
+    folder: Path, modes: Sequence[Precision], only: str, runs: int, label: str = "", device: str = "cpu"
+) -> Iterator[Row]:
     """A row per mode, kind of request and disturbance; `label` precedes their names."""
     disable_progress_bar()
     text = prompts_of(folder)
     for mode in modes:
-        with opened(folder, mode) as bench:
+        with opened(folder, mode, device) as bench:
             for kind in KINDS:
                 if only in f"{mode}, {kind.name}":
                     for name, exact, total in measure(bench, kind, text, runs):
@@ -147,11 +149,11 @@ def _row(mode: str, case: str, exact: int, total: int) -> Row:
 
 
 @contextmanager
-def opened(folder: Path, mode: Precision) -> Iterator[Bench]:
+def opened(folder: Path, mode: Precision, device: str = "cpu") -> Iterator[Bench]:
     """A model in a mode, with an adapter and what follows constraints."""
-    backend = TorchBackend(threads=torch.get_num_threads(), precision=mode)
-    plan = plan_of(folder) if backend.precision == "auto" else None
-    decoder = load(folder, torch.device("cpu"), precision=backend.precision, plan=plan, kernels=backend.kernels)
+    backend = TorchBackend(threads=torch.get_num_threads(), precision=mode, device=device)
+    plan = plan_of(folder) if backend.precision == "auto" and backend.device.type == "cpu" else None
+    decoder = load(folder, backend.device, precision=backend.precision, plan=plan, kernels=backend.kernels)
     hidden = int(json.loads((folder / "config.json").read_text())["hidden_size"])
     guard = Guard(SystemClock())
     grammars = open_grammars(guard, folder, decoder.vocabulary, decoder.end_tokens, SystemClock())
@@ -170,13 +172,16 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a small random model: for modes that compute slowly")
     parser.add_argument("--runs", type=int, default=200, help="of each kind of request and disturbance")
     parser.add_argument("--mode", action="append", choices=MODES, help="may be given again; by default all")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; on CUDA the default mode is bf16")
     options = parser.parse_args()
     modes = options.mode or ([DEFAULT_MODE] if options.quick else MODES)
     runs = min(options.runs, 10) if options.quick else options.runs
     with tempfile.TemporaryDirectory() as made:
         folder = small_model(Path(made)) if options.small else options.model or default_model()
-        label = "small model, " if options.small else ""
-        return command.run("exactness", options, lambda _: tables(folder, modes, options.only, runs, label))
+        label = ("" if options.device == "cpu" else "CUDA, ") + ("small model, " if options.small else "")
+        return command.run(
+            "exactness", options, lambda _: tables(folder, modes, options.only, runs, label, options.device)
+        )
 
 
 if __name__ == "__main__":

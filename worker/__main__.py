@@ -65,7 +65,8 @@ class WorkerProcess:
     async def serve(self, stop: Stop) -> None:
         """Run until `stop` is set; then let what runs move on or end, within the configured time. Raises SetupError."""
         config = self._config
-        gpu = await asyncio.to_thread(compute.choose, config.backend, config.device)
+        place = compute.Place.parse(config.place)
+        gpu = await asyncio.to_thread(compute.choose, config.backend, config.device, place)
         hold = partial(hold_with_adapters, on_gpu=gpu is not None)
         held = await asyncio.to_thread(hold, config.backend, config.model, config.store, config.precision)
         capacity = await asyncio.to_thread(_probe(config, gpu).measure)

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 from llmos.errors import ConfigError
+from llmos.nvidia import driver_present
 from worker import nvml
 
 log = logging.getLogger(__name__)
@@ -17,17 +19,38 @@ log = logging.getLogger(__name__)
 _LOOK_S = 120.0
 """For a process that imports torch from a cold disk."""
 _CUDA = re.compile(r"cuda(?::(\d+))?")
+_PLACE = re.compile(r"(\d{1,6})/(\d{1,6})")
+MODEL_SHARE = 0.9
+"""Of a graphics processor's memory; the rest is for its driver, and for what else computes there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of a machine's workers this one is, from 0, and how many there are."""
+
+    number: int = 0
+    workers: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """From `2/4`, which counts from 1. Raises ConfigError."""
+        match = _PLACE.fullmatch(text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ConfigError(f"'{text}' says of no worker which one it is; write 2/4", param="place")
+        return cls(int(match[1]) - 1, int(match[2]))
 
 
 def choose(
     backend: str,
     device: str,
+    place: Place = Place(),
     gpus: Callable[[], list[nvml.Gpu]] | None = None,
     usable: Callable[[], bool] | None = None,
 ) -> nvml.Gpu | None:
-    """The graphics processor that `--device` means for a backend; None: the main processor.
+    """The graphics processor that `--device` means for a backend, with the memory for models; None: the main processor.
 
-    `auto` is the first one that the driver shows if torch can use it. Raises ConfigError for one that is not there.
+    `auto` and `cuda` deal those that the driver shows out to the machine's workers, in turn, `auto` only if torch can
+    use them. Workers on one share it evenly. Raises ConfigError for one that is not there.
     """
     if backend != "torch" or device == "cpu":
         return None
@@ -41,7 +64,7 @@ def choose(
         if not (usable or torch_uses_cuda)():
             log.warning("there is a graphics processor (%s), but this torch cannot use it: on the CPU", found[0].name)
             return None
-        return found[0]
+        return _dealt(found, place)
     number = int(match[1] or 0)
     if number >= len(found):
         raise ConfigError(f"'{device}': the driver shows {len(found)} graphics processors", param="device")
@@ -49,11 +72,20 @@ def choose(
         raise ConfigError(
             "this torch cannot use graphics processors: install a build for CUDA, or give --device cpu", param="device"
         )
-    return found[number]
+    return _dealt(found, place) if match[1] is None else _part(found[number], place.workers)
+
+
+def _dealt(found: list[nvml.Gpu], place: Place) -> nvml.Gpu:
+    number = place.number % len(found)
+    return _part(found[number], len(range(number, place.workers, len(found))))
+
+
+def _part(gpu: nvml.Gpu, workers: int) -> nvml.Gpu:
+    return replace(gpu, memory_bytes=int(gpu.memory_bytes * MODEL_SHARE) // workers)
 
 
 def _listed() -> list[nvml.Gpu]:
-    return list(nvml.gpus()) if nvml.driver_present() else []
+    return list(nvml.gpus()) if driver_present() else []
 
 
 def torch_uses_cuda() -> bool:

@@ -30,8 +30,11 @@ class WorkerConfig:
     backend: Literal["echo", "torch"] = "torch"
     """What computes: `torch` runs real models, `echo` makes up tokens."""
     device: str = "auto"
-    """Where the torch backend computes: `cpu`, `cuda` or `cuda:N`; `auto`: the first graphics processor that torch can
-    use, else the CPU. A worker computes on one; start one worker for each."""
+    """Where the torch backend computes: `cpu`, `cuda` or `cuda:N`; `auto`: a graphics processor if torch can use one,
+    else the CPU. A worker computes on one: start one worker for each, and say so with `place`."""
+    place: str = "1/1"
+    """Which of this machine's workers it is: `2/4` is the second of four. They are dealt out to the graphics processors
+    in turn, and share those that several have."""
     precision: Precision = "auto"
     """Of the torch backend: `auto` serves each model as its plan says where the kernels can, else in fp32; on CUDA that
     is bf16. `fp32`, `fp16` and `int8` serve every model in that."""

@@ -19,8 +19,8 @@ from typing import Protocol
 import msgspec
 
 from llmos.errors import ConfigError
+from llmos.nvidia import driver_present
 from llmos.v1 import fleet_pb2
-from worker import nvml
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _recorded(path: Path) -> Iterator[tuple[GpuUse, ...]]:
 
 def local_gauge() -> Gauge | None:
     """The gauge of this machine; None where there is no driver."""
-    if not nvml.driver_present():
+    if not driver_present():
         return None
     try:
         import pynvml

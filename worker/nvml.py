@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from llmos.config import environment
 from llmos.errors import MissingExtra
-
-_LIBRARIES = ("libnvidia-ml.so.1", "nvml.dll")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +21,6 @@ class Gpu:
 
 Gpus = Callable[[], Sequence[Gpu]]
 """Lists the processors that this process may use."""
-
-
-def driver_present() -> bool:
-    """Whether NVML's library, a part of the driver, can be loaded."""
-    for library in _LIBRARIES:
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        return True
-    return False
 
 
 def gpus() -> Sequence[Gpu]:

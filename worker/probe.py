@@ -18,6 +18,7 @@ from google.protobuf import json_format
 
 from llmos import cgroups
 from llmos.errors import ConfigError
+from llmos.nvidia import driver_present
 from llmos.v1 import fleet_pb2
 from worker import nvml
 
@@ -106,7 +107,7 @@ def local_probe(disk_path: Path, *, memory_limit: int = 0, gpus: Sequence[nvml.G
     host = HostProbe(disk_path, memory_limit)
     if gpus is not None:
         return NvmlProbe(host, lambda: gpus, alone=True) if gpus else host
-    return NvmlProbe(host, nvml.gpus) if nvml.driver_present() else host
+    return NvmlProbe(host, nvml.gpus) if driver_present() else host
 
 
 def record(capacity: fleet_pb2.Capacity) -> str:

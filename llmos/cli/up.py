@@ -24,6 +24,13 @@ Precision = Annotated[
         help="auto: what each model was measured to bear; or one precision for all.", metavar="auto|fp32|fp16|int8"
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto: graphics processors where torch can use them, the workers dealt out to them in turn; else the CPU.",
+        metavar="auto|cpu|cuda|cuda:N",
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(
@@ -53,6 +60,7 @@ def up(
     gateways: Gateways = 1,
     backend: Backend = "torch",
     precision: Precision = "auto",
+    device: Device = "auto",
     model: Model = "",
     http_port: HttpPort = None,
     grpc_port: GrpcPort = None,
@@ -81,6 +89,7 @@ def up(
         gateways=gateways,
         backend="echo" if backend == "echo" else "torch",
         precision=cast("Literal['auto', 'fp32', 'fp16', 'int8']", precision),
+        device=device,
         model=model,
         http_port=http_port,
         grpc_port=grpc_port,

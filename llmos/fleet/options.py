@@ -36,6 +36,8 @@ class FleetOptions:
     """What computes: `torch` runs real models, `echo` makes up tokens."""
     precision: Precision = "auto"
     """Of the torch backend: each model's own plan, or one precision for all."""
+    device: str = "auto"
+    """Where the torch backend computes: `cpu`, `cuda` or `cuda:N`; `auto`: on graphics processors where it can."""
     model: str = ""
     """What the workers serve, comma-separated: names in the model store, or for echo `NAME` or `NAME=40GiB`."""
     store: Path | None = None

@@ -42,6 +42,7 @@ class ServicePlan:
         options, share = self._options, self._share
         command = [*self._service("worker", name), "--port", "0", "--etcd-endpoints", ",".join(etcd)]
         command += ["--backend", options.backend, "--precision", options.precision, "--model", options.model]
+        command += ["--device", options.device, "--place", f"{name.rpartition('-')[2]}/{options.workers}"]
         command += [
             "--drain-s",
             f"{DRAIN_S:g}",

@@ -52,6 +52,13 @@ def test_a_worker_gets_its_share() -> None:
     assert given["--ready-file"] == "/d/ready/worker-1.json"
     assert given["--host"] == "127.0.0.1"
     assert "--store" not in given
+    assert (given["--device"], given["--place"]) == ("auto", "1/1")
+
+
+def test_workers_know_which_one_they_are_and_where_they_compute() -> None:
+    options = FleetOptions(data_dir=Path("/d"), workers=3, device="cuda")
+    given = flags(ServicePlan(options, Share(1, 1)).worker("worker-2", []))
+    assert (given["--device"], given["--place"]) == ("cuda", "2/3")
 
 
 def test_a_gateway_gets_schedulers_ports_and_keys() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from llmos.errors import ConfigError
 from worker import compute
-from worker.compute import choose
+from worker.compute import MODEL_SHARE, Place, choose
 from worker.nvml import Gpu
 
 CARDS = [Gpu("GPU-1", "Big", 80 << 30), Gpu("GPU-2", "Small", 24 << 30)]
@@ -28,42 +28,72 @@ def no() -> bool:
     return False
 
 
-@pytest.mark.parametrize(("device", "card"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("cpu", None)])
-def test_a_card_is_chosen_by_its_number(device: str, card: int | None) -> None:
-    assert choose("torch", device, two, yes) == (None if card is None else CARDS[card])
+def one(device: str, place: Place = Place()) -> Gpu | None:  # noqa: B008 - frozen
+    return choose("torch", device, place, two, yes)
+
+
+@pytest.mark.parametrize(("device", "card"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_card_is_chosen_by_its_number(device: str, card: int) -> None:
+    chosen = one(device)
+    assert chosen is not None
+    assert (chosen.uuid, chosen.memory_bytes) == (CARDS[card].uuid, int(CARDS[card].memory_bytes * MODEL_SHARE))
+
+
+def test_the_main_processor_is_no_card() -> None:
+    assert one("cpu") is None
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_workers_are_dealt_out_to_the_cards_and_share_them(device: str) -> None:
+    chosen = [one(device, Place.parse(f"{number}/3")) for number in (1, 2, 3)]
+    assert [card.uuid for card in chosen if card] == ["GPU-1", "GPU-2", "GPU-1"]
+    whole = [int(card.memory_bytes * MODEL_SHARE) for card in CARDS]
+    assert [card.memory_bytes for card in chosen if card] == [whole[0] // 2, whole[1], whole[0] // 2]
+
+
+def test_all_workers_on_one_card_share_it() -> None:
+    chosen = one("cuda:1", Place.parse("2/4"))
+    assert chosen is not None
+    assert chosen.memory_bytes == int(CARDS[1].memory_bytes * MODEL_SHARE) // 4
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3"])
+def test_a_place_that_there_is_not_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="2/4"):
+        Place.parse(text)
 
 
 def test_auto_is_the_main_processor_where_there_is_no_card() -> None:
     usable = Mock()
-    assert choose("torch", "auto", list, usable) is None
+    assert choose("torch", "auto", Place(), list, usable) is None
     usable.assert_not_called()
 
 
 def test_auto_says_that_torch_cannot_use_the_card(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert choose("torch", "auto", two, no) is None
+        assert choose("torch", "auto", Place(), two, no) is None
     assert "Big" in caplog.text
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:", "cuda:-1", "cuda:x", "CUDA", ""])
 def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match="known: auto, cpu, cuda, cuda:N"):
-        choose("torch", device, two, yes)
+        one(device)
 
 
 @pytest.mark.parametrize(("device", "cards"), [("cuda", list), ("cuda:2", two)])
 def test_a_card_that_is_not_there_is_refused(device: str, cards: Mock) -> None:
     with pytest.raises(ConfigError, match="shows"):
-        choose("torch", device, cards, yes)
+        choose("torch", device, Place(), cards, yes)
 
 
 def test_a_card_that_torch_cannot_use_is_refused() -> None:
     with pytest.raises(ConfigError, match="build for CUDA"):
-        choose("torch", "cuda:1", two, no)
+        choose("torch", "cuda:1", Place(), two, no)
 
 
 def test_echo_computes_on_no_card() -> None:
-    assert choose("echo", "cuda", two, yes) is None
+    assert choose("echo", "cuda", Place(), two, yes) is None
 
 
 def test_a_build_for_the_main_processor_needs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
