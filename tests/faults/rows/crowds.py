@@ -61,7 +61,8 @@ SCENARIOS = (
         checks=(("every service lives", all_alive()),),
         errors=_BUSY,
         targets={"recovered_s": 10.0},
-        note="ten times as many as there were; each is answered, or refused with Retry-After",
+        note="ten times as many as there were; each is answered, or refused with Retry-After. Where all come before "
+        "anybody has waited, speed is not known yet and hardly one is refused: then it takes longer",
     ),
     Scenario(
         "restart of everything",

@@ -14,6 +14,12 @@ from tests.faults.scenario import MIX, Event, Load, Scenario, Shape
 APART = Shape(apart=True)
 
 
+_STILL_HEARD = (
+    "its tokens go on arriving for a second and a half after the cut, until its connection waits for acknowledgements; "
+    "counted from the last one, as clients do, it is noticed after the pause"
+)
+
+
 def worker_cut(way: Literal["in", "out"], what: str) -> Scenario:
     """One direction of a worker's network is gone."""
     return Scenario(
@@ -31,6 +37,7 @@ def worker_cut(way: Literal["in", "out"], what: str) -> Scenario:
         Load(tokens=400, patience_s=60),
         notice=LOST,
         targets={"detection_s": 3.0, "gap_s": 3.0},
+        note=_STILL_HEARD if way == "in" else "",
     )
 
 
