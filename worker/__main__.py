@@ -65,10 +65,7 @@ class WorkerProcess:
     async def serve(self, stop: Stop) -> None:
         """Run until `stop` is set; then let what runs move on or end, within the configured time. Raises SetupError."""
         config = self._config
-        place = compute.Place.parse(config.place)
-        gpu = await asyncio.to_thread(compute.choose, config.backend, config.device, place)
-        hold = partial(hold_with_adapters, on_gpu=gpu is not None)
-        held = await asyncio.to_thread(hold, config.backend, config.model, config.store, config.precision)
+        gpu, held = await asyncio.to_thread(_hold, config)
         capacity = await asyncio.to_thread(_probe(config, gpu).measure)
         telemetry = Telemetry("worker", self._id, clock=self._clock, otlp_endpoint=config.otlp_endpoint)
         spans = ExecuteSpans(telemetry)
@@ -188,6 +185,20 @@ async def _first(ready: asyncio.Event, stop: asyncio.Event) -> bool:
     """Wait for either; whether it was `ready`."""
     await first_of(ready, stop)
     return not stop.is_set()
+
+
+def _hold(config: WorkerConfig) -> tuple[nvml.Gpu | None, list[HeldModel]]:
+    """The graphics processor to compute on, if any, and the models. Raises ConfigError."""
+    gpu = compute.choose(config.backend, config.device, compute.Place.parse(config.place))
+    hold = partial(hold_with_adapters, config.backend, config.model, config.store, config.precision)
+    held = hold(on_gpu=gpu is not None)
+    if gpu is None or config.device != "auto":
+        return gpu, held
+    too_large = [one.name for one in held if one.record.weight_bytes + one.record.workspace_bytes > gpu.memory_bytes]
+    if not too_large:
+        return gpu, held
+    log.warning("on the CPU: %s has too little memory for %s", gpu.name, too_large[0])
+    return None, hold(on_gpu=False)
 
 
 def _probe(config: WorkerConfig, gpu: nvml.Gpu | None) -> Probe:

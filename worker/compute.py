@@ -6,21 +6,23 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
+
+import msgspec
 
 from llmos.errors import ConfigError
-from llmos.nvidia import driver_present
+from llmos.nvidia import driver_present, torch_may_use_them
 from worker import nvml
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 120.0
-"""For a process that imports torch from a cold disk."""
+_TRIAL_S = 180.0
+"""For a process that imports torch from a cold disk and compiles kernels."""
+_MESSAGE_CHARS = 1000
 _CUDA = re.compile(r"cuda(?::(\d+))?")
 _PLACE = re.compile(r"(\d{1,6})/(\d{1,6})")
-MODEL_SHARE = 0.9
+CARD_SHARE = 0.9
 """Of a graphics processor's memory; the rest is for its driver, and for what else computes there."""
 
 
@@ -44,60 +46,74 @@ def choose(
     backend: str,
     device: str,
     place: Place = Place(),
-    gpus: Callable[[], list[nvml.Gpu]] | None = None,
-    usable: Callable[[], bool] | None = None,
+    gpus: Callable[[], Sequence[nvml.Gpu]] | None = None,
+    usable: Callable[[], Sequence[str]] | None = None,
 ) -> nvml.Gpu | None:
     """The graphics processor that `--device` means for a backend, with the memory for models; None: the main processor.
 
-    `auto` and `cuda` deal those that the driver shows out to the machine's workers, in turn, `auto` only if torch can
-    use them. Workers on one share it evenly. Raises ConfigError for one that is not there.
+    `auto` and `cuda` deal those that can be used out to the machine's workers, in turn; without one `auto` is the main
+    processor. Workers on one share it evenly. Raises ConfigError for one that is not there or cannot be used.
     """
+    match = _CUDA.fullmatch(device)
+    if match is None and device not in ("auto", "cpu"):
+        raise ConfigError(f"unknown device '{device}'; known: auto, cpu, cuda, cuda:N", param="device")
     if backend != "torch" or device == "cpu":
         return None
-    match = _CUDA.fullmatch(device)
-    if match is None and device != "auto":
-        raise ConfigError(f"unknown device '{device}'; known: auto, cpu, cuda, cuda:N", param="device")
-    found = (gpus or _listed)()
-    if match is None:
-        if not found:
-            return None
-        if not (usable or torch_uses_cuda)():
-            log.warning("there is a graphics processor (%s), but this torch cannot use it: on the CPU", found[0].name)
-            return None
+    shown = (gpus or _listed)()
+    if not shown:
+        _go_without("the driver shows no graphics processor", device)
+        return None
+    found = _in_order(shown, (usable or usable_cards)())
+    if not found:
+        _go_without(f"torch cannot compute on the graphics processor that is here ({shown[0].name})", device)
+        return None
+    number = None if match is None or match[1] is None else int(match[1])
+    if number is None:
         return _dealt(found, place)
-    number = int(match[1] or 0)
     if number >= len(found):
-        raise ConfigError(f"'{device}': the driver shows {len(found)} graphics processors", param="device")
-    if not (usable or torch_uses_cuda)():
-        raise ConfigError(
-            "this torch cannot use graphics processors: install a build for CUDA, or give --device cpu", param="device"
-        )
-    return _dealt(found, place) if match[1] is None else _part(found[number], place.workers)
+        raise ConfigError(f"'{device}': torch can compute on {len(found)} graphics processors here", param="device")
+    return _part(found[number], place.workers)
 
 
-def _dealt(found: list[nvml.Gpu], place: Place) -> nvml.Gpu:
+def _go_without(reason: str, device: str) -> None:
+    if device != "auto":
+        raise ConfigError(f"{reason}: give --device cpu, or see docs/operations.md", param="device")
+    log.info("on the CPU: %s", reason)
+
+
+def _in_order(shown: Sequence[nvml.Gpu], uuids: Sequence[str]) -> Sequence[nvml.Gpu]:
+    """Those of `uuids`, which torch writes without the driver's prefix, in torch's order."""
+    found = [gpu for uuid in uuids for gpu in shown if uuid and gpu.uuid.endswith(uuid)]
+    return found or (shown if uuids else ())
+
+
+def _dealt(found: Sequence[nvml.Gpu], place: Place) -> nvml.Gpu:
     number = place.number % len(found)
     return _part(found[number], len(range(number, place.workers, len(found))))
 
 
 def _part(gpu: nvml.Gpu, workers: int) -> nvml.Gpu:
-    return replace(gpu, memory_bytes=int(gpu.memory_bytes * MODEL_SHARE) // workers)
+    return replace(gpu, memory_bytes=int(gpu.memory_bytes * CARD_SHARE) // workers)
 
 
-def _listed() -> list[nvml.Gpu]:
-    return list(nvml.gpus()) if driver_present() else []
+def _listed() -> Sequence[nvml.Gpu]:
+    return nvml.gpus() if driver_present() else ()
 
 
-def torch_uses_cuda() -> bool:
-    """Whether the installed torch is built for CUDA and finds a device. Asks a process of its own, for some seconds."""
+def usable_cards() -> Sequence[str]:
+    """UUIDs of the processors that torch computes on, in its order. A process of its own tries, for some seconds."""
+    if not torch_may_use_them():
+        return ()
     try:
-        if metadata.version("torch").endswith("+cpu"):
-            return False
-    except metadata.PackageNotFoundError:
-        return False
-    question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    try:
-        return subprocess.run([sys.executable, "-c", question], timeout=_LOOK_S, check=False).returncode == 0
+        tried = subprocess.run(
+            [sys.executable, "-m", "worker.engine.cuda.trial"], capture_output=True, timeout=_TRIAL_S, check=False
+        )
     except subprocess.TimeoutExpired:
-        log.warning("torch has not said within %.0f s whether it can use CUDA", _LOOK_S)
-        return False
+        log.warning("torch has not said within %.0f s whether it can use graphics processors", _TRIAL_S)
+        return ()
+    if tried.stderr:
+        log.warning("trial of the graphics processors: %s", tried.stderr.decode(errors="replace")[-_MESSAGE_CHARS:])
+    try:
+        return msgspec.json.decode(tried.stdout, type=tuple[str, ...])
+    except msgspec.MsgspecError:
+        return ()

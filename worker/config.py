@@ -37,7 +37,7 @@ class WorkerConfig:
     in turn, and share those that several have."""
     precision: Precision = "auto"
     """Of the torch backend: `auto` serves each model as its plan says where the kernels can, else in fp32; on CUDA that
-    is bf16. `fp32`, `fp16` and `int8` serve every model in that."""
+    is bf16. `fp32`, `fp16` and `int8` serve every model in that; on CUDA `int8` is bf16 too."""
     model: tuple[str, ...] = ()
     """Models that it can load: names in the model store; for echo NAME, or NAME=40GiB to declare its weights."""
     store: Path | None = None

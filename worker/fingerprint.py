@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 import llguidance
 import torch
@@ -35,7 +34,9 @@ def torch_fingerprint(
     libraries = f"torch-{torch.__version__} transformers-{transformers.__version__} llguidance-{llguidance.__version__}"
     if device is not None and device.type == "cuda":
         numerics = f"{_name(cuda_dtype(precision))} cuda-{CUDA_REVISION}"
-        processor = f"{torch.cuda.get_device_name(device)} {torch.version.cuda} triton-{version('triton')}"
+        import triton
+
+        processor = f"{torch.cuda.get_device_name(device)} {torch.version.cuda} triton-{triton.__version__}"
         return f"engine-{ENGINE_REVISION} {numerics} {processor} {libraries}"
     processor = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"
     dtype = _name(DTYPE)

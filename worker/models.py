@@ -53,7 +53,7 @@ def hold(
 ) -> list[HeldModel]:
     """The models behind `--model`, with what they take in `precision`. May measure plans and compile the kernels now.
 
-    `on_gpu`: on a graphics processor, where plans are not followed.
+    `on_gpu`: on a graphics processor, where plans are not followed, and not measured either.
 
     Raises ModelNotFound for one that the store lacks, ConfigError for a bad name.
     """
@@ -117,7 +117,7 @@ def _stored_model(
     name: str, store: Store, precision: Precision, kernels_available: Callable[[], bool], on_gpu: bool
 ) -> HeldModel:
     manifest = store.resolve(name)
-    planned = None if on_gpu else _plan(store, manifest, precision)
+    planned = store.plan(manifest) if on_gpu else _plan(store, manifest, precision)
     folder = store.materialize(manifest)
     blobs: dict[str, Path | bytes] = {}
     if manifest.tokenizer_hash:

@@ -22,7 +22,7 @@ from llmos.fleet.probe import accepts
 from llmos.fleet.shutdown import is_running
 from llmos.fleet.state import FleetState, read_state, remember_last_up, state_home
 from llmos.fleet.supervisor import Supervisor
-from llmos.nvidia import driver_present
+from llmos.nvidia import may_use_cards
 from llmos.store import Manifest, Progress, Store
 from llmos.store.default import DEFAULT_NAME, ensure_default
 from llmos.store.planning import ensure_plan
@@ -66,7 +66,7 @@ def prepare(options: FleetOptions, steps: output.Steps) -> FleetOptions:
         find_etcd(environment().get("PATH"))
     if options.backend == "echo":
         return replace(options, model=options.model or ECHO_MODEL)
-    plans = options.precision == "auto" and (options.device == "cpu" or not driver_present())
+    plans = options.precision == "auto" and not may_use_cards(options.device)
     return replace(options, model=_stored(options.model or DEFAULT_NAME, Store(options.store), steps, plans=plans))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ DEFAULT_HTTP_PORT = 8000
 DEFAULT_GRPC_PORT = 8001
 _MEMORY_SHARE = 0.9
 _MOST_PROCESSES = 64
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class FleetOptions:
         for name in ("workers", "schedulers", "gateways"):
             if not 1 <= getattr(self, name) <= _MOST_PROCESSES:
                 raise ConfigError(f"--{name} must be between 1 and {_MOST_PROCESSES}", param=name)
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"--device is auto, cpu, cuda or cuda:N, not '{self.device}'", param="device")
         for name in ("http_port", "grpc_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port <= 65_535:

@@ -113,6 +113,9 @@ class TorchBackend:
             engine.close()
             del engine
             footprint.settled()
+            if self.device.type == "cuda":
+                # Recorded passes are garbage by now; another worker on the card may need what the allocator keeps.
+                torch.cuda.empty_cache()
         base = self._adapters.pop(name, None)
         if base is not None and isinstance(holder := self._engines[base], Engine):
             holder.drop_adapter(name)

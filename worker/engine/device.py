@@ -22,11 +22,11 @@ def select_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device '{name}'; known: auto, cpu, cuda, cuda:N", param="device") from error
     if device.type == "cuda":
-        _prepare_cuda()
+        _prepare_cuda(device)
     return device
 
 
-def _prepare_cuda() -> None:
+def _prepare_cuda(device: torch.device) -> None:
     if not torch.cuda.is_available():
         raise ConfigError("torch sees no CUDA device here", param="device")
     if importlib.util.find_spec("triton") is None:
@@ -36,3 +36,5 @@ def _prepare_cuda() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     os.environ.setdefault(*_WORKSPACE)
+    if device.index is not None:
+        torch.cuda.set_device(device)

@@ -21,7 +21,7 @@ from worker.engine import attention
 from worker.engine.adapted import AdaptedLayers
 from worker.engine.attention import Attention, KVRow, LayerCall, PagedAttention
 from worker.engine.grouped import GroupedLinear
-from worker.engine.kv import KVPool, LayerShape
+from worker.engine.kv import KVPool, LayerShape, block_bytes
 from worker.engine.layers import FixedRowLinear, steady_layers, tile_rows, unknown_weights
 from worker.engine.lora import Adapter
 from worker.engine.paged import Paged
@@ -52,7 +52,10 @@ class Decoder:
     @property
     def workspace_bytes(self) -> int:
         """See `Servable`."""
-        return workspace_bytes(self.vocabulary, cuda=self.device.type == "cuda")
+        if self.device.type == "cpu":
+            return workspace_bytes(self.vocabulary)
+        # One block takes what padding writes.
+        return workspace_bytes(self.vocabulary, cuda=True) + block_bytes(self.layers, self.kv_dtype)
 
     def with_memory(self, blocks: int) -> Paged:
         """See `Servable`."""

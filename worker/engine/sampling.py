@@ -5,7 +5,7 @@ Randomness is Gumbel noise keyed by the token id (the Gumbel-max trick): the pic
 token. Rows are computed together, yet none depends on another: every operation here works row by row, whatever the
 number of rows and threads (`docs/decisions/0005-exactness-in-fp32.md`). The kernels pick where they are at hand, torch
 (`worker/engine/drawing.py`) elsewhere: both give the same tokens, because every operation that decides one has one
-result.
+result. On CUDA the noise may differ from theirs in its last bit; it is the same every time.
 
 Order, as in vLLM: logit bias, stop tokens barred by `min_tokens`, what a grammar allows, repetition penalty (over
 prompt and answer), frequency and presence penalty (over the answer), temperature, min-p, top-k, top-p. A filter is a

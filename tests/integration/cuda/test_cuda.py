@@ -24,7 +24,9 @@ from tests.integration.engine.test_exactness import ANSWER, mixed, run_alone
 from tests.integration.engine.tiny import FAMILIES, Transcript, attempt, logprobs, prompts
 from worker.backend import ModelSpec, Sampling
 from worker.backends.torch import TorchBackend
+from worker.engine.cuda.step import MAX_ROWS
 from worker.engine.drawing import Draw, draw
+from worker.engine.engine import EngineOptions
 from worker.engine.loading import cuda_dtype
 from worker.fingerprint import torch_fingerprint
 
@@ -53,8 +55,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 def loaded(written: Callable[[str], Model]) -> Iterator[Callable[..., TorchBackend]]:
     """A backend on CUDA that has loaded a family as `tiny`."""
 
-    def of(family: str, precision: Precision = "auto") -> TorchBackend:
-        backend = TorchBackend(threads=1, device="cuda", precision=precision)
+    def of(family: str, precision: Precision = "auto", options: EngineOptions | None = None) -> TorchBackend:
+        backend = TorchBackend(threads=1, device="cuda", precision=precision, options=options)
         backend.load(ModelSpec("tiny", "1", written(family)[0]), BUDGET)
         return backend
 
@@ -122,16 +124,29 @@ def test_a_request_is_the_same_alone_among_others_and_resumed(
     assert logprobs(rest).items() <= logprobs(expected).items()
 
 
-def test_more_rows_than_a_pass_has_change_nothing(loaded: Callable[..., TorchBackend]) -> None:
+def test_more_rows_than_a_pass_has_change_nothing(
+    loaded: Callable[..., TorchBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = [
         attempt(str(number), prompt, 4, sampling=Sampling(temperature=1.0, seed=number), choices=8)
         for number, prompt in enumerate(prompts([70] * 40, seed=3))
     ]
     expected = run_alone(loaded("llama"), requests)
-    backend = loaded("llama")
+    backend, passes = loaded("llama", options=EngineOptions(max_running=512)), list[tuple[int, int]]()
+
+    def counted(decoder: PagedCudaDecoder, tokens: Any, positions: Any, rows: Any, wanted: Any, *rest: Any) -> Tensor:
+        passes.append((len(tokens), len(wanted)))
+        return forward(decoder, tokens, positions, rows, wanted, *rest)
+
+    from worker.engine.cuda.decoder import PagedCudaDecoder
+
+    forward = PagedCudaDecoder.forward
+    monkeypatch.setattr(PagedCudaDecoder, "forward", counted)
     for request in requests:
         backend.admit(request)
     assert Transcript().run(backend).tokens == expected.tokens
+    assert max(passes)[0] > MAX_ROWS
+    assert max(wanted for _, wanted in passes) > MAX_ROWS
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])

@@ -61,6 +61,12 @@ def test_workers_know_which_one_they_are_and_where_they_compute() -> None:
     assert (given["--device"], given["--place"]) == ("cuda", "2/3")
 
 
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:", "cuda:x"])
+def test_an_unknown_device_is_refused_before_anything_starts(device: str) -> None:
+    with pytest.raises(ConfigError, match="--device is auto, cpu, cuda or cuda:N"):
+        FleetOptions(data_dir=Path("/d"), device=device)
+
+
 def test_a_gateway_gets_schedulers_ports_and_keys() -> None:
     options = FleetOptions(data_dir=Path("/d"), keys_file=Path("/k"))
     given = flags(ServicePlan(options, Share(1, 1)).gateway("gateway-1", ["h:1", "h:2"], 7, 0))

@@ -30,9 +30,9 @@ def test_rows_say_where_their_sequence_lies_and_padding_keeps_to_itself() -> Non
 def test_a_shorter_pass_leaves_nothing_of_a_longer_one() -> None:
     step = StepInput(CPU, 4, SPARE)
     slots = torch.tensor([1, 2, 3, 4], dtype=torch.int32)
-    rows = [KVRow(slots, length) for length in range(1, 257)]
-    step.fill([9] * MAX_ROWS, list(range(256)), rows, list(range(256)))
-    assert step.targets[-1] == 4 * 64 + 63
+    rows = [KVRow(slots, length) for length in range(1, MAX_ROWS + 1)]
+    step.fill([9] * MAX_ROWS, list(range(MAX_ROWS)), rows, list(range(MAX_ROWS)))
+    assert step.targets[-1] == (MAX_ROWS - 1) // 64 % 4 * 64 + 64 + (MAX_ROWS - 1) % 64
     step.fill([8], [5], [KVRow(slots, 6)], [0])
     for zeros in (step.tokens, step.positions, step.begins, step.wanted):
         assert not zeros[1:].any()

@@ -6,6 +6,7 @@ Rows are padded to multiples of `CUDA_TILE_ROWS`, products have exactly that man
 
 from __future__ import annotations
 
+import functools
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -52,9 +53,8 @@ class PagedCudaDecoder:
         longest = blocks if decoder.context_length is None else -(-decoder.context_length // BLOCK_TOKENS)
         self._step = StepInput(decoder.device, min(blocks, longest + 1), self.memory.spare)
         self._attention = _Attention(self.memory, self._step)
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
         self._memory_pool = torch.cuda.graph_pool_handle()
-        self._replays = True
         with torch.inference_mode():
             self._step.fill([], [], [], [])
             for rows in range(CUDA_TILE_ROWS, MAX_ROWS + 1, CUDA_TILE_ROWS):
@@ -107,19 +107,25 @@ class PagedCudaDecoder:
         return logits
 
     def _graph(self, rows: int, width: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
-        """A recorded pass of that shape and where it leaves its logits; None if this model's cannot be recorded."""
-        if self._replays and (rows, width) not in self._graphs:
+        """A recorded pass of that shape and where it leaves its logits; None if it cannot be recorded."""
+        if (rows, width) not in self._graphs:
+            current = torch.cuda.current_stream()
             try:
                 self._graphs[rows, width] = self._record(rows, width)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                log.warning("passes cannot be replayed, which makes them slower: %s", error)
-                self._replays = False
-        return self._graphs.get((rows, width)) if self._replays else None
+                log.warning("passes of %d rows cannot be replayed, which makes them slower: %s", rows, error)
+                self._graphs[rows, width] = None
+            finally:
+                # A recording that fails leaves its own stream behind.
+                torch.cuda.set_stream(current)
+        return self._graphs[rows, width]
 
     def _record(self, rows: int, width: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Once as it is: kernels are compiled and libraries take their memory, which a recording must not see. What is
         # laid out is computed twice then, to the same end.
-        beside = torch.cuda.Stream(self._decoder.device)  # type: ignore[no-untyped-call]
+        beside = _beside(self._decoder.device)
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             self._compute(rows, width)
@@ -128,6 +134,12 @@ class PagedCudaDecoder:
         with torch.cuda.graph(graph, pool=self._memory_pool, capture_error_mode="thread_local"):
             logits = self._compute(rows, width)
         return graph, logits
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _padded(rows: int) -> int:

@@ -128,7 +128,7 @@ def attend(
     query = query if query.stride(2) == 1 else query.contiguous()
     out = query.new_empty(rows, call.heads, shape.value_dim)
     group = call.heads // shape.kv_heads
-    stages, step = _pace(shape.key_dim + shape.value_dim, keys.itemsize)
+    stages, step = _pace(_width(shape.key_dim) + _width(shape.value_dim), keys.itemsize)
     _attend[(rows, shape.kv_heads)](
         query,
         keys,

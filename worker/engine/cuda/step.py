@@ -11,8 +11,9 @@ from torch import Tensor
 from worker.engine.attention import KVRow
 from worker.engine.kv import BLOCK_TOKENS
 
-MAX_ROWS = 256
-"""Rows of one pass; a longer step is several, which changes no bit."""
+MAX_ROWS = 192
+"""Rows of one pass: those of a prefill chunk and of as many choices as run together. A longer step is several passes,
+which changes no bit."""
 
 
 class StepInput:
