@@ -62,6 +62,7 @@ async def test_endpoint_freezes_under_a_watch_and_a_lease(server: EtcdServer, op
         Collector(client.watch("/f/")) as seen,
         await client.lease(3) as lease,
     ):
+        await seen.until("/f/held", None)
         await client.put("/f/held", b"v", lease.id)
         await seen.until("/f/held", b"v")
         first.fall_silent()
